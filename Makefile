@@ -1,0 +1,45 @@
+# `make` alone lists the targets. The environment they run in is made by scripts/setup.sh, in .venv.
+# Written for GNU make 3.81, which is what macOS ships.
+
+# Options, given as `make demo PYTHON=python3.12` or exported beforehand; scripts/setup.sh says what each does.
+export PYTHON TORCH_INDEX TORCH_VERSION
+
+PY := .venv/bin/python
+LINT_SOURCES := fathom tests $(wildcard benchmarks examples)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-test demo test check lint clean
+
+help: ## List the targets and options
+	@echo "Targets:"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@echo "Options (all of them for the set-up, which the other targets run first):"
+	@echo "  PYTHON=python3.12     the Python, 3.11 or newer, that .venv is made with"
+	@echo "  TORCH_VERSION=2.11.0  another torch than the one pinned in constraints.txt"
+	@echo "  TORCH_INDEX=URL       where torch's wheels are offered. On Linux plain PyPI gives the CUDA build, several"
+	@echo "                        GB; TORCH_INDEX=https://download.pytorch.org/whl/cpu gives the small CPU build."
+
+setup: ## Make .venv with Fathom in it
+	@sh scripts/setup.sh
+
+setup-test:
+	@sh scripts/setup.sh test
+
+demo: setup ## Train a small model here and talk to it
+	@.venv/bin/fathom demo
+
+test: setup-test lint ## Run every check: format, lint, types, layers, all tests
+	@$(PY) -m pytest
+
+check: setup-test lint ## Run the checks that take under a minute: a contributor's loop
+	@$(PY) -m pytest -x -m "not slow and not oracle and not distributed"
+
+lint: setup-test
+	@$(PY) -m ruff format --check $(LINT_SOURCES)
+	@$(PY) -m ruff check $(LINT_SOURCES)
+	@$(PY) -m mypy
+	@.venv/bin/lint-imports
+
+clean: ## Remove .venv, caches and build output; runs/ is kept
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find fathom tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,18 @@
+"""Fathom: the whole DeepSeek-V3 recipe, from a laptop to a cluster, in code that one can read in a weekend.
+
+model = fathom.load_model(path)                         # any Hugging Face DeepSeek-V3 directory
+out = model(tokens_BS, mtp=True)                        # out.logits_BSO, out.router, out.mtp_logits
+fathom.save_model(model, path)                          # what transformers and vLLM load
+model = fathom.Model(fathom.ModelConfig(...))           # or fathom.presets.nano().model
+text = fathom.generate(model, tokenizer, "def main(", max_new_tokens=64)
+"""
+
+from fathom import presets
+from fathom.checkpoint.huggingface import load_model, save_model
+from fathom.data.tokenizer import load_tokenizer
+from fathom.infer.generate import generate
+from fathom.model.config import ModelConfig
+from fathom.model.transformer import Model
+
+__all__ = ["Model", "ModelConfig", "generate", "load_model", "load_tokenizer", "presets", "save_model"]
+__version__ = "0.1.0"

@@ -1,0 +1,91 @@
+"""The released checkpoints' tensor names, and where each lives in our model.
+
+Almost the identity: drop the prefix `model.`, stack experts into (E, …) tensors, and find MTP module k as layer
+num_hidden_layers + k − 1, which carries copies of the shared embedding and head.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from fathom.model.config import ModelConfig
+
+_LAYER = re.compile(r"model\.layers\.(0|[1-9]\d*)\.(.+)")
+_EXPERT = re.compile(r"mlp\.experts\.(0|[1-9]\d*)\.(gate|up|down)_proj\.weight")
+_SHARED_COPIES = ("embed_tokens.weight", "shared_head.head.weight")
+
+
+class Place(NamedTuple):
+    """Where a checkpoint tensor goes: a whole parameter, or rows of one expert's slice of a stacked one."""
+
+    parameter: str
+    expert: int | None = None
+    rows: slice = slice(None)
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """The view of the parameter that the checkpoint tensor fills."""
+        return parameter if self.expert is None else parameter[self.expert][self.rows]
+
+
+def place(name: str, config: ModelConfig) -> Place | None:
+    """Where checkpoint tensor `name` belongs; None for the MTP layers' copies of the shared embedding and head.
+
+    Names that are no part of this architecture come back as a place that no model has.
+    """
+    match = _LAYER.fullmatch(name)
+    if match is None:
+        return Place(name.removeprefix("model."))
+    layer, rest = int(match[1]), match[2]
+    module = layer - config.num_hidden_layers
+    if module >= 0 and rest in _SHARED_COPIES:
+        return None
+    prefix = f"layers.{layer}." if module < 0 else f"mtp.{module}."
+    expert = _EXPERT.fullmatch(rest)
+    if expert is None:
+        return Place(prefix + rest)
+    number, kind, width = int(expert[1]), expert[2], config.moe_intermediate_size
+    if number >= config.n_routed_experts:
+        return Place(name)
+    if kind == "down":
+        return Place(prefix + "mlp.experts.down_proj", number)
+    rows = slice(0, width) if kind == "gate" else slice(width, 2 * width)
+    return Place(prefix + "mlp.experts.gate_up_proj", number, rows)
+
+
+def released_tensors(model: nn.Module, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """The model's tensors under the released names, one per expert, as every other program reads them.
+
+    The head is always written, even when tied, and every MTP layer carries its copies of embedding and head: vLLM
+    reads both.
+    """
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    for name, tensor in tensors.items():
+        released = _released_name(name, config)
+        if name.endswith("mlp.experts.gate_up_proj"):
+            yield from _expert_tensors(released, tensor.chunk(2, dim=1), ("gate_proj", "up_proj"))
+        elif name.endswith("mlp.experts.down_proj"):
+            yield from _expert_tensors(released, (tensor,), ("down_proj",))
+        else:
+            yield released, tensor
+    for module in range(config.num_nextn_predict_layers):
+        prefix = f"model.layers.{config.num_hidden_layers + module}."
+        yield prefix + "embed_tokens.weight", tensors["embed_tokens.weight"]
+        yield prefix + "shared_head.head.weight", tensors["lm_head.weight"]
+
+
+def _released_name(name: str, config: ModelConfig) -> str:
+    if name.startswith("mtp."):
+        _, module, rest = name.split(".", 2)
+        return f"model.layers.{config.num_hidden_layers + int(module)}.{rest}"
+    return name if name.startswith("lm_head.") else f"model.{name}"
+
+
+def _expert_tensors(
+    stacked_name: str, stacked: tuple[Tensor, ...], kinds: tuple[str, ...]
+) -> Iterator[tuple[str, Tensor]]:
+    prefix = stacked_name.rsplit(".", 1)[0]
+    for expert in range(stacked[0].shape[0]):
+        for kind, tensor in zip(kinds, stacked, strict=True):
+            yield f"{prefix}.{expert}.{kind}.weight", tensor[expert]

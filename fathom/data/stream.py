@@ -1,0 +1,133 @@
+"""Rows of tokens for training and evaluation, cut from one file of token ids.
+
+The file is one long stream of documents; row r is its tokens [r S, r S + S + 1 + lookahead): S inputs, the
+target of the last, and `lookahead` more for the multi-token-prediction modules. Rows start S apart, so they
+share those last tokens and every token but the stream's first is predicted by the main head exactly once.
+Which rows come when depends on (seed, epoch) alone: a resumed run continues exactly, and ranks just ask for
+different slices.
+
+Shapes: B rows, W = S + 1 + lookahead tokens of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from fathom.ops.loss import IGNORE
+
+PADDING_DOCUMENT = -1
+
+
+class Batch(NamedTuple):
+    tokens_BW: torch.Tensor
+    """int64."""
+    documents_BW: torch.Tensor
+    """int64: the document each token belongs to, counted from 0 within its row; an end token belongs to the
+    document it ends. `PADDING_DOCUMENT` (-1) marks padding, which only `TokenRows.tail` returns and which
+    takes no loss."""
+
+
+class TokenRows:
+    """The rows of one token file, which stays on disk and is read as needed."""
+
+    def __init__(
+        self, path: Path, dtype: str, sequence_length: int, lookahead: int, eos_id: int, seed: int = 0
+    ) -> None:
+        if sequence_length < 1 or lookahead < 0 or seed < 0:
+            raise ValueError(
+                f"sequence_length is {sequence_length}, lookahead {lookahead} and seed {seed}; "
+                "they must be at least 1, 0 and 0"
+            )
+        tokens = _map_tokens(path, np.dtype(dtype))
+        width = sequence_length + 1 + lookahead
+        if len(tokens) < width:
+            fitting = len(tokens) - 1 - lookahead
+            raise ValueError(
+                f"{path} has {len(tokens)} tokens, but sequence_length {sequence_length} takes {width}; "
+                + (f"a sequence_length of at most {fitting} fits" if fitting > 0 else "use a larger corpus")
+            )
+        self._tokens = tokens
+        self._sequence_length = sequence_length
+        self._width = width
+        self._eos_id = eos_id
+        self._seed = seed
+        self._order: tuple[int, np.ndarray[Any, Any]] = (0, self._permutation(epoch=0))
+
+    def __len__(self) -> int:
+        """The number of whole rows."""
+        return (len(self._tokens) - self._width) // self._sequence_length + 1
+
+    def shuffled(self, first: int, count: int) -> Batch:
+        """Rows number `first` to `first + count` of the endless training order, one permutation an epoch."""
+        if first < 0 or count < 1:
+            raise ValueError(f"first is {first} and count {count}; they must be at least 0 and at least 1")
+        rows = [self._row_at(position) for position in range(first, first + count)]
+        return self._gather(self._tokens, rows)
+
+    def sequential(self, first: int, count: int) -> Batch:
+        """Rows `first` to `first + count` as they lie in the file."""
+        if first < 0 or count < 1 or first + count > len(self):
+            raise ValueError(f"rows {first} to {first + count} are not within the {len(self)} rows of the file")
+        return self._gather(self._tokens, range(first, first + count))
+
+    def tail(self) -> Batch | None:
+        """What the whole rows leave unpredicted, padded; None if nothing is.
+
+        Together with all `sequential` rows it has every token but the stream's first as a main target exactly
+        once. Missing tokens are end tokens of document -1. A second row is needed when the last whole row
+        fell short only by its lookahead.
+        """
+        start = len(self) * self._sequence_length
+        targets = len(self._tokens) - 1 - start
+        if targets == 0:
+            return None
+        rows = -(-targets // self._sequence_length)
+        missing = (rows - 1) * self._sequence_length + self._width - (targets + 1)
+        stream = np.pad(self._tokens[start:], (0, missing), constant_values=self._eos_id)
+        batch = self._gather(stream, range(rows))
+        position_BW = torch.arange(rows)[:, None] * self._sequence_length + torch.arange(self._width)
+        return batch._replace(documents_BW=batch.documents_BW.masked_fill(position_BW > targets, PADDING_DOCUMENT))
+
+    def _gather(self, stream: np.ndarray[Any, Any], rows: Iterable[int]) -> Batch:
+        starts = [row * self._sequence_length for row in rows]
+        tokens_BW = torch.from_numpy(np.stack([stream[s : s + self._width] for s in starts]).astype(np.int64))
+        ends_BW = (tokens_BW == self._eos_id).long()
+        return Batch(tokens_BW, documents_BW=ends_BW.cumsum(dim=1) - ends_BW)
+
+    def _row_at(self, position: int) -> int:
+        epoch, index = divmod(position, len(self))
+        if epoch != self._order[0]:
+            self._order = (epoch, self._permutation(epoch))
+        return int(self._order[1][index])
+
+    def _permutation(self, epoch: int) -> np.ndarray[Any, Any]:
+        return np.random.Generator(np.random.Philox(key=[self._seed, epoch])).permutation(len(self))
+
+
+def _map_tokens(path: Path, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; prepare the corpus first")
+    size = path.stat().st_size
+    if size % dtype.itemsize:
+        raise ValueError(f"{path} has {size} bytes, no whole number of {dtype.name} tokens: truncated, or another type")
+    if size == 0:
+        raise ValueError(f"{path} is empty; prepare the corpus again")
+    return np.memmap(path, dtype=dtype.newbyteorder("<"), mode="r")
+
+
+def targets(batch: Batch, ahead: int, lookahead: int) -> torch.Tensor:
+    """Token ids `ahead` places after each of the S inputs, (B, S); IGNORE where none is to be predicted.
+
+    The main head (ahead = 1) predicts across documents, MTP modules do not; padding is never a target.
+    """
+    length = batch.tokens_BW.shape[1] - 1 - lookahead
+    documents_BS = batch.documents_BW[:, ahead : ahead + length]
+    valid_BS = documents_BS != PADDING_DOCUMENT
+    if ahead > 1:
+        valid_BS = valid_BS & (documents_BS == batch.documents_BW[:, :length])
+    return batch.tokens_BW[:, ahead : ahead + length].masked_fill(~valid_BS, IGNORE)

@@ -1,0 +1,54 @@
+"""How often the first MTP module's draft is what the model says itself (DeepSeek-V3 report, section 5.4.3).
+
+The share of first drafts accepted while continuing held-out prompts greedily, through the end of documents.
+The report finds 85 to 90 % and 1.8 times the tokens per second. Repetitive continuations are easy to draft,
+so `Evaluation.mtp_agreement`, taken on real text, belongs beside it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fathom.infer.generate import generate_ids
+from fathom.model.transformer import Model
+
+_ROWS = 64
+"""Prompts continued at one time."""
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """Drafting over many prompts."""
+
+    acceptance: float
+    """Share of the drafts accepted."""
+    tokens_per_forward: float
+    """Tokens per forward pass of the main model, the prefill and its token not counted; plain: 1."""
+    drafted: int
+    """Drafts made."""
+
+
+def draft_acceptance(model: Model, prompts: Sequence[Sequence[int]], new_tokens: int = 256) -> Acceptance:
+    """Continue every prompt (token ids, at least 50 held-out ones by definition) greedily by `new_tokens`
+    tokens.
+
+    Raises ValueError for a model without MTP modules, no prompts, or `new_tokens` below 2: the prefill alone
+    makes the first token, without a draft.
+    """
+    if not model.mtp:
+        raise ValueError("num_nextn_predict_layers is 0; acceptance needs a model with at least 1 MTP module")
+    if not prompts:
+        raise ValueError("prompts is empty; acceptance needs at least one prompt")
+    if new_tokens < 2:
+        raise ValueError(f"new_tokens is {new_tokens}; it must be at least 2")
+    found = [
+        generation
+        for first in range(0, len(prompts), _ROWS)
+        for generation in generate_ids(model, prompts[first : first + _ROWS], new_tokens)
+    ]
+    drafted = sum(generation.drafted for generation in found)
+    forwards = sum(generation.forwards for generation in found)
+    return Acceptance(
+        acceptance=sum(generation.accepted for generation in found) / drafted,
+        tokens_per_forward=sum(len(generation.ids) - 1 for generation in found) / forwards,
+        drafted=drafted,
+    )

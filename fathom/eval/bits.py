@@ -1,0 +1,158 @@
+"""Held-out quality: bits per byte, losses, MTP agreement and expert balance, in one pass over the held-out
+rows.
+
+Bits per byte is Σ −log2 p over all held-out tokens / UTF-8 bytes of the held-out text, so tokenizers compare.
+MTP agreement is teacher-forced: how often a module's first choice for a token is the main model's first
+choice for the same token (DeepSeek-V3 report, section 2.2). MaxVio is that of Loss-Free Balancing (arXiv
+2408.15664, section 4).
+
+Shapes: B rows, W = S + 1 + M tokens of a row (inputs, target of the last, lookahead of the M MTP modules),
+S inputs, N positions (or batches), D hidden, O vocabulary, L routers, E experts, K experts per token.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fathom.data.stream import PADDING_DOCUMENT, Batch, targets
+from fathom.model.balance import max_violation
+from fathom.model.layers import at_least_float32
+from fathom.model.transformer import Model, States
+from fathom.ops.loss import IGNORE
+
+_CHUNK_TOKENS = 1024
+"""Positions whose logits exist at one time."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one pass over held-out text found. A share of nothing is NaN."""
+
+    bits_per_byte: float
+    """Of the main head."""
+    loss: float
+    """Of the main head, nats per token."""
+    tokens: int
+    """Targets of the main head."""
+    mtp_losses: tuple[float, ...]
+    """Each MTP module's loss over its own valid targets, nats per token."""
+    mtp_agreement: tuple[float, ...]
+    """For each module, the share of tokens of which it and the main model make the same first guess."""
+    loads_LE: Tensor
+    """Tokens each expert received, padding left out: MoE layers, then MTP modules (int64, CPU)."""
+    max_vio_global: tuple[float, ...]
+    """Each router's MaxVio of those summed loads."""
+    max_vio_batch: tuple[float, ...]
+    """Each router's MaxVio within a batch, averaged over the batches."""
+
+
+@torch.no_grad()
+def evaluate(
+    model: Model,
+    batches: Iterable[Batch],
+    total_bytes: int,
+    compute_dtype: torch.dtype | None = None,
+    mtp: bool = True,
+) -> Evaluation:
+    """Measure `model` on rows of S + 1 + num_nextn_predict_layers tokens, also where `mtp` leaves the modules out.
+
+    `total_bytes` are the UTF-8 bytes of the text that the rows' targets spell, `compute_dtype` is the type of
+    the activations (None: that of the weights). Raises ValueError for rows too short for one input, without
+    any target, or for a `total_bytes` below 1.
+    """
+    if total_bytes < 1:
+        raise ValueError(f"total_bytes is {total_bytes}; it must be the held-out text's size, at least 1")
+    parts = [_measure(model, batch, compute_dtype, mtp) for batch in batches]
+    if not any(part.targets_H[0] for part in parts):
+        raise ValueError("batches hold no target; evaluation needs at least one token to predict")
+    nats_H = torch.stack([part.nats_H for part in parts]).sum(0)
+    targets_H = torch.stack([part.targets_H for part in parts]).sum(0)
+    agreed_M = torch.stack([part.agreed_M for part in parts]).sum(0)
+    compared_M = torch.stack([part.compared_M for part in parts]).sum(0)
+    loads_NLE = torch.stack([part.loads_LE for part in parts])
+    losses = (nats_H / targets_H).tolist()
+    return Evaluation(
+        bits_per_byte=nats_H[0].item() / math.log(2) / total_bytes,
+        loss=losses[0],
+        tokens=int(targets_H[0]),
+        mtp_losses=tuple(losses[1:]),
+        mtp_agreement=tuple((agreed_M.double() / compared_M).tolist()),
+        loads_LE=loads_NLE.sum(0),
+        max_vio_global=tuple(max_violation(loads_NLE.sum(0)).tolist()),
+        # A batch in which a router saw no token says nothing of its balance: 0/0, left out of the mean.
+        max_vio_batch=tuple(max_violation(loads_NLE).nanmean(0).tolist()),
+    )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Sums over one batch, on the CPU; H = 1 + M heads, the main one first."""
+
+    nats_H: Tensor
+    targets_H: Tensor
+    agreed_M: Tensor
+    compared_M: Tensor
+    loads_LE: Tensor
+
+
+def _measure(model: Model, batch: Batch, compute_dtype: torch.dtype | None, mtp: bool) -> _Part:
+    modules, device = model.config.num_nextn_predict_layers, model.embed_tokens.weight.device
+    batch = Batch(batch.tokens_BW.to(device), batch.documents_BW.to(device))
+    tokens_BW, length = batch.tokens_BW, batch.tokens_BW.shape[1] - 1 - modules
+    if length < 1:
+        raise ValueError(
+            f"rows have {tokens_BW.shape[1]} tokens; a model with {modules} MTP modules needs at least "
+            f"{modules + 2}: an input, its target, and one more per module"
+        )
+    states = model.states(
+        tokens_BW[:, :length],
+        mtp=mtp and modules > 0,
+        lookahead_BM=tokens_BW[:, length : length + modules],
+        compute_dtype=compute_dtype,
+    )
+    wanted = [targets(batch, k + 1, modules) for k in range(1 + len(states.mtp_h_BSD))]
+    heads = zip((states.h_BSD, *states.mtp_h_BSD), wanted, strict=True)
+    nats, guesses = zip(*(_score(model, h_BSD, targets_BS) for h_BSD, targets_BS in heads), strict=True)
+    # Module k at position i and the main head at i+k guess the same token; the last k lack a main guess.
+    compared = [wanted[k][:, : length - k] != IGNORE for k in range(1, len(wanted))]
+    agreed = [(guesses[k][:, : length - k] == guesses[0][:, k:]) & compared[k - 1] for k in range(1, len(wanted))]
+    return _Part(
+        nats_H=torch.stack(nats).cpu(),
+        targets_H=_counts([targets_BS != IGNORE for targets_BS in wanted]),
+        agreed_M=_counts(agreed),
+        compared_M=_counts(compared),
+        loads_LE=_loads(model, states, batch.documents_BW),
+    )
+
+
+def _score(model: Model, h_BSD: Tensor, targets_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """One head's summed −log p in float64, and its first guess at every position (B, S)."""
+    nats = torch.zeros((), dtype=torch.float64, device=h_BSD.device)
+    guesses = []
+    chunks = (tensor.split(_CHUNK_TOKENS) for tensor in (h_BSD.flatten(0, 1), targets_BS.flatten()))
+    for h_ND, targets_N in zip(*chunks, strict=True):
+        logits_NO = at_least_float32(model.logits(h_ND))
+        nats += F.cross_entropy(logits_NO, targets_N, ignore_index=IGNORE, reduction="sum")
+        guesses.append(logits_NO.argmax(-1))
+    return nats, torch.cat(guesses).view_as(targets_BS)
+
+
+def _loads(model: Model, states: States, documents_BW: Tensor) -> Tensor:
+    """Tokens each expert received, (L, E) on the CPU. The model's own count would include padding."""
+    length, experts = states.h_BSD.shape[1], model.config.n_routed_experts
+    loads = []
+    for layer, topk_ids_BSK in enumerate(states.router.topk_ids_LBSK):
+        # The token that module k routes at position i is t_{i+k}.
+        ahead = max(0, layer + 1 - model.config.num_moe_layers)
+        real_BS = documents_BW[:, ahead : ahead + length] != PADDING_DOCUMENT
+        loads.append(topk_ids_BSK[real_BS].flatten().bincount(minlength=experts))
+    return torch.stack(loads).cpu() if loads else torch.zeros(0, experts, dtype=torch.int64)
+
+
+def _counts(masks: list[Tensor]) -> Tensor:
+    """How many are true in each mask; int64 on the CPU."""
+    return torch.tensor([int(mask.sum()) for mask in masks], dtype=torch.int64)

@@ -1,0 +1,1 @@
+"""Generating text: the latent cache, the sampler, speculative acceptance, and the loop that joins them."""

@@ -1,0 +1,40 @@
+"""Keeping experts evenly used: the bias update and the small sequence-wise loss (DeepSeek-V3 report, 2.1.2).
+
+Auxiliary-loss-free balancing (arXiv 2408.15664): after every optimizer step each expert's selection bias moves by a
+fixed step, up when it had less than the mean load, down when more. It is a pure function of the load over the WHOLE
+global batch, so gradient accumulation, recomputation and data parallelism cannot change its meaning.
+
+Shapes: B sequences, S tokens each, E experts, K experts per token.
+"""
+
+import torch
+from torch import Tensor
+
+
+def updated_bias(bias_E: Tensor, load_E: Tensor, speed: float) -> Tensor:
+    """b + γ·sign(mean load − load); `load_E` counts tokens per expert over the whole global batch of one step.
+
+    Works on (E) or, all layers at once, on (L, E).
+    """
+    load_E = load_E.to(torch.float64)
+    return bias_E + speed * torch.sign(load_E.mean(-1, keepdim=True) - load_E).to(bias_E.dtype)
+
+
+def sequence_balance_loss(scores_BSE: Tensor, experts_per_token: int) -> Tensor:
+    """Σ_i f_i·P_i, averaged over the B sequences (a scalar, 1 when perfectly even); multiply by α to use it.
+
+    f_i = E/(K·S) · tokens that would choose expert i by the plain scores, P_i = mean over the sequence of the
+    normalised score. Only P carries a gradient.
+    """
+    length, experts = scores_BSE.shape[1:]
+    plain_BSK = scores_BSE.detach().topk(experts_per_token, dim=-1, sorted=False).indices
+    chosen_BE = torch.zeros_like(scores_BSE).scatter(2, plain_BSK, 1.0).sum(1)
+    f_BE = chosen_BE * (experts / (experts_per_token * length))
+    p_BE = (scores_BSE / scores_BSE.sum(-1, keepdim=True)).mean(1)
+    return (f_BE * p_BE).sum(-1).mean()
+
+
+def max_violation(load_E: Tensor) -> Tensor:
+    """MaxVio = max load / mean load − 1 over the last dimension: 0 is perfect balance (arXiv 2408.15664, section 4)."""
+    load_E = load_E.to(torch.float64)
+    return load_E.amax(-1) / load_E.mean(-1) - 1

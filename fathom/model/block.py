@@ -1,0 +1,31 @@
+"""One transformer layer: latent attention, then a dense or a MoE feed-forward, each on a normalised residual stream."""
+
+from torch import Tensor, nn
+
+from fathom.model.config import ModelConfig
+from fathom.model.layers import RMSNorm, SwiGLU
+from fathom.model.mla import MultiHeadLatentAttention
+from fathom.model.moe import MoE, RouterFacts
+from fathom.model.rope import Rope
+
+
+class Block(nn.Module):
+    """x += attention(norm(x)); x += feed-forward(norm(x)). Submodules are named as the released tensors."""
+
+    def __init__(self, config: ModelConfig, moe: bool) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = MultiHeadLatentAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MoE(config) if moe else SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self, x_BSD: Tensor, rope: Rope, cache_BTW: Tensor | None = None, positions_BS: Tensor | None = None
+    ) -> tuple[Tensor, RouterFacts | None]:
+        """The new residual stream (B, S, D), and the router's facts of a MoE layer."""
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rope, cache_BTW, positions_BS)
+        normed_BSD = self.post_attention_layernorm(x_BSD)
+        if isinstance(self.mlp, MoE):
+            out_BSD, facts = self.mlp(normed_BSD)
+            return x_BSD + out_BSD, facts
+        return x_BSD + self.mlp(normed_BSD), None

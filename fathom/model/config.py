@@ -1,0 +1,428 @@
+"""The architecture as data: config.json's own names, its rules, and what a model of that shape costs.
+
+A `ModelConfig` *is* a Hugging Face `config.json` of model type `deepseek_v3`: the same keys, read and written in the
+spellings that `transformers`, vLLM, SGLang and llama.cpp expect. Keys that would change the mathematics are refused,
+never dropped. Parameter and FLOP counts follow the conventions of the DeepSeek-V3 report (arXiv 2412.19437, section 4).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+from fathom.config import ConfigError
+
+# Keys that only one value of which is the mathematics implemented here. Absent means that value.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("deepseek_v3",),
+    "hidden_act": ("silu",),
+    "scoring_func": ("sigmoid",),
+    "topk_method": ("noaux_tc",),
+    "moe_layer_freq": (1,),
+    "attention_bias": (False,),
+    "attention_dropout": (0.0,),
+    "rope_interleave": (True,),
+}
+
+# Keys that say nothing about the forward pass: bookkeeping, file formats, serving and training hints.
+_IGNORED = frozenset(
+    [
+        "architectures",
+        "auto_map",
+        "_name_or_path",
+        "name_or_path",
+        "transformers_version",
+        "torch_dtype",
+        "dtype",
+        "use_cache",
+        "pretraining_tp",
+        "ep_size",
+        "aux_loss_alpha",
+        "seq_aux",
+        "head_dim",
+        "qk_head_dim",
+        "quantization_config",
+        "output_router_logits",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "is_encoder_decoder",
+        "chunk_size_feed_forward",
+        "id2label",
+        "label2id",
+        "problem_type",
+        "num_local_experts",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class YarnScaling:
+    """YaRN context extension, the released models' `rope_scaling` (arXiv 2309.00071; DeepSeek-V3 report, 4.3)."""
+
+    factor: float
+    """How many times longer the context becomes (the released models: 40)."""
+    original_max_position_embeddings: int
+    """Context length before the extension (the released models: 4096)."""
+    beta_fast: float = 32.0
+    """Dimensions that turn more often than this within the original length keep their frequency."""
+    beta_slow: float = 1.0
+    """Dimensions that turn less often than this within the original length are slowed by `factor`."""
+    mscale: float = 0.0
+    """Temperature of cos and sin; 0 means not given."""
+    mscale_all_dim: float = 0.0
+    """Temperature of the attention scale; 0 means not given."""
+
+    def __post_init__(self) -> None:
+        _check(self.factor > 0, "rope_scaling.factor", self.factor, "a positive number")
+        length = self.original_max_position_embeddings
+        _check(length > 0, "rope_scaling.original_max_position_embeddings", length, "a positive integer")
+        _check(
+            self.beta_fast > self.beta_slow > 0,
+            "rope_scaling.beta_fast, beta_slow",
+            (self.beta_fast, self.beta_slow),
+            "two positive numbers, beta_fast the larger",
+        )
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Numbers of parameters; the correction biases are counted, as in the released weights' notes."""
+
+    total: int
+    """All parameters of the main model: every layer, every expert, embedding and head; without MTP modules."""
+    active: int
+    """Parameters one token passes through, the input embedding and the head included."""
+    embedding: int
+    """The input embedding alone."""
+    mtp: int
+    """The MTP modules' own parameters (embedding and head are the main model's)."""
+    active_matrices: int
+    """Weights that multiply one token's activations: active, without embedding, norms and biases."""
+    active_mtp_matrices: int
+    """The same for the MTP modules, each with its use of the shared head."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a DeepSeek-V3 model. Fields are config.json's keys; absent ones mean the 671B model's values."""
+
+    vocab_size: int = 129280
+    """Vocabulary size O."""
+    hidden_size: int = 7168
+    """Width of the residual stream D."""
+    intermediate_size: int = 18432
+    """Width of the dense layers' SwiGLU."""
+    moe_intermediate_size: int = 2048
+    """Width of one expert F."""
+    num_hidden_layers: int = 61
+    """Number of transformer layers L, MTP modules not counted."""
+    first_k_dense_replace: int = 3
+    """How many layers, counted from the first, are dense; every later one is MoE."""
+    num_attention_heads: int = 128
+    """Attention heads H."""
+    q_lora_rank: int | None = 1536
+    """Rank of the query latent Q; None: queries are projected directly."""
+    kv_lora_rank: int = 512
+    """Rank of the key/value latent C, the larger part of the cache."""
+    qk_nope_head_dim: int = 128
+    """Width of a head's query and key without position P."""
+    qk_rope_head_dim: int = 64
+    """Width of a head's query and of the shared key with position R."""
+    v_head_dim: int = 128
+    """Width of a head's value V."""
+    n_routed_experts: int = 256
+    """Routed experts in a MoE layer E."""
+    n_shared_experts: int = 1
+    """Shared experts: one SwiGLU of this many experts' width."""
+    num_experts_per_tok: int = 8
+    """Routed experts each token takes K."""
+    n_group: int = 8
+    """Groups G the routed experts are cut into."""
+    topk_group: int = 4
+    """Groups each token may choose its experts from."""
+    norm_topk_prob: bool = True
+    """Normalise the chosen experts' weights to sum 1."""
+    routed_scaling_factor: float = 2.5
+    """Factor on the routed experts' weights."""
+    num_nextn_predict_layers: int = 1
+    """Multi-token prediction modules."""
+    max_position_embeddings: int = 4096
+    """Longest context the model is meant for."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    rope_scaling: YarnScaling | None = None
+    """YaRN context extension, if any."""
+    rms_norm_eps: float = 1e-6
+    """Epsilon of the RMS norms (the two latent norms always use 1e-6)."""
+    tie_word_embeddings: bool = False
+    """Share the embedding with the output head."""
+    initializer_range: float = 0.006
+    """Standard deviation of the initial weights (report, section 4.2)."""
+    bos_token_id: int | None = 0
+    """Token that begins a document."""
+    eos_token_id: int | None = 1
+    """Token that ends a document."""
+    pad_token_id: int | None = None
+    """Token that fills batches up; never a target."""
+
+    def __post_init__(self) -> None:
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            _check(isinstance(value, int) and value >= 1, name, value, "an integer of at least 1")
+        for name in ("first_k_dense_replace", "num_nextn_predict_layers"):
+            value = getattr(self, name)
+            _check(isinstance(value, int) and value >= 0, name, value, "an integer of at least 0")
+        rank = self.q_lora_rank
+        _check(rank is None or rank >= 1, "q_lora_rank", rank, "an integer of at least 1, or null")
+        _check(
+            self.first_k_dense_replace <= self.num_hidden_layers,
+            "first_k_dense_replace",
+            self.first_k_dense_replace,
+            f"at most num_hidden_layers ({self.num_hidden_layers})",
+        )
+        _check(
+            self.qk_rope_head_dim % 2 == 0,
+            "qk_rope_head_dim",
+            self.qk_rope_head_dim,
+            "an even number: positions rotate pairs of dimensions",
+        )
+        self._check_routing()
+        for name in ("rope_theta", "rms_norm_eps", "initializer_range", "routed_scaling_factor"):
+            value = getattr(self, name)
+            _check(value > 0, name, value, "a positive number")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            inside = value is None or (isinstance(value, int) and 0 <= value < self.vocab_size)
+            _check(inside, name, value, f"null or a token id below vocab_size ({self.vocab_size})")
+
+    def _check_routing(self) -> None:
+        experts, groups = self.n_routed_experts, self.n_group
+        _check(
+            experts % groups == 0 and experts // groups >= 2,
+            "n_group",
+            groups,
+            f"a divisor of n_routed_experts ({experts}) that leaves at least 2 experts in each group",
+        )
+        _check(self.topk_group <= groups, "topk_group", self.topk_group, f"at most n_group ({groups})")
+        reachable = self.topk_group * (experts // groups)
+        _check(
+            self.num_experts_per_tok <= reachable,
+            "num_experts_per_tok",
+            self.num_experts_per_tok,
+            f"at most {reachable}: topk_group ({self.topk_group}) groups of {experts // groups} experts",
+        )
+
+    # ------------------------------------------------------------------------------------------ derived sizes
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of a whole query or key head, P + R."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def cache_width(self) -> int:
+        """Numbers cached per token and layer, C + R."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def num_moe_layers(self) -> int:
+        """MoE layers of the main model; each MTP module adds one more router."""
+        return self.num_hidden_layers - self.first_k_dense_replace
+
+    def parameter_counts(self) -> ParameterCounts:
+        """Exact numbers of parameters, total and active per token, from the formulas (no model is built)."""
+        d, f = self.hidden_size, self.moe_intermediate_size
+        attention, attention_norms = self._attention_counts()
+        norms = attention_norms + 2 * d
+        expert, shared = 3 * d * f, 3 * d * f * self.n_shared_experts
+        gate = self.n_routed_experts * d
+        dense_layer = attention + 3 * d * self.intermediate_size
+        moe_active = attention + gate + shared + self.num_experts_per_tok * expert
+        moe_total = attention + gate + shared + self.n_routed_experts * expert
+        bias = self.n_routed_experts
+        embedding = self.vocab_size * d
+        head = 0 if self.tie_word_embeddings else embedding
+
+        dense, sparse, modules = (
+            self.first_k_dense_replace,
+            self.num_moe_layers,
+            self.num_nextn_predict_layers,
+        )
+        small = self.num_hidden_layers * norms + sparse * bias + d
+        matrices = dense * dense_layer + sparse * moe_active + embedding
+        return ParameterCounts(
+            total=dense * dense_layer + sparse * moe_total + small + embedding + head,
+            active=dense * dense_layer + sparse * moe_active + small + embedding + head,
+            embedding=embedding,
+            mtp=modules * (moe_total + norms + bias + 2 * d * d + 3 * d),
+            active_matrices=matrices,
+            active_mtp_matrices=modules * (moe_active + 2 * d * d + embedding),
+        )
+
+    def _attention_counts(self) -> tuple[int, int]:
+        """(matrix weights, norm weights) of one layer's attention."""
+        d, heads, rank = self.hidden_size, self.num_attention_heads, self.q_lora_rank
+        width = heads * self.qk_head_dim
+        query, query_norm = (d * width, 0) if rank is None else (d * rank + rank * width, rank)
+        latent = d * self.cache_width + self.kv_lora_rank * heads * (self.qk_nope_head_dim + self.v_head_dim)
+        return query + latent + heads * self.v_head_dim * d, query_norm + self.kv_lora_rank
+
+    def flops_per_token(self, sequence_length: int, mtp: bool = False) -> int:
+        """Model FLOPs to train on one token: 6 per active matrix weight, plus causal attention's products.
+
+        The head counts, the embedding look-up does not; recomputation is not counted. `mtp` adds the MTP modules.
+        """
+        counts = self.parameter_counts()
+        weights, layers = counts.active_matrices, self.num_hidden_layers
+        if mtp:
+            weights, layers = weights + counts.active_mtp_matrices, layers + self.num_nextn_predict_layers
+        products = 3 * layers * self.num_attention_heads * (self.qk_head_dim + self.v_head_dim) * sequence_length
+        return 6 * weights + products
+
+    # ------------------------------------------------------------------------------------------- config.json
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> ModelConfig:
+        """Read the content of a config.json; raises ConfigError for a key whose meaning is not implemented here."""
+        raw = dict(raw)
+        if raw.get("model_type") is None:
+            raise ConfigError("model_type is missing: a DeepSeek-V3 config.json says «deepseek_v3»")
+        values: dict[str, Any] = {"rope_scaling": _read_rope(raw)}
+        for key, allowed in _FIXED.items():
+            if (value := raw.pop(key, None)) is not None:
+                choices = " or ".join(map(repr, allowed))
+                _check(value in allowed, key, value, f"{choices}: nothing else is implemented")
+        # Checkpoints without MTP modules often leave the key out; `transformers` has a second name for it.
+        modules = raw.pop("num_mtp_layers", 0)
+        raw.setdefault("num_nextn_predict_layers", modules)
+        raw.setdefault("initializer_range", 0.02)
+        known = {f.name for f in dataclasses.fields(cls)}
+        for key, value in raw.items():
+            if key in known:
+                values[key] = _convert(key, value)
+            elif key not in _IGNORED and key != "num_key_value_heads":
+                raise ConfigError(_unknown(key, value, known))
+        config = cls(**values)
+        kv_heads = raw.get("num_key_value_heads")
+        matches = kv_heads is None or kv_heads == config.num_attention_heads
+        _check(matches, "num_key_value_heads", kv_heads, f"num_attention_heads ({config.num_attention_heads})")
+        return config
+
+    def to_dict(self, dtype: str = "float32") -> dict[str, Any]:
+        """The content of a config.json that `transformers` 4 and 5, vLLM, SGLang and llama.cpp's converter read."""
+        raw: dict[str, Any] = {
+            "architectures": ["DeepseekV3ForCausalLM"],
+            **{key: allowed[0] for key, allowed in _FIXED.items()},
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)},
+            "num_key_value_heads": self.num_attention_heads,
+            "ep_size": 1,
+            "dtype": dtype,
+            "torch_dtype": dtype,
+            "use_cache": True,
+        }
+        parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": self.rope_theta}
+        if (yarn := self.rope_scaling) is not None:
+            # 0 is this dataclass's «not given»; other programs want the key to be absent.
+            given = {k: v for k, v in dataclasses.asdict(yarn).items() if v or not k.startswith("mscale")}
+            raw["rope_scaling"] = {"type": "yarn", **given}
+            parameters = {"rope_type": "yarn", "rope_theta": self.rope_theta, **given}
+        raw["rope_parameters"] = parameters
+        return raw
+
+
+_POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "n_routed_experts",
+    "n_shared_experts",
+    "num_experts_per_tok",
+    "n_group",
+    "topk_group",
+    "max_position_embeddings",
+)
+
+
+def _check(right: bool, name: str, value: Any, expected: str) -> None:
+    if not right:
+        raise ConfigError(f"{name} is {value!r}; it must be {expected}")
+
+
+def _unknown(key: str, value: Any, known: set[str]) -> str:
+    close = difflib.get_close_matches(key, sorted(known), n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    return (
+        f"config key {key!r} (value {value!r}) is not one of DeepSeek-V3's: it may change the mathematics, so it is "
+        f"refused, not dropped{hint}"
+    )
+
+
+def _convert(key: str, value: Any) -> Any:
+    """Check a JSON value's type against the field's; integers are welcome where a float is expected."""
+    annotation = next(f.type for f in dataclasses.fields(ModelConfig) if f.name == key)
+    if value is None:
+        _check("None" in str(annotation), key, value, f"a value of type {annotation}")
+        return None
+    if key == "eos_token_id" and isinstance(value, list):
+        _check(bool(value), key, value, "a token id or a list of at least one")
+        value = value[0]
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if annotation == "float":
+        _check(number, key, value, "a number")
+        return float(value)
+    if annotation == "bool":
+        _check(isinstance(value, bool), key, value, "true or false")
+    else:
+        _check(isinstance(value, int) and number, key, value, "an integer")
+    return value
+
+
+def _read_rope(raw: dict[str, Any]) -> YarnScaling | None:
+    """Take both spellings of the rotary settings out of `raw`; leaves `rope_theta` behind as a plain key."""
+    spellings: dict[str, YarnScaling | None] = {}
+    for name in ("rope_parameters", "rope_scaling"):
+        given = raw.pop(name, None)
+        _check(given is None or isinstance(given, dict), name, given, "null or an object")
+        if not given:
+            continue
+        rope = dict(given)
+        if (theta := rope.pop("rope_theta", None)) is not None:
+            plain = raw.setdefault("rope_theta", theta)
+            _check(plain == theta, "rope_theta", plain, f"the same as {name}.rope_theta ({theta!r})")
+        spellings[name] = _read_yarn(rope)
+    found = list(spellings.values())
+    # Which of the two is believed differs between programs.
+    _check(len(set(found)) < 2, "rope_scaling", found[-1:], f"the same as rope_parameters ({found[:1]})")
+    return found[0] if found else None
+
+
+def _read_yarn(rope: dict[str, Any]) -> YarnScaling | None:
+    """The content of rope_scaling or rope_parameters; None when its type is default."""
+    kinds = {str(rope.pop(key)) for key in ("type", "rope_type") if key in rope} or {"default"}
+    if kinds == {"default"}:
+        _check(not rope, "rope_parameters", rope, "only rope_type and rope_theta when the type is default")
+        return None
+    _check(kinds == {"yarn"}, "rope_scaling.type", sorted(kinds), "'yarn' or 'default'")
+    for key, only in (("truncate", True), ("partial_rotary_factor", 1.0), ("attention_factor", None)):
+        if key in rope:
+            value = rope.pop(key)
+            _check(value in (only, None), f"rope_scaling.{key}", value, f"{only!r}: nothing else is implemented")
+    fields = {f.name for f in dataclasses.fields(YarnScaling)}
+    unknown = sorted(set(rope) - fields)
+    _check(not unknown, "rope_scaling", unknown, f"made of {', '.join(sorted(fields))} alone")
+    for key in ("factor", "original_max_position_embeddings"):
+        _check(rope.get(key) is not None, f"rope_scaling.{key}", None, "given when the type is yarn")
+    for key, value in rope.items():
+        number = value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+        _check(number, f"rope_scaling.{key}", value, "a number")
+    return YarnScaling(**{key: value for key, value in rope.items() if value is not None})

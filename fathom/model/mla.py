@@ -1,0 +1,100 @@
+"""Multi-head Latent Attention (DeepSeek-V2, section 2.1; DeepSeek-V3 report, 2.1.1).
+
+Keys and values of all heads are up-projections of one small latent per token, so only the latent c (C numbers) and the
+rotated shared key (R numbers) are ever cached. The same weights serve two algebraically equal forms:
+
+- expanded: build k and v per head, then attend. Cheapest when all keys are new: training and prefill.
+- absorbed: fold the key half of W_kvb into the query and the value half into the output, then attend the latents
+  themselves. Cheapest when the cache is long and queries are few: decoding never expands the cache.
+
+Shapes: B batch, S query length, T key length, D hidden, H heads, P nope width, R rope width, V value width,
+C latent rank, Q query rank, W = C+R, X = P+R.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from fathom.model.config import ModelConfig
+from fathom.model.layers import LATENT_NORM_EPS, Linear, RMSNorm
+from fathom.model.rope import Rope, apply_rope, softmax_scale
+from fathom.ops.attention import causal_attention, latent_attention
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """Submodules are named as the released tensors; `q_proj` replaces the two query maps when there is no rank Q."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.scale = softmax_scale(config)
+        heads, width = config.num_attention_heads, config.hidden_size
+        if config.q_lora_rank is None:
+            self.q_proj = Linear(width, heads * config.qk_head_dim)
+        else:
+            self.q_a_proj = Linear(width, config.q_lora_rank)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
+            self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim)
+        self.kv_a_proj_with_mqa = Linear(width, config.cache_width)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS)
+        self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
+        self.o_proj = Linear(heads * config.v_head_dim, width)
+
+    def forward(
+        self, x_BSD: Tensor, rope: Rope, cache_BTW: Tensor | None = None, positions_BS: Tensor | None = None
+    ) -> Tensor:
+        """Attend; with a cache, first write the new tokens' latents into it at `positions_BS`.
+
+        `cache_BTW` is a view of the slots visible to this call. When the new tokens fill all of them (prefill from
+        an empty cache) nothing older exists and the expanded form is used, else the absorbed one.
+        """
+        q_nope_BSHP, q_rope_BSHR = self.queries(x_BSD, rope)
+        c_BSC, k_rope_BSR = self.latents(x_BSD, rope)
+        if cache_BTW is None or positions_BS is None:
+            heads_BSHV = self.expanded(q_nope_BSHP, q_rope_BSHR, c_BSC, k_rope_BSR)
+        else:
+            rows_B1 = torch.arange(x_BSD.shape[0], device=x_BSD.device)[:, None]
+            cache_BTW[rows_B1, positions_BS] = torch.cat((c_BSC, k_rope_BSR), dim=-1)
+            if cache_BTW.shape[1] == x_BSD.shape[1]:
+                heads_BSHV = self.expanded(q_nope_BSHP, q_rope_BSHR, c_BSC, k_rope_BSR)
+            else:
+                heads_BSHV = self.absorbed(q_nope_BSHP, q_rope_BSHR, cache_BTW, positions_BS)
+        out_BSD: Tensor = self.o_proj(heads_BSHV.flatten(2))
+        return out_BSD
+
+    def queries(self, x_BSD: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """Each head's query, its part without position (B, S, H, P) and its rotated part (B, S, H, R)."""
+        config = self.config
+        if config.q_lora_rank is None:
+            q_BSX = self.q_proj(x_BSD)
+        else:
+            q_BSX = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BSD)))
+        q_BSHX = q_BSX.unflatten(-1, (config.num_attention_heads, config.qk_head_dim))
+        q_nope_BSHP, q_rope_BSHR = q_BSHX.split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1)
+        return q_nope_BSHP, apply_rope(q_rope_BSHR, rope)
+
+    def latents(self, x_BSD: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """What is cached: the normalised latent c (B, S, C) and the rotated key all heads share (B, S, R)."""
+        config = self.config
+        kv_BSW = self.kv_a_proj_with_mqa(x_BSD)
+        c_BSC, k_rope_BSR = kv_BSW.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
+        return self.kv_a_layernorm(c_BSC), apply_rope(k_rope_BSR, rope)
+
+    def expanded(self, q_nope_BSHP: Tensor, q_rope_BSHR: Tensor, c_BSC: Tensor, k_rope_BSR: Tensor) -> Tensor:
+        """Causal attention over the call's own tokens with keys and values built per head; (B, S, H, V)."""
+        config = self.config
+        kv_BSHY = self.kv_b_proj(c_BSC).unflatten(-1, (config.num_attention_heads, -1))
+        k_nope_BSHP, v_BSHV = kv_BSHY.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)
+        k_rope_BSHR = k_rope_BSR.unsqueeze(2).expand(-1, -1, config.num_attention_heads, -1)
+        q_BSHX = torch.cat((q_nope_BSHP, q_rope_BSHR), dim=-1)
+        k_BSHX = torch.cat((k_nope_BSHP, k_rope_BSHR), dim=-1)
+        return causal_attention(q_BSHX, k_BSHX, v_BSHV, self.scale)
+
+    def absorbed(self, q_nope_BSHP: Tensor, q_rope_BSHR: Tensor, cache_BTW: Tensor, positions_BS: Tensor) -> Tensor:
+        """Attention over the cached latents without expanding them; (B, S, H, V)."""
+        config = self.config
+        up_HYC = self.kv_b_proj.weight.to(cache_BTW.dtype).unflatten(0, (config.num_attention_heads, -1))
+        up_k_HPC, up_v_HVC = up_HYC.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
+        q_latent_BSHC = torch.einsum("bshp,hpc->bshc", q_nope_BSHP, up_k_HPC)
+        q_BSHW = torch.cat((q_latent_BSHC, q_rope_BSHR), dim=-1)
+        out_BSHC = latent_attention(q_BSHW, cache_BTW, positions_BS, config.kv_lora_rank, self.scale)
+        return torch.einsum("bshc,hvc->bshv", out_BSHC, up_v_HVC)

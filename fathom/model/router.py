@@ -1,0 +1,73 @@
+"""Which experts a token takes, and with what weight (DeepSeek-V3 report, section 2.1.2). Everything in float32.
+
+The correction bias steers selection alone; the weights are those of the unbiased scores. This file is the definition
+that the tests hold against `transformers`: groups that are not chosen are masked with −inf, so that a negative bias
+cannot let a masked expert in.
+
+Shapes: N tokens, D hidden, E routed experts, K experts per token, G groups.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fathom.model.config import ModelConfig
+from fathom.model.layers import at_least_float32
+
+
+class Routing(NamedTuple):
+    """One layer's choice."""
+
+    topk_ids_NK: Tensor
+    """Experts each token takes, int64."""
+    weights_NK: Tensor
+    """Their weights; gradients flow to the gate through these alone."""
+    scores_NE: Tensor
+    """sigmoid affinity of every token to every expert, for the balance loss."""
+
+
+class Router(nn.Module):
+    """The gate: `weight` (E, D) is learned, `e_score_correction_bias` (E) moves by the balancing rule only."""
+
+    e_score_correction_bias: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        bias = torch.zeros(config.n_routed_experts, dtype=torch.float32)
+        self.register_buffer("e_score_correction_bias", bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves with the module but stays float32: in bf16 the balancing steps would be rounded away."""
+        bias_E = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        if self.e_score_correction_bias.dtype != bias_E.dtype:
+            self.e_score_correction_bias = bias_E.to(self.e_score_correction_bias.device)
+        return self
+
+    def forward(self, x_ND: Tensor) -> Routing:
+        x_ND = at_least_float32(x_ND)
+        scores_NE = F.linear(x_ND, self.weight.to(x_ND.dtype)).sigmoid()
+        topk_ids_NK = select_experts(scores_NE.detach() + self.e_score_correction_bias, self.config)
+        weights_NK = scores_NE.gather(1, topk_ids_NK)
+        if self.config.norm_topk_prob:
+            weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
+        return Routing(topk_ids_NK, weights_NK * self.config.routed_scaling_factor, scores_NE)
+
+
+def select_experts(biased_NE: Tensor, config: ModelConfig) -> Tensor:
+    """Ids (N, K) of the K best biased scores within the `topk_group` best groups.
+
+    A group is as good as the sum of its two best experts.
+    """
+    if config.topk_group < config.n_group:
+        grouped_NGe = biased_NE.unflatten(1, (config.n_group, -1))
+        group_scores_NG = grouped_NGe.topk(2, dim=-1).values.sum(-1)
+        chosen_Ng = group_scores_NG.topk(config.topk_group, dim=-1, sorted=False).indices
+        closed_NG = torch.ones_like(group_scores_NG, dtype=torch.bool).scatter(1, chosen_Ng, False)
+        biased_NE = grouped_NGe.masked_fill(closed_NG.unsqueeze(-1), float("-inf")).flatten(1)
+    return biased_NE.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices

@@ -1,0 +1,1 @@
+"""The hot operations: each a plain reference, and a faster version behind the same signature."""

@@ -1,0 +1,158 @@
+"""Routed experts: every token's K SwiGLU experts, as products grouped by expert (DeepSeekMoE, arXiv 2401.06066).
+
+The (token, expert) pairs are sorted by expert into rows, so that each expert's tokens are neighbours and one
+grouped product serves all experts: the cost follows the active work, not the number of experts, and no token is ever
+dropped. The gate's weight multiplies the hidden activation (F numbers) rather than the output (D numbers): the down
+projection is linear, so it is the same sum.
+
+Shapes: N tokens, D hidden, E experts, K experts per token, F expert width, P = N·K (token, expert) pairs,
+R rows: the pairs sorted by expert, each expert's rows padded to a multiple.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Dispatch(NamedTuple):
+    """Where each (token, expert) pair stands once the pairs are sorted by expert."""
+
+    pair_R: Tensor
+    """Row r holds pair pair_R[r] of the flattened (N, K) choices, so token pair_R[r] // K; −1 for a padding row."""
+    row_NK: Tensor
+    """The inverse: the row in which token n's k-th choice stands."""
+    ends_E: Tensor
+    """Row after expert e's last one, int32 as the grouped product wants it."""
+    load_E: Tensor
+    """Tokens each expert received, int64."""
+
+
+def dispatch(topk_ids_NK: Tensor, experts: int) -> Dispatch:
+    """Sort the pairs by expert; stable, so equal inputs give equal sums."""
+    pairs = topk_ids_NK.numel()
+    multiple = _row_multiple(pairs, experts, topk_ids_NK.device)
+    ids_P, pair_P = topk_ids_NK.flatten().sort(stable=True)
+    every_E = torch.arange(experts, device=ids_P.device)
+    begin_E, end_E = torch.searchsorted(ids_P, every_E), torch.searchsorted(ids_P, every_E, right=True)
+    load_E = end_E - begin_E
+    rows_E = (load_E + multiple - 1) // multiple * multiple
+    ends_E = rows_E.cumsum(0)
+    row_P = torch.arange(pairs, device=ids_P.device) + (ends_E - rows_E - begin_E)[ids_P]
+    pair_R = pair_P.new_full((pairs + experts * (multiple - 1),), -1)
+    pair_R[row_P] = pair_P
+    row_NK = torch.empty_like(pair_P)
+    row_NK[pair_P] = row_P
+    return Dispatch(pair_R, row_NK.view_as(topk_ids_NK), ends_E.to(torch.int32), load_E)
+
+
+def _row_multiple(pairs: int, experts: int, device: torch.device) -> int:
+    """Each expert's rows are padded to a multiple of this.
+
+    oneDNN prepares a kernel per matrix height, at about a millisecond each: as loads differ at every step, unpadded
+    training on the CPU spends longer preparing products than multiplying (docs/log.md).
+    """
+    return 64 if device.type == "cpu" and pairs >= 256 * experts else 1
+
+
+def routed_experts_reference(
+    x_ND: Tensor, topk_ids_NK: Tensor, weights_NK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
+) -> Tensor:
+    """Σ_k weight_k · down_e(silu(gate_e(x)) · up_e(x)) with e = the token's k-th expert, one expert at a time.
+
+    `gate_up_EGD` stacks gate over up (G = 2F). Returns (N, D) in x's type.
+    """
+    out_ND = torch.zeros_like(x_ND)
+    for expert in range(gate_up_EGD.shape[0]):
+        token, choice = (topk_ids_NK == expert).nonzero(as_tuple=True)
+        gate, up = F.linear(x_ND[token], gate_up_EGD[expert]).chunk(2, dim=-1)
+        hidden = F.silu(gate) * up * weights_NK[token, choice, None].to(x_ND.dtype)
+        out_ND = out_ND.index_add(0, token, F.linear(hidden, down_EDF[expert]))
+    return out_ND
+
+
+def routed_experts(x_ND: Tensor, order: Dispatch, weights_NK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
+    """As the reference, with four grouped products forward and backward instead of a loop over experts.
+
+    Where torch's grouped product does not apply — float64, or widths whose rows are not multiples of 16 bytes — the
+    same rows go through one product per expert.
+    """
+    out: Tensor = _RoutedExperts.apply(
+        x_ND, order.pair_R, order.row_NK, order.ends_E, weights_NK, gate_up_EGD, down_EDF
+    )
+    return out
+
+
+class _RoutedExperts(torch.autograd.Function):
+    """Saves only the tokens and the experts' pre-activations; the sorted rows and activations are remade backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_ND: Tensor,
+        pair_R: Tensor,
+        row_NK: Tensor,
+        ends_E: Tensor,
+        weights_NK: Tensor,
+        gate_up_EGD: Tensor,
+        down_EDF: Tensor,
+    ) -> Tensor:
+        token_R = pair_R.clamp_min(0) // row_NK.shape[1]
+        gate_up_RG = grouped_product(x_ND[token_R], gate_up_EGD.transpose(1, 2), ends_E)
+        gate_RF, up_RF = gate_up_RG.chunk(2, dim=-1)
+        weight_R1 = weights_NK.flatten()[pair_R.clamp_min(0), None].to(x_ND.dtype)
+        y_RD = grouped_product(F.silu(gate_RF) * up_RF * weight_R1, down_EDF.transpose(1, 2), ends_E)
+        ctx.save_for_backward(x_ND, pair_R, row_NK, ends_E, weights_NK, gate_up_EGD, down_EDF, gate_up_RG)
+        return y_RD[row_NK].sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_ND, pair_R, row_NK, ends_E, weights_NK, gate_up_EGD, down_EDF, gate_up_RG = ctx.saved_tensors
+        token_R = pair_R.clamp_min(0) // row_NK.shape[1]
+        # Padding rows repeat token 0; a zero gradient keeps them out of every sum below.
+        dy_RD = torch.where((pair_R >= 0).unsqueeze(1), grads[0][token_R], 0)
+        gate_RF, up_RF = gate_up_RG.chunk(2, dim=-1)
+        weight_R1 = weights_NK.flatten()[pair_R.clamp_min(0), None].to(x_ND.dtype)
+        sigmoid_RF = gate_RF.sigmoid()
+        silu_RF = gate_RF * sigmoid_RF
+        hidden_RF = silu_RF * up_RF
+
+        dscaled_RF = grouped_product(dy_RD, down_EDF, ends_E)
+        ddown_EDF = grouped_outer(dy_RD, hidden_RF * weight_R1, ends_E)
+        dweight_R = (dscaled_RF * hidden_RF).sum(-1, dtype=weights_NK.dtype)
+        dhidden_RF = dscaled_RF * weight_R1
+        dsilu_RF = sigmoid_RF * (1 + gate_RF * (1 - sigmoid_RF))
+        dgate_up_RG = torch.cat((dhidden_RF * up_RF * dsilu_RF, dhidden_RF * silu_RF), dim=-1)
+
+        dgate_up_EGD = grouped_outer(dgate_up_RG, x_ND[token_R], ends_E)
+        dx_ND = grouped_product(dgate_up_RG, gate_up_EGD, ends_E)[row_NK].sum(1)
+        return dx_ND, None, None, None, dweight_R[row_NK], dgate_up_EGD, ddown_EDF
+
+
+def grouped_product(x_RI: Tensor, w_EIO: Tensor, ends_E: Tensor) -> Tensor:
+    """Rows of expert e times w_e: (R, O); rows after the last expert's are not computed."""
+    if _grouped_mm_takes(x_RI, w_EIO):
+        return F.grouped_mm(x_RI, w_EIO, offs=ends_E)
+    out_RO = x_RI.new_empty(x_RI.shape[0], w_EIO.shape[2])
+    for expert, rows in enumerate(_expert_rows(ends_E)):
+        out_RO[rows] = x_RI[rows] @ w_EIO[expert]
+    return out_RO
+
+
+def grouped_outer(a_RI: Tensor, b_RO: Tensor, ends_E: Tensor) -> Tensor:
+    """aᵀ·b over each expert's rows: (E, I, O), zero for an expert without rows."""
+    if _grouped_mm_takes(a_RI, b_RO):
+        return F.grouped_mm(a_RI.t(), b_RO, offs=ends_E)
+    return torch.stack([a_RI[rows].t() @ b_RO[rows] for rows in _expert_rows(ends_E)])
+
+
+def _expert_rows(ends_E: Tensor) -> list[slice]:
+    ends = ends_E.tolist()
+    return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def _grouped_mm_takes(*operands: Tensor) -> bool:
+    """torch's grouped product wants bf16, float16 or float32 and rows that are multiples of 16 bytes."""
+    wide = all(size * t.element_size() % 16 == 0 for t in operands for size in t.shape[1:])
+    return wide and operands[0].dtype in (torch.bfloat16, torch.float16, torch.float32) and operands[0].shape[0] > 0

@@ -1,0 +1,68 @@
+"""Cross-entropy straight from hidden states: the whole (N, O) logits are never kept.
+
+The head's product, the softmax and both their gradients are done chunk by chunk in the forward pass, so memory is one
+chunk of logits whatever the vocabulary, and the backward pass only scales what is already there.
+
+Shapes: N tokens, D hidden, O vocabulary, M tokens in a chunk.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100
+"""Target of a position without loss."""
+
+_CHUNK_TOKENS = 1024
+"""Tokens per chunk: enough for full-speed products, small enough to stay in cache-sized buffers."""
+
+
+def linear_cross_entropy_reference(h_ND: Tensor, head_OD: Tensor, targets_N: Tensor) -> Tensor:
+    """Σ over targets of −log softmax(h·headᵀ)[target], logits in float32 at least. A scalar SUM, not a mean."""
+    logits_NO = F.linear(h_ND, head_OD.to(h_ND.dtype))
+    logits_NO = logits_NO.to(torch.promote_types(logits_NO.dtype, torch.float32))
+    return F.cross_entropy(logits_NO, targets_N, ignore_index=IGNORE, reduction="sum")
+
+
+def linear_cross_entropy(h_ND: Tensor, head_OD: Tensor, targets_N: Tensor) -> Tensor:
+    """As the reference, in chunks. Gradients reach `h_ND` and `head_OD`; targets of IGNORE cost nothing."""
+    loss: Tensor = _LinearCrossEntropy.apply(h_ND, head_OD, targets_N)
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h_ND: Tensor, head_OD: Tensor, targets_N: Tensor) -> Tensor:
+        weight_OD = head_OD.to(h_ND.dtype)
+        wide = torch.promote_types(h_ND.dtype, torch.float32)
+        loss = torch.zeros((), dtype=wide, device=h_ND.device)
+        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        dh_ND = torch.empty_like(h_ND) if wanted else None
+        dhead_OD = torch.zeros_like(head_OD, dtype=wide) if wanted else None
+        for start in range(0, h_ND.shape[0], _CHUNK_TOKENS):
+            chunk = slice(start, start + _CHUNK_TOKENS)
+            chunk_loss, dlogits_MO = _chunk(h_ND[chunk], weight_OD, targets_N[chunk], wide)
+            loss += chunk_loss
+            if dh_ND is not None and dhead_OD is not None:
+                torch.mm(dlogits_MO, weight_OD, out=dh_ND[chunk])
+                dhead_OD += dlogits_MO.t() @ h_ND[chunk]
+        if dh_ND is not None and dhead_OD is not None:
+            ctx.save_for_backward(dh_ND, dhead_OD.to(head_OD.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dh_ND, dhead_OD = ctx.saved_tensors
+        return dh_ND * grads[0].to(dh_ND.dtype), dhead_OD * grads[0].to(dhead_OD.dtype), None
+
+
+def _chunk(h_MD: Tensor, weight_OD: Tensor, targets_M: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """One chunk's summed loss, and that sum's gradient with respect to its logits, p − onehot, in h's type."""
+    log_p_MO = F.linear(h_MD, weight_OD).log_softmax(1, dtype=wide)
+    loss = F.nll_loss(log_p_MO, targets_M, ignore_index=IGNORE, reduction="sum")
+    valid_M1 = (targets_M != IGNORE).unsqueeze(1)
+    dlogits_MO = log_p_MO.exp_()
+    dlogits_MO.scatter_add_(1, targets_M.clamp_min(0).unsqueeze(1), torch.full_like(valid_M1, -1, dtype=wide))
+    return loss, dlogits_MO.mul_(valid_M1).to(h_MD.dtype)

@@ -1,0 +1,1 @@
+"""Parallelism applied from outside: the model's own code knows one device."""

@@ -1,0 +1,1 @@
+"""Looking at a trained model: the demo and its report."""

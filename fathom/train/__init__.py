@@ -1,0 +1,1 @@
+"""Training: one loop, its loss, optimizers and schedules."""

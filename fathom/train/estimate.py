@@ -1,0 +1,83 @@
+"""What a run will take, before it starts: memory and time, and a refusal with advice where memory will not do."""
+
+from dataclasses import dataclass
+
+import torch
+
+from fathom.train.run import Run
+
+_ASSUMED_MFU = 0.35
+"""Share of the measured matrix-product peak that a step is assumed to reach before one has been timed."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A run's needs on each rank."""
+
+    weights: int
+    """Bytes of float32 weights, gradients, optimizer moments and, where kept, the moving average."""
+    activations: int
+    """Bytes one micro-batch keeps for its backward pass."""
+    flops: int
+    """Model FLOPs of the whole run, MTP included, over all ranks."""
+    tokens: int
+    """Training tokens of the whole run."""
+
+    @property
+    def memory(self) -> int:
+        """Bytes at the peak of a step."""
+        return self.weights + self.activations
+
+    def seconds(self, peak_flops: float) -> float:
+        """Expected duration at the assumed MFU; `peak_flops` is that of all ranks together."""
+        return self.flops / (peak_flops * _ASSUMED_MFU)
+
+
+def estimate(run: Run, compute_dtype: torch.dtype, sequences: int) -> Estimate:
+    """Needs of a run of `sequences` training sequences, from the configuration alone."""
+    counts = run.model.parameter_counts()
+    moments = 1 if run.optimizer.kind == "muon" else 2
+    copies = 2 + moments + (1 if run.optimizer.ema_decay else 0)
+    tokens = sequences * run.train.sequence_length
+    return Estimate(
+        weights=4 * copies * (counts.total + counts.mtp),
+        activations=_activation_bytes(run, compute_dtype),
+        flops=tokens * run.model.flops_per_token(run.train.sequence_length, mtp=True),
+        tokens=tokens,
+    )
+
+
+def _activation_bytes(run: Run, dtype: torch.dtype) -> int:
+    """Tensors saved per token and layer: the residual stream and norms, latents, heads, probabilities, experts."""
+    config, train = run.model, run.train
+    heads, length = config.num_attention_heads, train.sequence_length
+    attention = 2 * heads * (config.qk_head_dim + config.v_head_dim) + 2 * config.cache_width
+    probabilities = heads * length // 2
+    width = config.moe_intermediate_size
+    routed = config.num_experts_per_tok * (2 * width + config.hidden_size)
+    experts = routed + 3 * config.n_shared_experts * width
+    dense = 3 * config.intermediate_size
+    sparse = config.num_moe_layers + config.num_nextn_predict_layers
+    layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    numbers = layers * (6 * config.hidden_size + attention + probabilities)
+    numbers += sparse * experts + config.first_k_dense_replace * dense
+    tokens = train.micro_batch_size * length
+    # The loss keeps no logits, but one chunk of them and the head's gradient.
+    head = 4 * config.vocab_size * (config.hidden_size + 2 * 1024)
+    return tokens * numbers * dtype.itemsize + head
+
+
+def memory_refusal(run: Run, needs: Estimate, free: int) -> str | None:
+    """Why the run will not fit, with advice; None when it will."""
+    if needs.memory <= free:
+        return None
+    gib = 2**30
+    message = (
+        f"this run needs about {needs.memory / gib:.1f} GiB ({needs.weights / gib:.1f} for weights, gradients and "
+        f"moments, {needs.activations / gib:.1f} for one micro-batch's activations) and {free / gib:.1f} GiB are free"
+    )
+    if needs.weights > free:
+        return f"{message}: take a smaller model, or more memory"
+    if run.train.micro_batch_size > 1:
+        return f"{message}: lower train.micro-batch-size ({run.train.micro_batch_size}); the batch is accumulated"
+    return f"{message}: lower train.sequence-length ({run.train.sequence_length})"

@@ -1,0 +1,66 @@
+"""The pretraining objective: main loss + λ·mean of the MTP losses + α·balance loss (report, sections 2.1.2 and 2.2).
+
+Losses are SUMS over valid targets divided by the global count of valid targets of the whole step, so micro-batches and
+ranks of any size add up to the one-big-batch gradient. The whole logits never exist.
+
+Shapes: B rows, W = S + 1 + M tokens of a row (inputs, target of the last, lookahead of the M MTP modules), S inputs.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fathom.data.stream import Batch, targets
+from fathom.model.transformer import Model
+from fathom.ops.loss import IGNORE, linear_cross_entropy
+
+
+class LossParts(NamedTuple):
+    """What one micro-batch contributed."""
+
+    total: Tensor
+    """Its share of the step's loss: the one to differentiate."""
+    sums_H: Tensor
+    """Summed cross-entropy in nats: the main head, then each MTP module (1 + M)."""
+    balance: Tensor
+    """Balance loss before α, mean over the micro-batch's sequences."""
+    loads_LE: Tensor
+    """Tokens each expert of each router received."""
+
+
+def target_counts(batch: Batch, modules: int) -> Tensor:
+    """Valid targets of the main head and of each MTP module, (1 + M) int64."""
+    return torch.stack([(targets(batch, k + 1, modules) != IGNORE).sum() for k in range(modules + 1)])
+
+
+class Objective(nn.Module):
+    """The loss as one forward pass, which is what data parallelism wraps."""
+
+    def __init__(self, model: Model, balance_alpha: float, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = model
+        self.balance_alpha = balance_alpha
+        self.compute_dtype = compute_dtype
+
+    def forward(self, batch: Batch, counts_H: Tensor, mtp_weight: float, share: float) -> LossParts:
+        """`counts_H` are the step's global target counts, `share` this micro-batch's part of its sequences."""
+        modules = self.model.config.num_nextn_predict_layers
+        length = batch.tokens_BW.shape[1] - 1 - modules
+        states = self.model.states(
+            batch.tokens_BW[:, :length],
+            mtp=modules > 0,
+            lookahead_BM=batch.tokens_BW[:, length : length + modules],
+            compute_dtype=self.compute_dtype,
+        )
+        head_OD = self.model.lm_head.weight
+        sums = []
+        for k, h_BSD in enumerate((states.h_BSD, *states.mtp_h_BSD)):
+            targets_N = targets(batch, k + 1, modules).flatten()
+            sums.append(linear_cross_entropy(h_BSD.flatten(0, 1), head_OD, targets_N))
+        sums_H = torch.stack(sums)
+        means_H = sums_H / counts_H.clamp_min(1)
+        total = means_H[0] + self.balance_alpha * share * states.router.balance_loss
+        if modules:
+            total = total + mtp_weight * means_H[1:].mean()
+        return LossParts(total, sums_H.detach(), states.router.balance_loss.detach(), states.router.loads_LE)

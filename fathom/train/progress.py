@@ -1,0 +1,83 @@
+"""What a person sees of a run: one live line in a terminal, a plain line now and then elsewhere."""
+
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+_PLAIN_EVERY = 15.0
+"""Seconds between lines where the output is no terminal."""
+
+
+class Progress:
+    """Shows each step's metrics; silent on all ranks but the first."""
+
+    def __init__(self, console: Console, steps: int, visible: bool = True) -> None:
+        self.console = console
+        self._steps = steps
+        self._visible = visible
+        self._live = Live(console=console, refresh_per_second=4, transient=True)
+        self._val_bpb: float | None = None
+        self._seconds_per_step: float | None = None
+        self._last_step = time.perf_counter()
+        self._last_print = 0.0
+
+    def __enter__(self) -> "Progress":
+        if self._visible and self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live.is_started:
+            self._live.stop()
+
+    def say(self, message: str) -> None:
+        """A line that stays."""
+        if self._visible:
+            self.console.print(message, highlight=False)
+
+    def evaluated(self, step: int, values: dict[str, float]) -> None:
+        """A line that stays, with an evaluation's figures."""
+        self._val_bpb = values["val_bpb"]
+        figures = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+        self.say(f"step {step}: {figures}")
+        self._last_step = time.perf_counter()
+
+    def stepped(self, step: int, values: dict[str, Any]) -> None:
+        """After `step` optimizer steps: refresh the live line."""
+        now = time.perf_counter()
+        spent, self._last_step = now - self._last_step, now
+        before = self._seconds_per_step
+        # The first steps compile; a moving average forgets them.
+        self._seconds_per_step = spent if before is None else before + 0.1 * (spent - before)
+        if not self._visible:
+            return
+        line = self._line(step, values)
+        if self._live.is_started:
+            self._live.update(Text(line, no_wrap=True, overflow="ellipsis"))
+        elif now - self._last_print > _PLAIN_EVERY:
+            self._last_print = now
+            self.console.print(line, highlight=False, soft_wrap=True)
+
+    def _line(self, step: int, values: dict[str, Any]) -> str:
+        left = (self._steps - step) * (self._seconds_per_step or 0.0)
+        bpb = "" if self._val_bpb is None else f"  bpb {self._val_bpb:.3f}"
+        mtp = "" if "mtp_loss" not in values else f"  mtp {values['mtp_loss']:.3f}"
+        return (
+            f"step {step}/{self._steps}  loss {values['loss']:.3f}{mtp}{bpb}  "
+            f"{values['tokens_per_second']:,.0f} tok/s  mfu {values['mfu']:.0%}  "
+            f"maxvio {values['max_vio']:.2f}  {duration(left)} left"
+        )
+
+
+def duration(seconds: float) -> str:
+    """3725 → 1h02m; 125 → 2m05s."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 60}m{whole % 60:02d}s"

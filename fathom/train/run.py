@@ -1,0 +1,153 @@
+"""A run's whole configuration: the model, the data, and how it is trained. Written beside its checkpoints as run.json.
+
+Defaults follow the DeepSeek-V3 report (section 4.2) where a value carries over from 14.8T tokens to a laptop; shares
+are of the whole run, so that one recipe serves every length.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fathom.config import ConfigError
+from fathom.data.corpus import DataConfig
+from fathom.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How the learning rate, MTP weight and bias speed move over the run."""
+
+    shape: Literal["wsd", "report"] = "wsd"
+    """wsd: warm-up, stable, linear decay to zero. report: warm-up, constant for 68 % of the run, cosine to a tenth
+    over 29 %, then a tenth, and a thirtieth for the last 1 %."""
+    warmup_steps: int = 20
+    """Steps of linear warm-up (the report: 2000)."""
+    decay_share: float = 0.4
+    """Last share of the run over which wsd decays."""
+    mtp_weight: float = 0.3
+    """λ, the weight of the MTP losses' mean."""
+    mtp_weight_late: float = 0.1
+    """λ after the first two thirds of the run (10T of 14.8T tokens in the report)."""
+    bias_speed: float = 0.001
+    """γ, by how much a correction bias moves per step; a run of hundreds of steps needs more than the report's."""
+    bias_still_share: float = 0.034
+    """Last share of the run in which the biases stay (500B of 14.8T tokens in the report)."""
+
+    def __post_init__(self) -> None:
+        _check(self.warmup_steps >= 0, "schedule.warmup_steps", self.warmup_steps, "0 or more")
+        for name in ("decay_share", "bias_still_share"):
+            _check(0 <= getattr(self, name) <= 1, f"schedule.{name}", getattr(self, name), "a share from 0 to 1")
+        for name in ("mtp_weight", "mtp_weight_late", "bias_speed"):
+            _check(getattr(self, name) >= 0, f"schedule.{name}", getattr(self, name), "0 or more")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """What moves the weights."""
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    """adamw for everything; or muon for the layers' matrices, adamw for the rest."""
+    learning_rate: float = 2.2e-4
+    """Peak learning rate; Muon's updates are scaled to AdamW's size, so one rate serves both."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay of the first and second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay on matrices; norms and biases have none."""
+    clip: float = 1.0
+    """Largest norm of the whole gradient."""
+    ema_decay: float = 0.0
+    """Decay of an exponential moving average of the weights, saved beside each checkpoint; 0: none is kept."""
+
+    def __post_init__(self) -> None:
+        _check(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "a positive number")
+        _check(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two numbers from 0 to below 1")
+        _check(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        _check(self.clip > 0, "optimizer.clip", self.clip, "a positive number")
+        _check(0 <= self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "from 0 to below 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 16
+    """Sequences per step, over all ranks and micro-batches."""
+    micro_batch_size: int = 16
+    """Sequences per forward pass on one rank; the rest of the batch is accumulated."""
+    batch_ramp_start: int | None = None
+    """Sequences per step at the start of the run, growing linearly to batch_size; none: no ramp."""
+    batch_ramp_steps: int = 0
+    """Steps the ramp takes."""
+    sequence_length: int = 256
+    """Tokens per sequence."""
+    seed: int = 0
+    """Decides initial weights and data order; with the configuration it decides the whole run."""
+    balance_alpha: float = 1e-4
+    """α, weight of the sequence-wise balance loss."""
+    compute: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the activations; auto takes bfloat16 where a short timing finds it faster. Weights stay float32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile for the layers; auto compiles where there is a compiler and the run is long enough to gain."""
+    eval_every: int = 200
+    """Steps between evaluations on the held-out split (0: only at the end)."""
+    eval_sequences: int | None = None
+    """Held-out sequences per evaluation; none: all of them."""
+    save_every: int = 200
+    """Steps between checkpoints (0: only at the end)."""
+    keep_last: int = 2
+    """Checkpoints kept."""
+    max_bad_steps: int = 10
+    """Stop after this many steps in a row with a loss or gradient that is not finite."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "micro_batch_size", "sequence_length", "keep_last", "max_bad_steps"):
+            _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "1 or more")
+        for name in ("eval_every", "save_every", "batch_ramp_steps", "balance_alpha"):
+            _check(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
+        _check(
+            self.batch_size % self.micro_batch_size == 0,
+            "train.batch_size",
+            self.batch_size,
+            f"a multiple of micro_batch_size ({self.micro_batch_size})",
+        )
+        start = self.batch_ramp_start
+        right = start is None or (0 < start <= self.batch_size and start % self.micro_batch_size == 0)
+        expected = f"a multiple of micro_batch_size ({self.micro_batch_size}), at most batch_size ({self.batch_size})"
+        _check(right, "train.batch_ramp_start", start, expected)
+        _check(
+            self.eval_sequences is None or self.eval_sequences >= 1,
+            "train.eval_sequences",
+            self.eval_sequences,
+            "1 or more, or none",
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that decides a run. Presets are functions that return one."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The architecture (config.json's keys)."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The text."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Length, batch, evaluation, checkpoints."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW or Muon."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """What changes during the run."""
+    init: str | None = None
+    """Start from this model directory or hub name (weights, tokenizer); MTP modules it lacks start fresh."""
+
+    def __post_init__(self) -> None:
+        longest = self.model.max_position_embeddings
+        length = self.train.sequence_length
+        _check(length <= longest, "train.sequence_length", length, f"at most model.max_position_embeddings ({longest})")
+
+
+def _check(right: bool, name: str, value: object, expected: str) -> None:
+    if not right:
+        raise ConfigError(f"{name} is {value!r}; it must be {expected}")

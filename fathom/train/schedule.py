@@ -1,0 +1,56 @@
+"""Everything that changes with the step, as pure functions of (configuration, step): a resumed run needs no state.
+
+The report's schedules (section 4.2) are given in tokens of 14.8T; here they are shares of the run's steps.
+"""
+
+import math
+
+import numpy as np
+
+from fathom.train.run import ScheduleConfig, TrainConfig
+
+_CONSTANT_UNTIL = 10 / 14.8
+_COSINE_UNTIL = 14.3 / 14.8
+_LAST = (14.3 + 0.333) / 14.8
+
+
+def learning_rate_factor(config: ScheduleConfig, step: int, steps: int) -> float:
+    """Factor on the peak learning rate at `step` (from 0) of `steps`."""
+    warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    progress = step / steps
+    if config.shape == "wsd":
+        # The last step is the first that would reach zero: no step is wasted on a rate of 0.
+        decay = (1 - progress) / config.decay_share if config.decay_share else 1.0
+        return warmup * min(1.0, decay)
+    return warmup * _report_factor(progress)
+
+
+def _report_factor(progress: float) -> float:
+    """2.2e-4 to 10T tokens, cosine to 2.2e-5 at 14.3T, 2.2e-5 for 333B tokens, 7.3e-6 for the last 167B."""
+    if progress < _CONSTANT_UNTIL:
+        return 1.0
+    if progress < _COSINE_UNTIL:
+        angle = math.pi * (progress - _CONSTANT_UNTIL) / (_COSINE_UNTIL - _CONSTANT_UNTIL)
+        return 0.1 + 0.45 * (1 + math.cos(angle))
+    return 0.1 if progress < _LAST else 7.3e-6 / 2.2e-4
+
+
+def mtp_weight(config: ScheduleConfig, step: int, steps: int) -> float:
+    """λ at this step."""
+    return config.mtp_weight if step / steps < _CONSTANT_UNTIL else config.mtp_weight_late
+
+
+def bias_speed(config: ScheduleConfig, step: int, steps: int) -> float:
+    """γ at this step."""
+    return config.bias_speed if step / steps < 1 - config.bias_still_share else 0.0
+
+
+def batch_sizes(config: TrainConfig) -> np.ndarray:
+    """Sequences of every step (steps,): constant, or ramping linearly in whole micro-batches."""
+    sizes = np.full(config.steps, config.batch_size, dtype=np.int64)
+    if config.batch_ramp_start is not None and config.batch_ramp_steps:
+        ramp = min(config.batch_ramp_steps, config.steps)
+        rising = np.linspace(config.batch_ramp_start, config.batch_size, config.batch_ramp_steps, endpoint=False)
+        micro = config.micro_batch_size
+        sizes[:ramp] = rising[:ramp] // micro * micro
+    return sizes

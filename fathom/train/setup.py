@@ -1,0 +1,145 @@
+"""From a configuration to something that can step: data prepared, choices resolved, model and optimizers built."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from fathom.checkpoint.huggingface import load_config, load_model
+from fathom.checkpoint.resume import load_average, load_state, step_of
+from fathom.config import ConfigError
+from fathom.data.pack import Prepared, open_prepared, prepare
+from fathom.data.stream import TokenRows
+from fathom.model.config import ModelConfig
+from fathom.model.transformer import Model
+from fathom.parallel.data import Ranks
+from fathom.train.estimate import estimate
+from fathom.train.hardware import faster_dtype, matmul_flops, missing_for_compile
+from fathom.train.loss import Objective
+from fathom.train.optim import WeightAverage, build_optimizers
+from fathom.train.run import Run
+from fathom.train.schedule import batch_sizes
+
+_COMPILE_PAYS_SECONDS = 900
+"""Expected length of a run from which on compiling the layers saves more than the minute or two it takes."""
+
+
+@dataclass
+class TrainState:
+    """All that a training step changes."""
+
+    model: Model
+    objective: nn.Module
+    """The loss around the model, replicated over the ranks."""
+    optimizers: list[Optimizer]
+    average: WeightAverage | None
+    step: int = 0
+    """Optimizer steps done, skipped ones included."""
+    skipped: int = 0
+    """Steps skipped because the loss or gradient was not finite."""
+    skipped_in_a_row: int = 0
+
+
+def prepare_data(run: Run, directory: Path, ranks: Ranks) -> Prepared:
+    """Tokenise once, on the first rank."""
+    if ranks.first:
+        prepare(run.data, run.model.vocab_size, directory, run.train.seed)
+    ranks.barrier()
+    return open_prepared(directory)
+
+
+def with_initial_model(run: Run) -> Run:
+    """A run that starts from a checkpoint takes its architecture and tokenizer from there.
+
+    More MTP modules may be asked for than it has: those start fresh.
+    """
+    if run.init is None:
+        return run
+    config = load_config(run.init) if Path(run.init).is_dir() else load_model(run.init).config
+    modules = max(config.num_nextn_predict_layers, run.model.num_nextn_predict_layers)
+    data = run.data if run.data.tokenizer else replace(run.data, tokenizer=run.init)
+    return replace(run, model=replace(config, num_nextn_predict_layers=modules), data=data)
+
+
+def resolve(run: Run, prepared: Prepared, ranks: Ranks) -> Run:
+    """Replace every «auto» by what it means here, and the token ids by the tokenizer's: the run to be recorded."""
+    tokenizer = prepared.tokenizer
+    if tokenizer.vocab_size > run.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {run.model.vocab_size}; the tokenizer needs at least {tokenizer.vocab_size}"
+        )
+    bos, eos, pad = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
+    model = replace(run.model, bos_token_id=bos, eos_token_id=eos, pad_token_id=pad)
+    train = run.train
+    # Timings differ from rank to rank; all take the first one's choices.
+    if train.compute == "auto":
+        choice = ranks.from_first(str(faster_dtype(ranks.device)).removeprefix("torch."))
+        train = replace(train, compute="bfloat16" if choice == "bfloat16" else "float32")
+    if train.compile == "auto":
+        choice = ranks.from_first("on" if _compiling_pays(replace(run, train=train), ranks) else "off")
+        train = replace(train, compile="on" if choice == "on" else "off")
+    return replace(run, model=model, train=train)
+
+
+def _compiling_pays(run: Run, ranks: Ranks) -> bool:
+    if missing_for_compile(ranks.device) is not None:
+        return False
+    dtype = compute_dtype(run)
+    needs = estimate(run, dtype, int(batch_sizes(run.train).sum()))
+    return needs.seconds(matmul_flops(dtype, ranks.device) * ranks.world) > _COMPILE_PAYS_SECONDS
+
+
+def compute_dtype(run: Run) -> torch.dtype:
+    """The activations' type of a resolved run."""
+    return torch.bfloat16 if run.train.compute == "bfloat16" else torch.float32
+
+
+def build_state(run: Run, ranks: Ranks) -> TrainState:
+    """Fresh weights (or those of `run.init`), fresh optimizers."""
+    torch.manual_seed(run.train.seed)
+    model = (Model(run.model) if run.init is None else _initial_model(run.init, run.model)).to(ranks.device)
+    return _around(model.train(), run, ranks)
+
+
+def restore_state(run: Run, checkpoint: Path, ranks: Ranks) -> TrainState:
+    """The state exactly as `checkpoint` holds it."""
+    model = load_model(checkpoint, device=ranks.device)
+    state = _around(model.train(), run, ranks)
+    saved = load_state(checkpoint)
+    for optimizer, content in zip(state.optimizers, saved["optimizers"], strict=True):
+        optimizer.load_state_dict(content)
+    if state.average is not None:
+        state.average.weights = load_average(checkpoint, ranks.device)
+    state.step, state.skipped = step_of(checkpoint), saved["skipped"]
+    state.skipped_in_a_row = saved["skipped_in_a_row"]
+    return state
+
+
+def rows_of(prepared: Prepared, run: Run, split: str) -> TokenRows:
+    """The rows of the `train` or `valid` split."""
+    path = prepared.train_path if split == "train" else prepared.valid_path
+    modules = run.model.num_nextn_predict_layers
+    eos = prepared.tokenizer.eos_id
+    return TokenRows(path, prepared.token_dtype, run.train.sequence_length, modules, eos, run.train.seed)
+
+
+def _around(model: Model, run: Run, ranks: Ranks) -> TrainState:
+    if run.train.compile == "on":
+        # Layers of one kind share one compilation; the whole model would be compiled layer by layer.
+        for block in (*model.layers, *model.mtp):
+            block.compile()
+    objective = Objective(model, run.train.balance_alpha, compute_dtype(run))
+    decay = run.optimizer.ema_decay
+    average = WeightAverage(model, decay) if decay else None
+    return TrainState(model, ranks.replicate(objective), build_optimizers(model, run.optimizer), average)
+
+
+def _initial_model(path: str, config: ModelConfig) -> Model:
+    loaded = load_model(path)
+    if loaded.config.num_nextn_predict_layers == config.num_nextn_predict_layers:
+        return loaded
+    model = Model(config)
+    model.load_state_dict(loaded.state_dict(), strict=False)
+    return model

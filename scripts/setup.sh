@@ -1,0 +1,124 @@
+#!/bin/sh
+# Makes .venv with Fathom installed in it as an editable package. Does nothing where that is done already.
+#
+#   scripts/setup.sh         what a user needs
+#   scripts/setup.sh test    what the checks and tests need too
+#
+# From the environment:
+#   PYTHON         the Python to use, 3.11 or newer (default: python3.11 where there is one, else python3)
+#   TORCH_VERSION  replaces the torch pinned in constraints.txt
+#   TORCH_INDEX    one more index to find torch in, e.g. https://download.pytorch.org/whl/cpu
+
+set -eu
+cd "$(dirname "$0")/.."
+extra=${1:-}
+free_gb_needed=3
+
+say() {
+    printf 'set-up: %s\n' "$*" >&2
+}
+
+fail() {
+    say "$@"
+    exit 1
+}
+
+# "3.11" for a working Python, nothing for anything else. (A version manager may offer commands that do not run.)
+version_of() {
+    "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true
+}
+
+choose_python() {
+    python=${PYTHON:-}
+    if [ -z "$python" ]; then
+        python=python3
+        if [ -n "$(version_of python3.11)" ]; then python=python3.11; fi
+    fi
+    version=$(version_of "$python")
+    [ -n "$version" ] || fail "'$python' does not run. Install Python 3.11 or newer, or name one: PYTHON=/path/to/python3"
+    major=${version%%.*}
+    minor=${version#*.}
+    if [ "$major" -lt 3 ] || { [ "$major" -eq 3 ] && [ "$minor" -lt 11 ]; }; then
+        fail "'$python' is Python $version; Fathom needs 3.11 or newer. Install one, or name it: PYTHON=/path/to/python3"
+    fi
+}
+
+check_options() {
+    case "$extra" in
+        '' | test) ;;
+        *) fail "there is no set-up called '$extra'; give 'test' or nothing" ;;
+    esac
+    case "${TORCH_VERSION:-}" in
+        *[!0-9a-z.+]*) fail "TORCH_VERSION is '$TORCH_VERSION'; expected a release such as 2.13.0" ;;
+    esac
+}
+
+# What decides the environment's contents: while it is the same, there is nothing to do. The folder is part of it,
+# since a copied checkout brings a .venv that still points at the original.
+fingerprint() {
+    echo "$(cat pyproject.toml constraints.txt | cksum) $version ${TORCH_VERSION:-} ${TORCH_INDEX:-} $(pwd)"
+}
+
+is_installed() {
+    for stamp in "$@"; do
+        if [ "$(cat ".venv/$stamp" 2>/dev/null)" = "$(fingerprint)" ]; then return 0; fi
+    done
+    return 1
+}
+
+check_disk() {
+    free_kb=$(df -Pk . | awk 'NR == 2 { print $4 }')
+    if [ "$free_kb" -lt $((free_gb_needed * 1024 * 1024)) ]; then
+        fail "$((free_kb / 1024)) MB free here; torch and the rest need about $free_gb_needed GB. Free some space and try again."
+    fi
+}
+
+make_environment() {
+    # A .venv of another Python, of another folder, or left half made cannot be mended: start again.
+    if [ "$(version_of .venv/bin/python)" = "$version" ] && grep -qF "$(pwd)/.venv" .venv/bin/activate &&
+        .venv/bin/python -m pip --version >/dev/null 2>&1; then
+        return
+    fi
+    check_disk
+    "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+        fail "'$python' cannot make virtual environments. On Debian or Ubuntu: apt install python3-venv"
+    say "making .venv with Python $version"
+    rm -rf .venv
+    "$python" -m venv .venv || fail "'$python -m venv .venv' failed; its reason is printed above"
+}
+
+install_fathom() {
+    rm -f .venv/.installed*
+    sed "${TORCH_VERSION:+s/^torch==.*/torch==$TORCH_VERSION/}" constraints.txt >.venv/constraints.txt
+    # Progress bars are for people: where nobody watches, keep the log short.
+    quiet=
+    if [ ! -t 1 ]; then quiet=--quiet; fi
+    say "installing Fathom and what it needs into .venv (torch is the large part)"
+    # shellcheck disable=SC2086  # an empty $quiet must vanish
+    .venv/bin/python -m pip install $quiet --disable-pip-version-check -c .venv/constraints.txt \
+        ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -e ".${extra:+[$extra]}" ||
+        fail "pip failed; its reason is printed above. No network: check the proxy settings. No torch for this machine:
+        try another TORCH_VERSION (2.11.0 to 2.13.0) or TORCH_INDEX. Then run the same command again."
+}
+
+# torch.compile builds C++ that includes Python.h. Without it everything still runs, only slower.
+warn_without_compiler() {
+    header=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h
+    compiler=
+    for candidate in "${CXX:-c++}" g++ clang++; do
+        if command -v "$candidate" >/dev/null 2>&1; then compiler=$candidate; fi
+    done
+    if [ -z "$compiler" ] || [ ! -f "$header" ]; then
+        say "no C++ compiler, or no Python.h: torch.compile stays off and everything runs eagerly, only slower."
+        say "On Debian or Ubuntu: apt install g++ python3-dev"
+    fi
+}
+
+check_options
+choose_python
+if [ -z "$extra" ] && is_installed .installed .installed-test; then exit 0; fi
+if [ -n "$extra" ] && is_installed ".installed-$extra"; then exit 0; fi
+make_environment
+install_fathom
+warn_without_compiler
+fingerprint >".venv/.installed${extra:+-$extra}"

@@ -1,0 +1,171 @@
+"""The two forms of latent attention are one function, and the cache holds C+R numbers per token.
+
+Contract of unused slots: whatever finite numbers lie beyond a query's position never reach its result. (Zero
+times NaN is NaN, so caches are allocated with zeros; rejected drafts leave finite numbers behind.)
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fathom.model.config import ModelConfig, YarnScaling
+from fathom.model.mla import MultiHeadLatentAttention
+from fathom.model.rope import rope_table
+from fathom.model.transformer import Model
+from tests.model.configs import enliven, lively_model, model_configs, random_tokens, relative_error, tiny
+
+GARBAGE = 1e4
+seeds = st.integers(0, 2**32 - 1)
+
+
+def attention(config: ModelConfig, seed: int) -> MultiHeadLatentAttention:
+    layer = MultiHeadLatentAttention(config).double()
+    enliven(layer, seed, std=0.4)
+    return layer
+
+
+def random_states(config: ModelConfig, batch: int, length: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, length, config.hidden_size, generator=generator, dtype=torch.float64)
+
+
+@settings(max_examples=30, deadline=None)
+@given(model_configs(), st.integers(1, 3), st.integers(1, 9), seeds)
+@torch.no_grad()
+def test_absorbed_equals_expanded(config: ModelConfig, batch: int, length: int, seed: int) -> None:
+    layer, x_BSD = attention(config, seed), random_states(config, batch, length, seed)
+    positions_S = torch.arange(length)
+    rope = rope_table(config, positions_S)
+    queries, (c_BSC, k_rope_BSR) = layer.queries(x_BSD, rope), layer.latents(x_BSD, rope)
+    expanded_BSHV = layer.expanded(*queries, c_BSC, k_rope_BSR)
+    cache_BTW = torch.cat((c_BSC, k_rope_BSR), dim=-1)
+    absorbed_BSHV = layer.absorbed(*queries, cache_BTW, positions_S.expand(batch, -1))
+    assert relative_error(absorbed_BSHV, expanded_BSHV) <= 1e-10
+
+
+@torch.no_grad()
+def test_forward_equals_attention_written_out() -> None:
+    """Scores, scale and output of spec's table, position by position, from the projections' weights."""
+    config = tiny(rope_scaling=YarnScaling(8.0, 16, mscale=0.7, mscale_all_dim=0.9))
+    layer, x_BSD = attention(config, 3), random_states(config, 2, 6, 3)
+    rope = rope_table(config, torch.arange(6))
+    (q_nope, q_rope), (c_BSC, k_rope) = layer.queries(x_BSD, rope), layer.latents(x_BSD, rope)
+    up_HYC = layer.kv_b_proj.weight.unflatten(0, (config.num_attention_heads, -1))
+    mscale = 0.1 * 0.9 * torch.tensor(8.0, dtype=torch.float64).log() + 1
+    scale = mscale**2 / (config.qk_nope_head_dim + config.qk_rope_head_dim) ** 0.5
+    heads = torch.zeros(2, 6, config.num_attention_heads, config.v_head_dim, dtype=torch.float64)
+    for b in range(2):
+        for h in range(config.num_attention_heads):
+            keys, values = (c_BSC[b] @ up_HYC[h].T).split((config.qk_nope_head_dim, config.v_head_dim), -1)
+            for i in range(6):
+                scores = keys[: i + 1] @ q_nope[b, i, h] + k_rope[b, : i + 1] @ q_rope[b, i, h]
+                heads[b, i, h] = (scores * scale).softmax(0) @ values[: i + 1]
+    assert relative_error(layer(x_BSD, rope), heads.flatten(2) @ layer.o_proj.weight.T) <= 1e-12
+
+
+@settings(max_examples=25, deadline=None)
+@given(model_configs(), st.integers(1, 3), st.lists(st.integers(1, 4), min_size=1, max_size=5), seeds)
+@torch.no_grad()
+def test_cached_chunks_equal_one_pass(config: ModelConfig, batch: int, chunks: list[int], seed: int) -> None:
+    """Chunks of any size; unused slots, within the call's view and beyond, hold garbage."""
+    model, length = lively_model(config, seed, dtype=torch.float64), sum(chunks)
+    tokens_BS = random_tokens(config, batch, length, seed)
+    cache_LBTW = poisoned_cache(config, batch, length + 3)
+    found, start = [], 0
+    for number, size in enumerate(chunks):
+        positions_BS = torch.arange(start, start + size).expand(batch, -1)
+        visible = start + size + number % 3
+        chunk_BS = tokens_BS[:, start : start + size]
+        found.append(model.cached_states(chunk_BS, positions_BS, cache_LBTW[:, :, :visible]))
+        start += size
+    assert relative_error(torch.cat(found, dim=1), model.hidden(tokens_BS)) <= 1e-9
+
+
+@torch.no_grad()
+def test_rows_of_a_batch_may_stand_at_different_positions() -> None:
+    config = tiny()
+    model = lively_model(config, dtype=torch.float64)
+    tokens_BS, used = random_tokens(config, 3, 9), [2, 5, 7]
+    cache_LBTW = poisoned_cache(config, 3, 9)
+    for row, length in enumerate(used):
+        positions_BS = torch.arange(length)[None]
+        model.cached_states(tokens_BS[row : row + 1, :length], positions_BS, cache_LBTW[:, row : row + 1])
+    positions_BS = torch.tensor(used)[:, None] + torch.arange(2)
+    found_BSD = model.cached_states(tokens_BS.gather(1, positions_BS), positions_BS, cache_LBTW)
+    whole_BSD = model.hidden(tokens_BS)
+    expected_BSD = torch.stack([whole_BSD[row, start : start + 2] for row, start in enumerate(used)])
+    assert relative_error(found_BSD, expected_BSD) <= 1e-9
+
+
+@torch.no_grad()
+def test_a_rejected_draft_leaves_no_trace() -> None:
+    config = tiny()
+    model = lively_model(config, dtype=torch.float64)
+    tokens_BS = random_tokens(config, 1, 6)
+    cache_LBTW = poisoned_cache(config, 1, 8)
+    positions_BS = torch.arange(8)[None]
+    model.cached_states(tokens_BS[:, :4], positions_BS[:, :4], cache_LBTW[:, :, :4])
+    draft_BS = (tokens_BS[:, 4:] + 1) % config.vocab_size
+    model.cached_states(draft_BS, positions_BS[:, 4:6], cache_LBTW[:, :, :6])
+    # The draft's second token still lies in slot 5, which the view includes.
+    found_BSD = model.cached_states(tokens_BS[:, 4:5], positions_BS[:, 4:5], cache_LBTW[:, :, :6])
+    assert relative_error(found_BSD, model.hidden(tokens_BS)[:, 4:5]) <= 1e-9
+
+
+@pytest.mark.parametrize("module", [0, 1])
+@torch.no_grad()
+def test_mtp_modules_decode_from_their_cache(module: int) -> None:
+    """Token by token as in one pass; module 2 continues from module 1's states."""
+    config = tiny(num_nextn_predict_layers=2)
+    model = lively_model(config, dtype=torch.float64)
+    tokens_BS = random_tokens(config, 2, 8)
+    states = model.states(tokens_BS, mtp=True)
+    before_BSD = (states.h_BSD, *states.mtp_h_BSD)[module]
+    expected_BSD, ahead = states.mtp_h_BSD[module], module + 1
+    # Slots count from the module's own first entry: positions are relative.
+    slots_BS = torch.arange(8 - ahead).expand(2, -1)
+    cache_LBTW = poisoned_cache(config, 2, 8 - ahead, layers=config.num_hidden_layers + 2)
+    found = [
+        model.cached_mtp_states(
+            module, tokens_BS[:, i + ahead, None], before_BSD[:, i, None], slots_BS[:, i, None], cache_LBTW
+        )
+        for i in range(8 - ahead)
+    ]
+    assert relative_error(torch.cat(found, dim=1), expected_BSD) <= 1e-9
+
+
+@torch.no_grad()
+def test_the_cache_is_the_latent_and_the_shared_key() -> None:
+    config = tiny()
+    layer, x_BSD = attention(config, 0), random_states(config, 2, 5, 0)
+    assert config.cache_width == config.kv_lora_rank + config.qk_rope_head_dim
+    cache_BTW = torch.full((2, 7, config.cache_width), GARBAGE, dtype=torch.float64)
+    positions_BS = torch.tensor([[0, 1, 2, 3, 4], [2, 3, 4, 5, 6]])
+    rope = rope_table(config, positions_BS)
+    layer(x_BSD, rope, cache_BTW, positions_BS)
+    written_BSW = torch.cat(layer.latents(x_BSD, rope), dim=-1)
+    assert torch.equal(cache_BTW[0, :5], written_BSW[0]) and torch.equal(cache_BTW[1, 2:], written_BSW[1])
+    assert (cache_BTW[0, 5:] == GARBAGE).all() and (cache_BTW[1, :2] == GARBAGE).all()
+
+
+def test_the_released_model_caches_70272_bytes_per_token() -> None:
+    config = ModelConfig()
+    assert config.cache_width * config.num_hidden_layers * 2 == 70272
+
+
+@torch.no_grad()
+def test_decoding_never_expands_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny()
+    model: Model = lively_model(config)
+    cache_LBTW = torch.zeros(config.num_hidden_layers, 1, 8, config.cache_width)
+    tokens_BS = random_tokens(config, 1, 8)
+    model.cached_states(tokens_BS[:, :7], torch.arange(7)[None], cache_LBTW[:, :, :7])
+    monkeypatch.delattr(MultiHeadLatentAttention, "expanded")
+    model.cached_states(tokens_BS[:, 7:], torch.tensor([[7]]), cache_LBTW)
+
+
+def poisoned_cache(config: ModelConfig, batch: int, slots: int, layers: int | None = None) -> Tensor:
+    shape = (layers or config.num_hidden_layers, batch, slots, config.cache_width)
+    return torch.full(shape, GARBAGE, dtype=torch.float64)

@@ -1,0 +1,70 @@
+"""The command line as a user meets it: help, one-line errors, a run from flags, text from a directory."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fathom.cli import main
+
+
+def test_help_names_every_command_and_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--help"])
+    text = capsys.readouterr().out
+    for word in ("train", "generate", "demo", "--resume", "torchrun", "nano", "deepseek-v3-671b"):
+        assert word in text
+
+
+@pytest.mark.parametrize("arguments", [["train", "nano", "--help"], ["generate", "--help"], ["demo", "--help"]])
+def test_each_command_explains_its_flags(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 0
+    assert "--" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["dance"], "no command 'dance'; there are train, generate, demo"),
+        (["train", "nan"], "no preset 'nan'; there are nano"),
+        (["train", "--out", "x"], "name a preset"),
+        (["train", "--resume", "--out", "/nonexistent"], "holds no run to resume"),
+        (["generate", "/nonexistent/model", "--prompt", "a"], "/nonexistent/model"),
+        (["train", "nano", "--model.n-group", "3"], "n_group is 3; it must be a divisor of n_routed_experts (16)"),
+    ],
+)
+def test_wrong_input_is_one_clear_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    shown = capsys.readouterr()
+    assert message in " ".join((shown.err + shown.out).split())
+    assert "Traceback" not in shown.err
+
+
+def test_train_then_generate(tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    main(["train", *tiny_flags, "--train.steps", "4", "--out", str(out)])
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    keys = {"step", "loss", "mtp_loss", "balance_loss", "max_vio", "grad_norm", "lr", "tokens_per_second", "mfu"}
+    assert keys <= rows[0].keys()
+    assert {"val_bpb", "mtp_acceptance"} <= rows[-1].keys()
+    assert rows[3]["loss"] < rows[0]["loss"]
+    capsys.readouterr()
+    main(["generate", str(out / "model"), "--prompt", "the cat", "--max-new-tokens", "8"])
+    assert capsys.readouterr().out.startswith("the cat")
+
+
+def test_resume_refuses_flags_of_another_run(
+    tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "run")
+    main(["train", *tiny_flags, "--train.steps", "1", "--out", out])
+    with pytest.raises(SystemExit):
+        main(["train", *tiny_flags, "--train.steps", "2", "--out", out, "--resume"])
+    assert "train.steps 1, the command line 2" in " ".join(capsys.readouterr().err.split())
+    main(["train", *tiny_flags, "--train.steps", "1", "--out", out, "--resume"])

@@ -1,0 +1,47 @@
+"""Starting from a checkpoint: same weights and tokenizer, MTP modules added where it has none."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from fathom import Model, load_model, save_model
+from fathom.checkpoint.resume import checkpoints
+from fathom.data.pack import open_prepared
+from fathom.parallel.data import Ranks
+from fathom.train.loop import train
+from fathom.train.run import Run
+from fathom.train.setup import build_state, with_initial_model
+
+
+def _plain_checkpoint(run: Run, ranks: Ranks, directory: Path) -> Path:
+    """A trained model without MTP modules, as somebody else would hand it over."""
+    plain = replace(run, model=replace(run.model, num_nextn_predict_layers=0), train=replace(run.train, steps=2))
+    train(plain, directory / "first", ranks)
+    return checkpoints(directory / "first")[-1]
+
+
+def test_modules_are_added_and_the_rest_is_kept(tiny_run: Run, one_rank: Ranks, tmp_path: Path) -> None:
+    source = _plain_checkpoint(tiny_run, one_rank, tmp_path)
+    run = with_initial_model(replace(tiny_run, init=str(source)))
+    assert run.model.num_nextn_predict_layers == 1
+    model = build_state(run, one_rank).model
+    old = load_model(source)
+    for name, tensor in old.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+    assert model.mtp[0].eh_proj.weight.std() > 0
+
+
+def test_training_goes_on_with_its_tokenizer(tiny_run: Run, one_rank: Ranks, tmp_path: Path) -> None:
+    source = _plain_checkpoint(tiny_run, one_rank, tmp_path)
+    run = replace(tiny_run, init=str(source), train=replace(tiny_run.train, steps=2))
+    train(run, tmp_path / "second", one_rank)
+    assert load_model(tmp_path / "second" / "model").config.num_nextn_predict_layers == 1
+    tokenizers = [open_prepared(tmp_path / name / "data").tokenizer.tokenizer_json for name in ("first", "second")]
+    assert tokenizers[0] == tokenizers[1]
+
+
+def test_a_models_own_modules_are_kept(tiny_run: Run, tmp_path: Path) -> None:
+    save_model(Model(replace(tiny_run.model, num_nextn_predict_layers=2)), tmp_path / "two")
+    run = with_initial_model(replace(tiny_run, init=str(tmp_path / "two")))
+    assert run.model.num_nextn_predict_layers == 2

@@ -1,0 +1,84 @@
+"""One optimizer step: accumulation equals one big batch, bad steps change nothing, the biases move by the rule."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fathom.data.pack import Prepared
+from fathom.model.balance import updated_bias
+from fathom.parallel.data import Ranks
+from fathom.train.loop import TrainingError, micro_batches, optimizer_step, train
+from fathom.train.run import Run
+from fathom.train.setup import TrainState, build_state, prepare_data, resolve, rows_of
+
+
+@pytest.fixture
+def prepared(tiny_run: Run, one_rank: Ranks, tmp_path: Path) -> Prepared:
+    return prepare_data(tiny_run, tmp_path / "data", one_rank)
+
+
+def _after_two_steps(run: Run, prepared: Prepared, ranks: Ranks) -> TrainState:
+    run = resolve(run, prepared, ranks)
+    state = build_state(run, ranks)
+    rows = rows_of(prepared, run, "train")
+    for step in range(2):
+        batches = micro_batches(rows, step * run.train.batch_size, run.train.batch_size, run, ranks)
+        optimizer_step(state, batches, run.train.batch_size, run, ranks)
+    return state
+
+
+def test_four_micro_batches_equal_one_batch(tiny_run: Run, prepared: Prepared, one_rank: Ranks) -> None:
+    """Rows differ in how many MTP targets cross a document, so a mean of means would differ."""
+    adamw = replace(tiny_run, optimizer=replace(tiny_run.optimizer, kind="adamw"))
+    whole = _after_two_steps(replace(adamw, train=replace(adamw.train, micro_batch_size=8)), prepared, one_rank)
+    parts = _after_two_steps(replace(adamw, train=replace(adamw.train, micro_batch_size=2)), prepared, one_rank)
+    for (name, a), (_, b) in zip(whole.model.named_parameters(), parts.model.named_parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6, msg=name)
+    for a, b in zip(whole.model.routers(), parts.model.routers(), strict=True):
+        assert torch.equal(a.e_score_correction_bias, b.e_score_correction_bias)
+
+
+def test_biases_follow_the_rule_from_the_steps_own_loads(tiny_run: Run, prepared: Prepared, one_rank: Ranks) -> None:
+    run = resolve(tiny_run, prepared, one_rank)
+    state = build_state(run, one_rank)
+    batches = micro_batches(rows_of(prepared, run, "train"), 0, 8, run, one_rank)
+    facts = optimizer_step(state, batches, 8, run, one_rank)
+    tokens = 8 * run.train.sequence_length
+    assert facts.loads_LE.sum(-1).tolist() == [tokens * run.model.num_experts_per_tok] * 3
+    for router, load_E in zip(state.model.routers(), facts.loads_LE, strict=True):
+        expected = updated_bias(torch.zeros_like(router.e_score_correction_bias), load_E, run.schedule.bias_speed)
+        assert torch.equal(router.e_score_correction_bias, expected)
+        assert expected.abs().max() > 0
+
+
+def test_a_step_with_an_infinite_loss_changes_nothing(tiny_run: Run, prepared: Prepared, one_rank: Ranks) -> None:
+    run = resolve(tiny_run, prepared, one_rank)
+    state = build_state(run, one_rank)
+    with torch.no_grad():
+        state.model.layers[1].mlp.experts.down_proj[0, 0, 0] = float("inf")
+    before = {name: t.clone() for name, t in state.model.state_dict().items()}
+    batches = micro_batches(rows_of(prepared, run, "train"), 0, 8, run, one_rank)
+    facts = optimizer_step(state, batches, 8, run, one_rank)
+    assert facts.skipped
+    assert (state.step, state.skipped, state.skipped_in_a_row) == (1, 1, 1)
+    for name, tensor in state.model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert all(not optimizer.state for optimizer in state.optimizers)
+
+
+def test_a_diverged_run_stops_and_leaves_the_good_checkpoint(tiny_run: Run, one_rank: Ranks, tmp_path: Path) -> None:
+    run = replace(tiny_run, train=replace(tiny_run.train, steps=4, save_every=2, max_bad_steps=3))
+    out = tmp_path / "run"
+    assert train(run, out, one_rank)
+    longer = (out / "run.json").read_text().replace('"steps": 4', '"steps": 40')
+    (out / "run.json").write_text(
+        longer.replace(f'"learning_rate": {run.optimizer.learning_rate}', '"learning_rate": 1e30')
+    )
+    saved = (out / "checkpoints" / "step-000004" / "model.safetensors").read_bytes()
+    with pytest.raises(TrainingError, match=r"in a row had a loss or gradient that is not finite.*learning-rate"):
+        train(run, out, one_rank, resume=True)
+    newest = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert "step-000004" in newest
+    assert (out / "checkpoints" / "step-000004" / "model.safetensors").read_bytes() == saved
