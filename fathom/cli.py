@@ -17,7 +17,7 @@ from rich.console import Console
 
 import fathom
 from fathom import presets
-from fathom.checkpoint.huggingface import load_model
+from fathom.checkpoint.huggingface import load_model, model_directory
 from fathom.config import ConfigError, load_json, to_json
 from fathom.data.tokenizer import load_tokenizer
 from fathom.infer.generate import generate_ids
@@ -151,8 +151,9 @@ def _generate(words: list[str]) -> None:
     if command.dtype not in dtypes:
         raise ConfigError(f"--dtype is {command.dtype!r}; it must be {' or '.join(dtypes)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(command.path, dtypes[command.dtype], device)
-    tokenizer = load_tokenizer(Path(command.path))
+    directory = model_directory(command.path)
+    model = load_model(directory, dtypes[command.dtype], device)
+    tokenizer = load_tokenizer(directory)
     prompt = sys.stdin.read() if command.prompt == "-" else command.prompt
     ids: list[int] = []
     shown = ""

@@ -12,21 +12,21 @@ from fathom.train.run import OptimizerConfig, Run, ScheduleConfig, TrainConfig
 
 
 def nano() -> Run:
-    """12M parameters, 6M active: minutes on a laptop's CPU. The demo's model; docs/log.md records how it was found."""
+    """5M parameters, 3M active: minutes on a laptop's CPU. The demo's model; docs/log.md records how it was found."""
     return Run(
         model=ModelConfig(
             vocab_size=4096,
-            hidden_size=256,
-            intermediate_size=640,
-            moe_intermediate_size=128,
-            num_hidden_layers=6,
+            hidden_size=192,
+            intermediate_size=512,
+            moe_intermediate_size=96,
+            num_hidden_layers=4,
             first_k_dense_replace=1,
             num_attention_heads=4,
-            q_lora_rank=128,
-            kv_lora_rank=96,
-            qk_nope_head_dim=48,
+            q_lora_rank=None,
+            kv_lora_rank=64,
+            qk_nope_head_dim=32,
             qk_rope_head_dim=16,
-            v_head_dim=64,
+            v_head_dim=32,
             n_routed_experts=16,
             n_shared_experts=1,
             num_experts_per_tok=4,
@@ -38,8 +38,8 @@ def nano() -> Run:
             initializer_range=0.02,
         ),
         train=TrainConfig(steps=600, batch_size=8, micro_batch_size=8, sequence_length=512),
-        optimizer=OptimizerConfig(kind="muon", learning_rate=4e-3),
-        schedule=ScheduleConfig(warmup_steps=20, decay_share=0.5, bias_speed=0.01),
+        optimizer=OptimizerConfig(kind="muon", learning_rate=0.02),
+        schedule=ScheduleConfig(warmup_steps=10, decay_share=0.6, bias_speed=0.01),
     )
 
 

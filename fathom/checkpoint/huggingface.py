@@ -36,8 +36,8 @@ class CheckpointError(ValueError):
 
 
 def load_config(path: str | Path) -> ModelConfig:
-    """Read `config.json` of a model directory."""
-    file = Path(path) / "config.json"
+    """Read `config.json` of a model directory, or of a model on the hub."""
+    file = model_directory(path) / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{file} does not exist: {path} is not a Hugging Face model directory")
     try:
@@ -59,7 +59,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str
     A directory whose MTP weights are absent loads without MTP modules, with a warning. Raises CheckpointError for
     missing, unexpected or misshapen tensors.
     """
-    directory = _resolve(path)
+    directory = model_directory(path)
     config = load_config(directory)
     shards = _shards(directory)
     config = _without_absent_mtp(config, {name for names in shards.values() for name in names}, directory)
@@ -95,8 +95,8 @@ def save_model(
 # ------------------------------------------------------------------------------------------------- reading
 
 
-def _resolve(path: str | Path) -> Path:
-    """The directory itself, or the hub's copy of a model of that name."""
+def model_directory(path: str | Path) -> Path:
+    """The directory itself, or the local copy of the hub's model of that name (downloaded when it is not there yet)."""
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import snapshot_download

@@ -15,8 +15,8 @@ from torch import Tensor
 IGNORE = -100
 """Target of a position without loss."""
 
-_CHUNK_TOKENS = 1024
-"""Tokens per chunk: enough for full-speed products, small enough to stay in cache-sized buffers."""
+_CHUNK_TOKENS = 512
+"""Tokens per chunk: enough for full-speed products, few enough for the chunk to stay in a CPU's last-level cache."""
 
 
 def linear_cross_entropy_reference(h_ND: Tensor, head_OD: Tensor, targets_N: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fathom.checkpoint.huggingface import load_config, load_model
+from fathom.checkpoint.huggingface import load_config, load_model, model_directory
 from fathom.checkpoint.resume import load_average, load_state, step_of
 from fathom.config import ConfigError
 from fathom.data.pack import Prepared, open_prepared, prepare
@@ -57,9 +57,9 @@ def with_initial_model(run: Run) -> Run:
     """
     if run.init is None:
         return run
-    config = load_config(run.init) if Path(run.init).is_dir() else load_model(run.init).config
+    config = load_config(run.init)
     modules = max(config.num_nextn_predict_layers, run.model.num_nextn_predict_layers)
-    data = run.data if run.data.tokenizer else replace(run.data, tokenizer=run.init)
+    data = run.data if run.data.tokenizer else replace(run.data, tokenizer=str(model_directory(run.init)))
     return replace(run, model=replace(config, num_nextn_predict_layers=modules), data=data)
 
 

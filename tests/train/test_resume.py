@@ -57,7 +57,7 @@ def test_sigkill_at_random_moments(tiny_flags: list[str], tmp_path: Path) -> Non
     command = _command(flags, killed)
     while True:
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        if kills < 4 and not _finished_after(process, killed, draw.uniform(0.0, 1.0)):
+        if kills < 4 and not _finished_after(process, killed, draw.uniform(0.0, 0.4)):
             process.kill()
             process.communicate()
             kills += 1
