@@ -162,8 +162,11 @@ def test_decoding_never_expands_the_cache(monkeypatch: pytest.MonkeyPatch) -> No
     cache_LBTW = torch.zeros(config.num_hidden_layers, 1, 8, config.cache_width)
     tokens_BS = random_tokens(config, 1, 8)
     model.cached_states(tokens_BS[:, :7], torch.arange(7)[None], cache_LBTW[:, :, :7])
+    # Taking the expanded form would now be an AttributeError.
     monkeypatch.delattr(MultiHeadLatentAttention, "expanded")
-    model.cached_states(tokens_BS[:, 7:], torch.tensor([[7]]), cache_LBTW)
+    h_BSD = model.cached_states(tokens_BS[:, 7:], torch.tensor([[7]]), cache_LBTW)
+    monkeypatch.undo()
+    torch.testing.assert_close(h_BSD, model.hidden(tokens_BS)[:, 7:], rtol=1e-4, atol=1e-5)
 
 
 def poisoned_cache(config: ModelConfig, batch: int, slots: int, layers: int | None = None) -> Tensor:

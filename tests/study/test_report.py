@@ -29,7 +29,17 @@ def metrics(steps: int) -> list[dict[str, Any]]:
 
 
 def example() -> DemoReport:
-    config = presets.nano().model
+    config = replace(
+        presets.nano().model,
+        hidden_size=256,
+        intermediate_size=640,
+        moe_intermediate_size=128,
+        num_hidden_layers=6,
+        q_lora_rank=128,
+        kv_lora_rank=96,
+        qk_nope_head_dim=48,
+        v_head_dim=64,
+    )
     routers = config.num_moe_layers + config.num_nextn_predict_layers
     skewed, level = [4 * [400] + 12 * [100]] * routers, [[175] * 16] * routers
     pieces = (Piece("    return", False), Piece(" self", True), Piece(HOSTILE, True))
