@@ -98,36 +98,48 @@ class _RoutedExperts(torch.autograd.Function):
         gate_up_EGD: Tensor,
         down_EDF: Tensor,
     ) -> Tensor:
-        token_R = pair_R.clamp_min(0) // row_NK.shape[1]
-        gate_up_RG = grouped_product(x_ND[token_R], gate_up_EGD.transpose(1, 2), ends_E)
-        gate_RF, up_RF = gate_up_RG.chunk(2, dim=-1)
+        x_RD = x_ND.index_select(0, pair_R.clamp_min(0) // row_NK.shape[1])
+        gate_up_RG = grouped_product(x_RD, gate_up_EGD.transpose(1, 2), ends_E)
+        gate_RF, up_RF = _halves(gate_up_RG)
         weight_R1 = weights_NK.flatten()[pair_R.clamp_min(0), None].to(x_ND.dtype)
         y_RD = grouped_product(F.silu(gate_RF) * up_RF * weight_R1, down_EDF.transpose(1, 2), ends_E)
         ctx.save_for_backward(x_ND, pair_R, row_NK, ends_E, weights_NK, gate_up_EGD, down_EDF, gate_up_RG)
-        return y_RD[row_NK].sum(1)
+        return _sum_rows(y_RD, row_NK)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, pair_R, row_NK, ends_E, weights_NK, gate_up_EGD, down_EDF, gate_up_RG = ctx.saved_tensors
-        token_R = pair_R.clamp_min(0) // row_NK.shape[1]
-        # Padding rows repeat token 0; a zero gradient keeps them out of every sum below.
-        dy_RD = torch.where((pair_R >= 0).unsqueeze(1), grads[0][token_R], 0)
-        gate_RF, up_RF = gate_up_RG.chunk(2, dim=-1)
+        x_RD = x_ND.index_select(0, pair_R.clamp_min(0) // row_NK.shape[1])
+        # Padding rows repeat token 0; a zero gradient, the row after the last token, keeps them out of every sum below.
+        padded_ND = torch.cat((grads[0], grads[0].new_zeros(1, grads[0].shape[1])))
+        token_R = torch.where(pair_R >= 0, pair_R // row_NK.shape[1], x_ND.shape[0])
+        dy_RD = padded_ND.index_select(0, token_R)
+        gate_RF, up_RF = _halves(gate_up_RG)
         weight_R1 = weights_NK.flatten()[pair_R.clamp_min(0), None].to(x_ND.dtype)
-        sigmoid_RF = gate_RF.sigmoid()
-        silu_RF = gate_RF * sigmoid_RF
+        silu_RF = F.silu(gate_RF)
         hidden_RF = silu_RF * up_RF
 
         dscaled_RF = grouped_product(dy_RD, down_EDF, ends_E)
         ddown_EDF = grouped_outer(dy_RD, hidden_RF * weight_R1, ends_E)
         dweight_R = (dscaled_RF * hidden_RF).sum(-1, dtype=weights_NK.dtype)
         dhidden_RF = dscaled_RF * weight_R1
-        dsilu_RF = sigmoid_RF * (1 + gate_RF * (1 - sigmoid_RF))
-        dgate_up_RG = torch.cat((dhidden_RF * up_RF * dsilu_RF, dhidden_RF * silu_RF), dim=-1)
+        dgate_RF = torch.ops.aten.silu_backward(dhidden_RF * up_RF, gate_RF)
+        dgate_up_RG = torch.cat((dgate_RF, dhidden_RF * silu_RF), dim=-1)
 
-        dgate_up_EGD = grouped_outer(dgate_up_RG, x_ND[token_R], ends_E)
-        dx_ND = grouped_product(dgate_up_RG, gate_up_EGD, ends_E)[row_NK].sum(1)
+        dgate_up_EGD = grouped_outer(dgate_up_RG, x_RD, ends_E)
+        dx_ND = _sum_rows(grouped_product(dgate_up_RG, gate_up_EGD, ends_E), row_NK)
         return dx_ND, None, None, None, dweight_R[row_NK], dgate_up_EGD, ddown_EDF
+
+
+def _halves(gate_up_RG: Tensor) -> tuple[Tensor, Tensor]:
+    """Gate and up, each contiguous: exponentials of strided bf16 rows cost more than the copy."""
+    gate_RF, up_RF = gate_up_RG.chunk(2, dim=-1)
+    return gate_RF.contiguous(), up_RF
+
+
+def _sum_rows(y_RD: Tensor, row_NK: Tensor) -> Tensor:
+    """Each token's K rows added up, (N, D); nothing of size (N, K, D) is made in between."""
+    return F.embedding_bag(row_NK, y_RD, mode="sum")
 
 
 def grouped_product(x_RI: Tensor, w_EIO: Tensor, ends_E: Tensor) -> Tensor:
