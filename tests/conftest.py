@@ -5,11 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from fathom import presets
 from fathom.data.corpus import DataConfig
 from fathom.parallel.data import Ranks
 from fathom.train.run import Run
+
+# The tests' tensors are tiny: handing them to a second thread takes longer than computing them.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -66,8 +70,6 @@ def tiny_run(corpus: Path) -> Run:
 @pytest.fixture
 def one_rank() -> Ranks:
     """This process alone, on the CPU."""
-    import torch
-
     return Ranks(0, 1, torch.device("cpu"))
 
 

@@ -142,6 +142,11 @@ def _sum_rows(y_RD: Tensor, row_NK: Tensor) -> Tensor:
     return F.embedding_bag(row_NK, y_RD, mode="sum")
 
 
+# The two products are operators of their own, so that torch.compile takes them whole: its model of grouped_mm knows
+# bf16 alone (torch 2.13), and it could not trace the loop that stands in for it.
+
+
+@torch.library.custom_op("fathom::grouped_product", mutates_args=())
 def grouped_product(x_RI: Tensor, w_EIO: Tensor, ends_E: Tensor) -> Tensor:
     """Rows of expert e times w_e: (R, O); rows after the last expert's are not computed."""
     if _grouped_mm_takes(x_RI, w_EIO):
@@ -152,11 +157,22 @@ def grouped_product(x_RI: Tensor, w_EIO: Tensor, ends_E: Tensor) -> Tensor:
     return out_RO
 
 
+@grouped_product.register_fake
+def _(x_RI: Tensor, w_EIO: Tensor, ends_E: Tensor) -> Tensor:
+    return x_RI.new_empty(x_RI.shape[0], w_EIO.shape[2])
+
+
+@torch.library.custom_op("fathom::grouped_outer", mutates_args=())
 def grouped_outer(a_RI: Tensor, b_RO: Tensor, ends_E: Tensor) -> Tensor:
     """aᵀ·b over each expert's rows: (E, I, O), zero for an expert without rows."""
     if _grouped_mm_takes(a_RI, b_RO):
         return F.grouped_mm(a_RI.t(), b_RO, offs=ends_E)
     return torch.stack([a_RI[rows].t() @ b_RO[rows] for rows in _expert_rows(ends_E)])
+
+
+@grouped_outer.register_fake
+def _(a_RI: Tensor, b_RO: Tensor, ends_E: Tensor) -> Tensor:
+    return a_RI.new_empty(ends_E.shape[0], a_RI.shape[1], b_RO.shape[1])
 
 
 def _expert_rows(ends_E: Tensor) -> list[slice]:

@@ -99,6 +99,7 @@ def test_sigterm_saves_and_exits_with_zero(tiny_flags: list[str], tmp_path: Path
     assert load_model(saved).config.num_nextn_predict_layers == 1
 
 
+@pytest.mark.slow
 def test_resuming_in_process_is_bit_exact(tiny_run: Run, one_rank: Ranks, tmp_path: Path) -> None:
     train(tiny_run, tmp_path / "whole", one_rank)
     short = replace(tiny_run, train=replace(tiny_run.train, keep_last=9))
