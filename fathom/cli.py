@@ -4,6 +4,7 @@ tyro builds them: nested dataclasses become dotted flags (`--model.hidden-size`)
 become `--help`. typer and click would want every one of the hundred fields written down a second time.
 """
 
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -91,6 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if words[0] not in commands:
             raise ConfigError(f"there is no command {words[0]!r}; there are {', '.join(commands)}")
         commands[words[0]](words[1:])
+    except BrokenPipeError:
+        # The reader of our output has gone (`… | head`): nothing is left to say, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, ImportError, TrainingError) as error:
         # Every room raises these with a message made for the user.
         Console(stderr=True).print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 
 class Dispatch(NamedTuple):
@@ -173,6 +174,12 @@ def grouped_outer(a_RI: Tensor, b_RO: Tensor, ends_E: Tensor) -> Tensor:
 @grouped_outer.register_fake
 def _(a_RI: Tensor, b_RO: Tensor, ends_E: Tensor) -> Tensor:
     return a_RI.new_empty(ends_E.shape[0], a_RI.shape[1], b_RO.shape[1])
+
+
+@register_flop_formula([torch.ops.fathom.grouped_product, torch.ops.fathom.grouped_outer])
+def _flops(left: torch.Size, right: torch.Size, ends: torch.Size, **_: object) -> int:
+    """For torch's FLOP counter: either way every row meets the other operand's last dimension (padding included)."""
+    return 2 * left[0] * left[1] * right[-1]
 
 
 def _expert_rows(ends_E: Tensor) -> list[slice]:

@@ -23,7 +23,8 @@ def slow_probabilities(logits: list[float], params: SamplingParams) -> list[floa
         weights = {token: weight for token, weight in weights.items() if weight >= worst}
     total, reached, kept = sum(weights.values()), 0.0, {}
     for token in sorted(weights, key=lambda token: (-weights[token], token)):
-        if reached / total < params.top_p:
+        # 1 means no limit, also where the last tokens are too unlikely to move the sum.
+        if params.top_p == 1 or reached / total < params.top_p:
             kept[token] = weights[token]
         reached += weights[token]
     best = max(kept.values())
