@@ -32,7 +32,7 @@ test: setup-test lint ## Run every check: format, lint, types, layers, all tests
 	@$(PY) -m pytest
 
 check: setup-test lint ## Run the checks that take under a minute: a contributor's loop
-	@$(PY) -m pytest -x -m "not slow and not oracle and not distributed"
+	@$(PY) -m pytest -x -n 2 -m "not slow and not oracle and not distributed"
 
 lint: setup-test
 	@$(PY) -m ruff format --check $(LINT_SOURCES)

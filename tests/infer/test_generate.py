@@ -233,6 +233,7 @@ def chi_square_excess(found: Counter[tuple[int, ...]], chances: dict[tuple[int, 
     return statistic / (freedom * (1 - spread + 3.0902 * spread**0.5) ** 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("params", "speculative"),
     [(SETTINGS[1], False), (SETTINGS[0], True), (SETTINGS[1], True)],

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from fathom import Model, load_model, save_model
@@ -32,6 +33,7 @@ def test_modules_are_added_and_the_rest_is_kept(tiny_run: Run, one_rank: Ranks, 
     assert model.mtp[0].eh_proj.weight.std() > 0
 
 
+@pytest.mark.slow
 def test_training_goes_on_with_its_tokenizer(tiny_run: Run, one_rank: Ranks, tmp_path: Path) -> None:
     source = _plain_checkpoint(tiny_run, one_rank, tmp_path)
     run = replace(tiny_run, init=str(source), train=replace(tiny_run.train, steps=2))

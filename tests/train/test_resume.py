@@ -112,6 +112,7 @@ def test_resuming_in_process_is_bit_exact(tiny_run: Run, one_rank: Ranks, tmp_pa
     _assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
 
 
+@pytest.mark.slow
 def test_only_the_newest_checkpoints_stay_and_half_written_ones_do_not_count(
     tiny_run: Run, one_rank: Ranks, tmp_path: Path
 ) -> None:
@@ -123,6 +124,7 @@ def test_only_the_newest_checkpoints_stay_and_half_written_ones_do_not_count(
     assert load_model(tmp_path / "model").config.bos_token_id == 0
 
 
+@pytest.mark.slow
 def test_run_json_records_what_was_resolved(tiny_run: Run, one_rank: Ranks, tmp_path: Path) -> None:
     auto = replace(tiny_run, train=replace(tiny_run.train, steps=2, compute="auto", compile="auto"))
     train(auto, tmp_path, one_rank)

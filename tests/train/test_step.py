@@ -68,6 +68,7 @@ def test_a_step_with_an_infinite_loss_changes_nothing(tiny_run: Run, prepared: P
     assert all(not optimizer.state for optimizer in state.optimizers)
 
 
+@pytest.mark.slow
 def test_a_diverged_run_stops_and_leaves_the_good_checkpoint(tiny_run: Run, one_rank: Ranks, tmp_path: Path) -> None:
     run = replace(tiny_run, train=replace(tiny_run.train, steps=4, save_every=2, max_bad_steps=3))
     out = tmp_path / "run"
