@@ -28,8 +28,8 @@ def causal_attention_reference(q_BSHX: Tensor, k_BSHX: Tensor, v_BSHV: Tensor, s
 def causal_attention(q_BSHX: Tensor, k_BSHX: Tensor, v_BSHV: Tensor, scale: float) -> Tensor:
     """As `causal_attention_reference`. On a GPU torch's fused kernel; on the CPU plain products in query blocks.
 
-    Each block multiplies only the keys it may see, so that scores are never held for the whole square. On 2 CPU cores
-    it took two thirds of the time of torch's fused CPU kernel, forward and backward (docs/log.md).
+    No block multiplies keys that come after all of its queries. On 2 CPU cores this took two thirds of the time of
+    torch's fused CPU kernel, forward and backward (docs/log.md).
     """
     q_BHSX, k_BHTX, v_BHTV = (t.transpose(1, 2) for t in (q_BSHX, k_BSHX, v_BSHV))
     if q_BSHX.is_cuda:

@@ -133,7 +133,7 @@ class _RoutedExperts(torch.autograd.Function):
 
 
 def _halves(gate_up_RG: Tensor) -> tuple[Tensor, Tensor]:
-    """Gate and up, each contiguous: exponentials of strided bf16 rows cost more than the copy."""
+    """Gate, copied to be contiguous, and up: exponentials of strided bf16 rows cost more than the copy."""
     gate_RF, up_RF = gate_up_RG.chunk(2, dim=-1)
     return gate_RF.contiguous(), up_RF
 
