@@ -43,8 +43,8 @@ def nano() -> Run:
     )
 
 
-def small() -> Run:
-    """80M parameters, 22M active, with expert groups as in the large ones: hours on a CPU, minutes on a GPU."""
+def bench_small() -> Run:
+    """80M parameters, 22M active, with expert groups as in the large ones: the shape that benchmarks/train.py measures."""
     return Run(
         model=ModelConfig(
             vocab_size=8192,
@@ -66,12 +66,21 @@ def small() -> Run:
             topk_group=2,
             routed_scaling_factor=1.0,
             num_nextn_predict_layers=1,
-            max_position_embeddings=2048,
+            max_position_embeddings=4096,
             initializer_range=0.02,
         ),
+        train=TrainConfig(steps=1000, batch_size=8, micro_batch_size=8, sequence_length=512),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        schedule=ScheduleConfig(warmup_steps=100, bias_speed=0.003),
+    )
+
+
+def small() -> Run:
+    """The same model with a recipe to train it: hours on a CPU, minutes on a GPU."""
+    return replace(
+        bench_small(),
         train=TrainConfig(steps=4000, batch_size=16, micro_batch_size=8, sequence_length=512),
         optimizer=OptimizerConfig(kind="muon", learning_rate=2e-3),
-        schedule=ScheduleConfig(warmup_steps=100, bias_speed=0.003),
     )
 
 
@@ -127,6 +136,7 @@ def deepseek_v3_671b() -> Run:
 ALL: dict[str, Callable[[], Run]] = {
     "nano": nano,
     "small": small,
+    "bench-small": bench_small,
     "16b-a3b": moe_16b_a3b,
     "deepseek-v3-671b": deepseek_v3_671b,
 }
