@@ -44,7 +44,7 @@ def nano() -> Run:
 
 
 def bench_small() -> Run:
-    """80M parameters, 22M active, with expert groups as in the large ones: the shape that benchmarks/train.py measures."""
+    """80M parameters, 22M active, expert groups as in the large ones: the shape benchmarks/train.py measures."""
     return Run(
         model=ModelConfig(
             vocab_size=8192,

@@ -6,7 +6,7 @@ from fathom.model.config import ModelConfig
 from fathom.model.layers import RMSNorm, SwiGLU
 from fathom.model.mla import MultiHeadLatentAttention
 from fathom.model.moe import MoE, RouterFacts
-from fathom.model.rope import Rope
+from fathom.ops.rope import Rope
 
 
 class Block(nn.Module):

@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fathom.ops.norm import rms_norm
+from fathom.ops.swiglu import swiglu
+
 LATENT_NORM_EPS = 1e-6
 """Epsilon of q_a_layernorm and kv_a_layernorm whatever rms_norm_eps says, as `transformers` reads checkpoints."""
 
@@ -36,8 +39,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = at_least_float32(x)
-        return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):
@@ -50,5 +52,5 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(width, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        down: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        down: Tensor = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
         return down

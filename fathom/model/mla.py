@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from fathom.model.config import ModelConfig
 from fathom.model.layers import LATENT_NORM_EPS, Linear, RMSNorm
-from fathom.model.rope import Rope, apply_rope, softmax_scale
-from fathom.ops.attention import causal_attention, latent_attention
+from fathom.model.rope import softmax_scale
+from fathom.ops.attention import expanded_attention, latent_attention
+from fathom.ops.rope import Rope, apply_rope
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -47,30 +48,28 @@ class MultiHeadLatentAttention(nn.Module):
         `cache_BTW` is a view of the slots visible to this call. When the new tokens fill all of them (prefill from
         an empty cache) nothing older exists and the expanded form is used, else the absorbed one.
         """
-        q_nope_BSHP, q_rope_BSHR = self.queries(x_BSD, rope)
+        q_BSHX = self.queries(x_BSD)
         c_BSC, k_rope_BSR = self.latents(x_BSD, rope)
         if cache_BTW is None or positions_BS is None:
-            heads_BSHV = self.expanded(q_nope_BSHP, q_rope_BSHR, c_BSC, k_rope_BSR)
+            heads_BSHV = self.expanded(q_BSHX, c_BSC, k_rope_BSR, rope)
         else:
             rows_B1 = torch.arange(x_BSD.shape[0], device=x_BSD.device)[:, None]
             cache_BTW[rows_B1, positions_BS] = torch.cat((c_BSC, k_rope_BSR), dim=-1)
             if cache_BTW.shape[1] == x_BSD.shape[1]:
-                heads_BSHV = self.expanded(q_nope_BSHP, q_rope_BSHR, c_BSC, k_rope_BSR)
+                heads_BSHV = self.expanded(q_BSHX, c_BSC, k_rope_BSR, rope)
             else:
-                heads_BSHV = self.absorbed(q_nope_BSHP, q_rope_BSHR, cache_BTW, positions_BS)
+                heads_BSHV = self.absorbed(q_BSHX, cache_BTW, positions_BS, rope)
         out_BSD: Tensor = self.o_proj(heads_BSHV.flatten(2))
         return out_BSD
 
-    def queries(self, x_BSD: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        """Each head's query, its part without position (B, S, H, P) and its rotated part (B, S, H, R)."""
+    def queries(self, x_BSD: Tensor) -> Tensor:
+        """Each head's query (B, S, H, X): P numbers without position, then R that are still to be rotated."""
         config = self.config
         if config.q_lora_rank is None:
             q_BSX = self.q_proj(x_BSD)
         else:
             q_BSX = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BSD)))
-        q_BSHX = q_BSX.unflatten(-1, (config.num_attention_heads, config.qk_head_dim))
-        q_nope_BSHP, q_rope_BSHR = q_BSHX.split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1)
-        return q_nope_BSHP, apply_rope(q_rope_BSHR, rope)
+        return q_BSX.unflatten(-1, (config.num_attention_heads, config.qk_head_dim))
 
     def latents(self, x_BSD: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """What is cached: the normalised latent c (B, S, C) and the rotated key all heads share (B, S, R)."""
@@ -79,22 +78,18 @@ class MultiHeadLatentAttention(nn.Module):
         c_BSC, k_rope_BSR = kv_BSW.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
         return self.kv_a_layernorm(c_BSC), apply_rope(k_rope_BSR, rope)
 
-    def expanded(self, q_nope_BSHP: Tensor, q_rope_BSHR: Tensor, c_BSC: Tensor, k_rope_BSR: Tensor) -> Tensor:
+    def expanded(self, q_BSHX: Tensor, c_BSC: Tensor, k_rope_BSR: Tensor, rope: Rope) -> Tensor:
         """Causal attention over the call's own tokens with keys and values built per head; (B, S, H, V)."""
-        config = self.config
-        kv_BSHY = self.kv_b_proj(c_BSC).unflatten(-1, (config.num_attention_heads, -1))
-        k_nope_BSHP, v_BSHV = kv_BSHY.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)
-        k_rope_BSHR = k_rope_BSR.unsqueeze(2).expand(-1, -1, config.num_attention_heads, -1)
-        q_BSHX = torch.cat((q_nope_BSHP, q_rope_BSHR), dim=-1)
-        k_BSHX = torch.cat((k_nope_BSHP, k_rope_BSHR), dim=-1)
-        return causal_attention(q_BSHX, k_BSHX, v_BSHV, self.scale)
+        kv_BSHY = self.kv_b_proj(c_BSC).unflatten(-1, (self.config.num_attention_heads, -1))
+        return expanded_attention(q_BSHX, kv_BSHY, k_rope_BSR, rope, self.scale)
 
-    def absorbed(self, q_nope_BSHP: Tensor, q_rope_BSHR: Tensor, cache_BTW: Tensor, positions_BS: Tensor) -> Tensor:
+    def absorbed(self, q_BSHX: Tensor, cache_BTW: Tensor, positions_BS: Tensor, rope: Rope) -> Tensor:
         """Attention over the cached latents without expanding them; (B, S, H, V)."""
         config = self.config
+        q_nope_BSHP, q_rope_BSHR = q_BSHX.split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1)
         up_HYC = self.kv_b_proj.weight.to(cache_BTW.dtype).unflatten(0, (config.num_attention_heads, -1))
         up_k_HPC, up_v_HVC = up_HYC.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
         q_latent_BSHC = torch.einsum("bshp,hpc->bshc", q_nope_BSHP, up_k_HPC)
-        q_BSHW = torch.cat((q_latent_BSHC, q_rope_BSHR), dim=-1)
+        q_BSHW = torch.cat((q_latent_BSHC, apply_rope(q_rope_BSHR, rope)), dim=-1)
         out_BSHC = latent_attention(q_BSHW, cache_BTW, positions_BS, config.kv_lora_rank, self.scale)
         return torch.einsum("bshc,hvc->bshv", out_BSHC, up_v_HVC)

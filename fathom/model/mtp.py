@@ -14,7 +14,7 @@ from fathom.model.block import Block
 from fathom.model.config import ModelConfig
 from fathom.model.layers import Linear, RMSNorm
 from fathom.model.moe import RouterFacts
-from fathom.model.rope import Rope
+from fathom.ops.rope import Rope
 
 
 class MTPModule(Block):

@@ -8,19 +8,12 @@ Shapes: B batch, S query length, R qk_rope_head_dim, J = R/2 pairs.
 
 import math
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fathom.model.config import ModelConfig, YarnScaling
-
-
-class Rope(NamedTuple):
-    """cos and sin of each position's angles, (S, J) when all rows share positions, else (B, S, J); float32."""
-
-    cos: Tensor
-    sin: Tensor
+from fathom.ops.rope import Rope
 
 
 def mscale(factor: float, weight: float) -> float:
@@ -42,18 +35,6 @@ def rope_table(config: ModelConfig, positions: Tensor) -> Rope:
     angles = positions[..., None].float() * _inverse_frequencies(config, positions.device)
     magnitude = _magnitude(config.rope_scaling)
     return Rope(angles.cos() * magnitude, angles.sin() * magnitude)
-
-
-def apply_rope(x: Tensor, rope: Rope) -> Tensor:
-    """Rotate x (B, S, R) or (B, S, H, R) by its positions' angles.
-
-    Pairs are read interleaved and written as two halves: queries and keys alike, so their products are those of
-    the interleaved layout without the cost of weaving it again.
-    """
-    heads = x.dim() == 4
-    cos, sin = (t.unsqueeze(-2) if heads else t for t in rope)
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.cat((even * cos - odd * sin, odd * cos + even * sin), dim=-1).to(x.dtype)
 
 
 def _magnitude(yarn: YarnScaling | None) -> float:

@@ -18,8 +18,9 @@ from fathom.model.config import ModelConfig
 from fathom.model.layers import Linear, RMSNorm
 from fathom.model.moe import Experts, RouterFacts
 from fathom.model.mtp import MTPModule
-from fathom.model.rope import Rope, rope_table
+from fathom.model.rope import rope_table
 from fathom.model.router import Router
+from fathom.ops.rope import Rope
 
 
 @dataclass(frozen=True)

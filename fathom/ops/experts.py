@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from fathom.ops.rows import gather_rows, sum_rows
+from fathom.ops.swiglu import weighted_swiglu, weighted_swiglu_backward
+
 
 class Dispatch(NamedTuple):
     """Where each (token, expert) pair stands once the pairs are sorted by expert."""
@@ -54,7 +57,7 @@ def _row_multiple(pairs: int, experts: int, device: torch.device) -> int:
     oneDNN prepares a kernel per matrix height, at about a millisecond each: as loads differ at every step, unpadded
     training on the CPU spends longer preparing products than multiplying (docs/log.md).
     """
-    return 64 if device.type == "cpu" and pairs >= 256 * experts else 1
+    return 32 if device.type == "cpu" and pairs >= 256 * experts else 1
 
 
 def routed_experts_reference(
@@ -99,48 +102,29 @@ class _RoutedExperts(torch.autograd.Function):
         gate_up_EGD: Tensor,
         down_EDF: Tensor,
     ) -> Tensor:
-        x_RD = x_ND.index_select(0, pair_R.clamp_min(0) // row_NK.shape[1])
-        gate_up_RG = grouped_product(x_RD, gate_up_EGD.transpose(1, 2), ends_E)
-        gate_RF, up_RF = _halves(gate_up_RG)
-        weight_R1 = weights_NK.flatten()[pair_R.clamp_min(0), None].to(x_ND.dtype)
-        y_RD = grouped_product(F.silu(gate_RF) * up_RF * weight_R1, down_EDF.transpose(1, 2), ends_E)
+        token_R, weight_R = _tokens_and_weights(pair_R, weights_NK)
+        gate_up_RG = grouped_product(gather_rows(x_ND, token_R), gate_up_EGD.transpose(1, 2), ends_E)
+        y_RD = grouped_product(weighted_swiglu(gate_up_RG, weight_R), down_EDF.transpose(1, 2), ends_E)
         ctx.save_for_backward(x_ND, pair_R, row_NK, ends_E, weights_NK, gate_up_EGD, down_EDF, gate_up_RG)
-        return _sum_rows(y_RD, row_NK)
+        return sum_rows(y_RD, row_NK)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, pair_R, row_NK, ends_E, weights_NK, gate_up_EGD, down_EDF, gate_up_RG = ctx.saved_tensors
-        x_RD = x_ND.index_select(0, pair_R.clamp_min(0) // row_NK.shape[1])
-        # Padding rows repeat token 0; a zero gradient, the row after the last token, keeps them out of every sum below.
-        padded_ND = torch.cat((grads[0], grads[0].new_zeros(1, grads[0].shape[1])))
-        token_R = torch.where(pair_R >= 0, pair_R // row_NK.shape[1], x_ND.shape[0])
-        dy_RD = padded_ND.index_select(0, token_R)
-        gate_RF, up_RF = _halves(gate_up_RG)
-        weight_R1 = weights_NK.flatten()[pair_R.clamp_min(0), None].to(x_ND.dtype)
-        silu_RF = F.silu(gate_RF)
-        hidden_RF = silu_RF * up_RF
-
-        dscaled_RF = grouped_product(dy_RD, down_EDF, ends_E)
-        ddown_EDF = grouped_outer(dy_RD, hidden_RF * weight_R1, ends_E)
-        dweight_R = (dscaled_RF * hidden_RF).sum(-1, dtype=weights_NK.dtype)
-        dhidden_RF = dscaled_RF * weight_R1
-        dgate_RF = torch.ops.aten.silu_backward(dhidden_RF * up_RF, gate_RF)
-        dgate_up_RG = torch.cat((dgate_RF, dhidden_RF * silu_RF), dim=-1)
-
-        dgate_up_EGD = grouped_outer(dgate_up_RG, x_RD, ends_E)
-        dx_ND = _sum_rows(grouped_product(dgate_up_RG, gate_up_EGD, ends_E), row_NK)
-        return dx_ND, None, None, None, dweight_R[row_NK], dgate_up_EGD, ddown_EDF
+        token_R, weight_R = _tokens_and_weights(pair_R, weights_NK)
+        dy_RD = gather_rows(grads[0], token_R)
+        dhidden_RF = grouped_product(dy_RD, down_EDF, ends_E)
+        dgate_up_RG, dweight_R, hidden_RF = weighted_swiglu_backward(gate_up_RG, weight_R, dhidden_RF)
+        ddown_EDF = grouped_outer(dy_RD, hidden_RF, ends_E)
+        dgate_up_EGD = grouped_outer(dgate_up_RG, gather_rows(x_ND, token_R), ends_E)
+        dx_ND = sum_rows(grouped_product(dgate_up_RG, gate_up_EGD, ends_E), row_NK)
+        dweights_NK = dweight_R.index_select(0, row_NK.flatten()).view_as(weights_NK)
+        return dx_ND, None, None, None, dweights_NK, dgate_up_EGD, ddown_EDF
 
 
-def _halves(gate_up_RG: Tensor) -> tuple[Tensor, Tensor]:
-    """Gate, copied to be contiguous, and up: exponentials of strided bf16 rows cost more than the copy."""
-    gate_RF, up_RF = gate_up_RG.chunk(2, dim=-1)
-    return gate_RF.contiguous(), up_RF
-
-
-def _sum_rows(y_RD: Tensor, row_NK: Tensor) -> Tensor:
-    """Each token's K rows added up, (N, D); nothing of size (N, K, D) is made in between."""
-    return F.embedding_bag(row_NK, y_RD, mode="sum")
+def _tokens_and_weights(pair_R: Tensor, weights_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """The token of each row, −1 for padding, and its weight (any number for padding, whose rows are zero)."""
+    return pair_R // weights_NK.shape[1], weights_NK.flatten().index_select(0, pair_R.clamp_min(0))
 
 
 # The two products are operators of their own, so that torch.compile takes them whole: its model of grouped_mm knows

@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fathom.ops.cpu import build
+
 IGNORE = -100
 """Target of a position without loss."""
-
-_CHUNK_TOKENS = 512
-"""Tokens per chunk: enough for full-speed products, few enough for the chunk to stay in a CPU's last-level cache."""
 
 
 def linear_cross_entropy_reference(h_ND: Tensor, head_OD: Tensor, targets_N: Tensor) -> Tensor:
@@ -41,8 +40,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         dh_ND = torch.empty_like(h_ND) if wanted else None
         dhead_OD = torch.zeros_like(head_OD, dtype=wide) if wanted else None
-        for start in range(0, h_ND.shape[0], _CHUNK_TOKENS):
-            chunk = slice(start, start + _CHUNK_TOKENS)
+        tokens = _chunk_tokens(head_OD.shape[0])
+        for start in range(0, h_ND.shape[0], tokens):
+            chunk = slice(start, start + tokens)
             chunk_loss, dlogits_MO = _chunk(h_ND[chunk], weight_OD, targets_N[chunk], wide)
             loss += chunk_loss
             if dh_ND is not None and dhead_OD is not None:
@@ -58,9 +58,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dh_ND * grads[0].to(dh_ND.dtype), dhead_OD * grads[0].to(dhead_OD.dtype), None
 
 
+def _chunk_tokens(words: int) -> int:
+    """Tokens per chunk: enough for full-speed products, few enough that a chunk of logits stays in a CPU's cache."""
+    return max(256, (1 << 22) // words)
+
+
 def _chunk(h_MD: Tensor, weight_OD: Tensor, targets_M: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
     """One chunk's summed loss, and that sum's gradient with respect to its logits, p − onehot, in h's type."""
-    log_p_MO = F.linear(h_MD, weight_OD).log_softmax(1, dtype=wide)
+    logits_MO = F.linear(h_MD, weight_OD)
+    if build.usable(logits_MO, targets_M):
+        losses_M = logits_MO.new_empty(logits_MO.shape[0], dtype=torch.float32)
+        sizes = (*logits_MO.shape, IGNORE)
+        build.call("cross_entropy", logits_MO.dtype, logits_MO, targets_M.contiguous(), losses_M, *sizes)
+        return losses_M.sum(), logits_MO
+    log_p_MO = logits_MO.log_softmax(1, dtype=wide)
     loss = F.nll_loss(log_p_MO, targets_M, ignore_index=IGNORE, reduction="sum")
     valid_M1 = (targets_M != IGNORE).unsqueeze(1)
     dlogits_MO = log_p_MO.exp_()

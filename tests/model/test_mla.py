@@ -14,6 +14,7 @@ from fathom.model.config import ModelConfig, YarnScaling
 from fathom.model.mla import MultiHeadLatentAttention
 from fathom.model.rope import rope_table
 from fathom.model.transformer import Model
+from fathom.ops.rope import apply_rope
 from tests.model.configs import enliven, lively_model, model_configs, random_tokens, relative_error, tiny
 
 GARBAGE = 1e4
@@ -38,10 +39,10 @@ def test_absorbed_equals_expanded(config: ModelConfig, batch: int, length: int, 
     layer, x_BSD = attention(config, seed), random_states(config, batch, length, seed)
     positions_S = torch.arange(length)
     rope = rope_table(config, positions_S)
-    queries, (c_BSC, k_rope_BSR) = layer.queries(x_BSD, rope), layer.latents(x_BSD, rope)
-    expanded_BSHV = layer.expanded(*queries, c_BSC, k_rope_BSR)
+    q_BSHX, (c_BSC, k_rope_BSR) = layer.queries(x_BSD), layer.latents(x_BSD, rope)
+    expanded_BSHV = layer.expanded(q_BSHX, c_BSC, k_rope_BSR, rope)
     cache_BTW = torch.cat((c_BSC, k_rope_BSR), dim=-1)
-    absorbed_BSHV = layer.absorbed(*queries, cache_BTW, positions_S.expand(batch, -1))
+    absorbed_BSHV = layer.absorbed(q_BSHX, cache_BTW, positions_S.expand(batch, -1), rope)
     assert relative_error(absorbed_BSHV, expanded_BSHV) <= 1e-10
 
 
@@ -51,7 +52,8 @@ def test_forward_equals_attention_written_out() -> None:
     config = tiny(rope_scaling=YarnScaling(8.0, 16, mscale=0.7, mscale_all_dim=0.9))
     layer, x_BSD = attention(config, 3), random_states(config, 2, 6, 3)
     rope = rope_table(config, torch.arange(6))
-    (q_nope, q_rope), (c_BSC, k_rope) = layer.queries(x_BSD, rope), layer.latents(x_BSD, rope)
+    q_nope, q_rope = layer.queries(x_BSD).split((config.qk_nope_head_dim, config.qk_rope_head_dim), -1)
+    q_rope, (c_BSC, k_rope) = apply_rope(q_rope, rope), layer.latents(x_BSD, rope)
     up_HYC = layer.kv_b_proj.weight.unflatten(0, (config.num_attention_heads, -1))
     mscale = 0.1 * 0.9 * torch.tensor(8.0, dtype=torch.float64).log() + 1
     scale = mscale**2 / (config.qk_nope_head_dim + config.qk_rope_head_dim) ** 0.5

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from fathom.model.config import ModelConfig, YarnScaling
-from fathom.model.rope import Rope, apply_rope, rope_table, softmax_scale
+from fathom.model.rope import rope_table, softmax_scale
+from fathom.ops.rope import Rope, apply_rope
 from tests.model.configs import model_configs, tiny, yarns
 
 positions_S = torch.tensor([0, 1, 2, 17, 130, 4095])

@@ -1,12 +1,22 @@
 """Attention in blocks against its definition, and latent attention against a loop over queries."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fathom.ops.attention import causal_attention, causal_attention_reference, latent_attention
+from fathom.ops.attention import (
+    causal_attention_reference,
+    expanded_attention,
+    expanded_attention_reference,
+    latent_attention,
+)
+from fathom.ops.cpu import build
+from fathom.ops.rope import Rope
+from tests.ops.errors import scale_free_error
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -16,29 +26,70 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def with_gradients(function: object, *inputs: Tensor, scale: float) -> list[Tensor]:
-    leaves = [t.clone().requires_grad_() for t in inputs]
-    out_BSHV = function(*leaves, scale)  # type: ignore[operator]
-    return [
-        out_BSHV.detach(),
-        *torch.autograd.grad(out_BSHV, leaves, random(*out_BSHV.shape).to(out_BSHV.dtype)),
-    ]
+class Case:
+    """Inputs of expanded attention: B, S, H and the widths P, R, V; each row at positions of its own if `apart`."""
+
+    def __init__(self, shape: tuple[int, int, int], widths: tuple[int, int, int], apart: bool = False) -> None:
+        (batch, length, heads), (nope, rotated, value) = shape, widths
+        self.inputs = (
+            random(batch, length, heads, nope + rotated),
+            random(batch, length, heads, nope + value, seed=1),
+            random(batch, length, rotated, seed=2),
+        )
+        angles = random(*([batch] if apart else []), length, rotated // 2, seed=3)
+        self.rope = Rope(angles.cos().float(), angles.sin().float())
+        self.upstream = random(batch, length, heads, value, seed=4)
+
+    def run(self, function: Any, dtype: torch.dtype) -> list[Tensor]:
+        """Output and all gradients."""
+        leaves = [t.to(dtype).requires_grad_() for t in self.inputs]
+        out_BSHV = function(*leaves, self.rope, 0.3)
+        gradients = torch.autograd.grad(out_BSHV, leaves, self.upstream.to(dtype))
+        assert all(g.shape == t.shape and g.dtype == dtype for g, t in zip(gradients, leaves, strict=True))
+        return [out_BSHV.detach(), *gradients]
 
 
-@pytest.mark.parametrize("widths", [(12, 12), (12, 7), (5, 9)], ids=["V = X", "V < X", "V > X"])
-@pytest.mark.parametrize("length", [1, 127, 128, 129, 300])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_blocks_equal_the_reference(length: int, widths: tuple[int, int], dtype: torch.dtype) -> None:
-    """Outputs and gradients; the lengths straddle the size of a block."""
-    x, v = widths
-    inputs = [random(2, length, 3, width, seed=i, dtype=dtype) for i, width in enumerate((x, x, v))]
-    found = with_gradients(causal_attention, *inputs, scale=0.3)
-    expected = with_gradients(causal_attention_reference, *inputs, scale=0.3)
-    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+def assert_equal(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
     for one, other in zip(found, expected, strict=True):
-        assert one.dtype == dtype and one.shape == other.shape
+        assert one.dtype == other.dtype and one.shape == other.shape
         # At length 1 the softmax is constant, so the true gradients of q and k are zero.
         assert (one - other).abs().max() <= tolerance * max(1.0, other.abs().max())
+
+
+@pytest.mark.parametrize("widths", [(8, 4, 12), (7, 6, 5), (3, 34, 17)])
+@pytest.mark.parametrize("length", [1, 127, 128, 129, 300])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_fast_equals_the_reference(length: int, widths: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Outputs and gradients; the lengths straddle the size of a block. float32 is the kernels', float64 plain torch."""
+    case = Case((2, length, 3), widths)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    assert_equal(case.run(expanded_attention, dtype), case.run(expanded_attention_reference, dtype), tolerance)
+
+
+@pytest.mark.parametrize("length", [1, 129])
+def test_plain_torch_equals_the_reference_too(length: int) -> None:
+    case = Case((2, length, 3), (7, 6, 5))
+    with build.disabled():
+        found = case.run(expanded_attention, torch.float32)
+    assert_equal(found, case.run(expanded_attention_reference, torch.float32), 1e-5)
+
+
+def test_rows_may_stand_at_positions_of_their_own() -> None:
+    case = Case((3, 20, 2), (5, 8, 6), apart=True)
+    found = case.run(expanded_attention, torch.float32)
+    assert_equal(found, case.run(expanded_attention_reference, torch.float32), 1e-5)
+
+
+@pytest.mark.parametrize("length", [3, 129, 600])
+def test_bfloat16_is_as_exact_as_the_reference(length: int) -> None:
+    case = Case((2, length, 2), (24, 8, 16))
+    fast, plain, exact = (
+        case.run(expanded_attention, torch.bfloat16),
+        case.run(expanded_attention_reference, torch.bfloat16),
+        case.run(expanded_attention_reference, torch.float64),
+    )
+    for found, reference, truth in zip(fast, plain, exact, strict=True):
+        assert scale_free_error(found, truth) <= 1.2 * scale_free_error(reference, truth) + 1e-7
 
 
 def test_the_reference_is_the_definition() -> None:
@@ -50,19 +101,36 @@ def test_the_reference_is_the_definition() -> None:
         assert torch.allclose(found_SV[i], expected_V, rtol=0, atol=1e-12)
 
 
+def attend(q_BSHX: Tensor, k_BSHX: Tensor, v_BSHV: Tensor) -> Tensor:
+    """The fast path where the rotation is by nothing: two rotated numbers, all zero."""
+    shape = q_BSHX.shape[:2]
+    nothing = q_BSHX.new_zeros(*shape, 2)
+    rope = Rope(torch.ones(shape[1], 1), torch.zeros(shape[1], 1))
+    q_BSHX = torch.cat((q_BSHX, nothing.unsqueeze(2).expand(-1, -1, q_BSHX.shape[2], -1)), dim=-1)
+    return expanded_attention(q_BSHX, torch.cat((k_BSHX, v_BSHV), dim=-1), nothing, rope, 1.0)
+
+
 def test_large_scores_do_not_overflow() -> None:
     q_BSHX = torch.full((1, 130, 1, 4), 1e3)
-    out_BSHV = causal_attention(q_BSHX, q_BSHX, torch.ones(1, 130, 1, 2), 1.0)
+    out_BSHV = attend(q_BSHX, q_BSHX, torch.ones(1, 130, 1, 2))
     assert torch.allclose(out_BSHV, torch.ones_like(out_BSHV))
+
+
+def test_what_is_not_finite_is_not_hidden() -> None:
+    """A NaN spreads to every position that sees it, and to no other."""
+    q_BSHX, v_BSHV = torch.ones(1, 40, 1, 4), torch.ones(1, 40, 1, 2)
+    k_BSHX = q_BSHX.clone()
+    k_BSHX[0, 20] = float("nan")
+    out_BSHV = attend(q_BSHX, k_BSHX, v_BSHV)
+    assert out_BSHV[0, :20].isfinite().all() and out_BSHV[0, 20:].isnan().all()
 
 
 def test_bfloat16_softmax_is_taken_in_float32() -> None:
     """Averaging 300 equal values is exact to bfloat16's own rounding only with float32 statistics."""
     q_BSHX = torch.zeros(1, 300, 1, 4, dtype=torch.bfloat16)
-    for function in (causal_attention, causal_attention_reference):
-        out_BSHV = function(q_BSHX, q_BSHX, torch.ones(1, 300, 1, 2, dtype=torch.bfloat16), 1.0)
-        assert out_BSHV.dtype == torch.bfloat16
-        assert (out_BSHV.float() - 1).abs().max() <= 2**-8
+    out_BSHV = attend(q_BSHX, q_BSHX, torch.ones(1, 300, 1, 2, dtype=torch.bfloat16))
+    assert out_BSHV.dtype == torch.bfloat16
+    assert (out_BSHV.float() - 1).abs().max() <= 2**-8
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,5 +1,7 @@
 """Grouped experts against the loop over experts: outputs and all gradients, at awkward sizes."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fathom.ops import experts as experts_module
+from fathom.ops.cpu import build
 from fathom.ops.experts import dispatch, routed_experts, routed_experts_reference
+from tests.ops.errors import scale_free_error
 
 ALIGNED, RAGGED = (16, 8), (13, 7)
 """(D, F): rows of float32 and bfloat16 that are multiples of 16 bytes, and rows that are none."""
@@ -69,10 +73,14 @@ ROUTINGS = {
 
 @pytest.mark.parametrize("widths", [ALIGNED, RAGGED], ids=["aligned", "ragged"])
 @pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS.keys())
-def test_float32_equals_the_reference(routing: tuple[Tensor, int], widths: tuple[int, int]) -> None:
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "plain torch"])
+def test_float32_equals_the_reference(routing: tuple[Tensor, int], widths: tuple[int, int], kernels: bool) -> None:
     case = Case(*routing, widths)
-    for found, expected in zip(case.run(True, torch.float32), case.run(False, torch.float32), strict=True):
-        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    expected = case.run(False, torch.float32)
+    with nullcontext() if kernels else build.disabled():
+        found = case.run(True, torch.float32)
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).abs().max() <= 1e-5 * other.abs().max()
 
 
 @settings(max_examples=40, deadline=None)
@@ -87,11 +95,6 @@ def test_any_shape_equals_the_reference(
     case = Case(random_ids(tokens, choices, experts, seed), experts, widths, seed)
     for found, expected in zip(case.run(True, torch.float64), case.run(False, torch.float64), strict=True):
         assert (found - expected).abs().max() <= 1e-12 * max(1.0, expected.abs().max())
-
-
-def scale_free_error(found: Tensor, expected: Tensor) -> float:
-    x, y = found.double().flatten(), expected.double().flatten()
-    return float(1 - 2 * (x @ y) / (x @ x + y @ y))
 
 
 @pytest.mark.parametrize("widths", [(64, 32), (60, 30)], ids=["aligned", "ragged"])

@@ -1,0 +1,163 @@
+"""How benchmarks/train.py measures: sides take their steps in turn, so that a drifting machine meets all alike.
+
+Each side is a process of its own (benchmarks/side.py).
+"""
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import IO, Any
+
+from side import Spec
+
+from fathom.config import to_json
+
+WARM_UP = 2
+"""First turns that are not counted: kernels are prepared, moments made, memory taken."""
+_LAST_LINES = 15
+_PATIENCE_SECONDS = 30
+
+
+class SideError(RuntimeError):
+    """A side ended before its work was done; the message says which, and its last words."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sides that take turns, by name; all of them are in memory at once."""
+
+    sides: dict[str, Spec]
+    bandwidth: bool = False
+    """Whether the memory's bandwidth is measured among the steps, too."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One side's counted steps."""
+
+    spec: Spec
+    sizes: dict[str, int]
+    """`parameters`, and of them those in `linear` layers."""
+    steps: list[dict[str, float]]
+
+    @property
+    def seconds(self) -> float:
+        """Median of a full step."""
+        return median(step["fb"] + step["optimizer"] for step in self.steps)
+
+    def seconds_of(self, part: str) -> float:
+        """Median seconds of a part of the step: `fb` (forward and backward) or `optimizer`."""
+        return median(step[part] for step in self.steps)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one step."""
+        return self.spec.batch * self.spec.length
+
+    def mfu(self, peak: float) -> float:
+        """Model FLOPs of a step, of what the peak would do in its time."""
+        flops = self.tokens * self.spec.shape.flops_per_token(self.spec.length, mtp=True)
+        return flops / self.seconds / peak
+
+    @property
+    def memory(self) -> float:
+        """Bytes at the peak of a step, above weights, gradients and moments."""
+        return max(step["memory"] for step in self.steps)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one group's turns gave."""
+
+    sides: dict[str, Result]
+    peaks: list[float]
+    """FLOP/s of a large product at each counted turn."""
+    bandwidths: list[float]
+    """Bytes per second at each counted turn; empty where they were not asked for."""
+
+    @property
+    def peak(self) -> float:
+        """Median FLOP/s of a large product."""
+        return median(self.peaks)
+
+
+def measure(group: Group, turns: int, report: Callable[[str], None]) -> Outcome:
+    """Start the group's sides, let them take `turns` counted steps in rotation, end them.
+
+    `report` hears of each side's step before it is taken.
+    """
+    with ExitStack() as stack:
+        # All start at once and are waited for one after another: nothing is timed yet.
+        sides = {name: stack.enter_context(running(name, spec)) for name, spec in group.sides.items()}
+        sizes = {name: side.answer() for name, side in sides.items()}
+        first = next(iter(sides.values()))
+        steps: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+        peaks, bandwidths = [], []
+        for turn in range(WARM_UP + turns):
+            for name, side in sides.items():
+                report(name)
+                steps[name].append(side.ask(f"step {turn}"))
+            peaks.append(first.ask("peak"))
+            if group.bandwidth:
+                bandwidths.append(first.ask("bandwidth"))
+    results = {name: Result(group.sides[name], sizes[name], steps[name][WARM_UP:]) for name in steps}
+    return Outcome(results, peaks[WARM_UP:], bandwidths[WARM_UP:])
+
+
+class Side:
+    """A running side, to be asked for one thing after another."""
+
+    def __init__(self, name: str, process: subprocess.Popen[bytes], errors: IO[str]) -> None:
+        self._name = name
+        self._process = process
+        self._errors = errors
+
+    def ask(self, request: str) -> Any:
+        """The side's answer to a request."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(f"{request}\n".encode())
+        except BrokenPipeError:
+            raise self._ended() from None
+        return self.answer()
+
+    def answer(self) -> Any:
+        """The next line that the side writes."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line.endswith(b"\n"):
+            raise self._ended()
+        return json.loads(line)
+
+    def _ended(self) -> SideError:
+        status = self._process.wait()
+        how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
+        if status == -signal.SIGKILL:
+            how += " (out of memory?)"
+        self._errors.seek(0)
+        words = self._errors.read().splitlines()[-_LAST_LINES:]
+        return SideError("\n".join([f"the side «{self._name}» {how}; its last words:", *words]))
+
+
+@contextmanager
+def running(name: str, spec: Spec) -> Iterator[Side]:
+    """The side's process, for the length of a `with`."""
+    command = [sys.executable, str(Path(__file__).with_name("side.py")), json.dumps(to_json(spec))]
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as errors,
+        # Unbuffered: what could not be written to a side that has ended is not tried again when the pipe is closed.
+        subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors) as process,
+    ):
+        try:
+            yield Side(name, process, errors)
+            with suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=_PATIENCE_SECONDS)  # the end of its input is its sign to go
+        finally:
+            process.kill()

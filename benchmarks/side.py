@@ -1,0 +1,241 @@
+"""One side of benchmarks/train.py, in a process of its own: it builds a model and takes the steps it is asked for.
+
+`python benchmarks/side.py SPEC`, where SPEC is a `Spec` as JSON. It answers in lines of JSON on standard output: one
+with the model's sizes when it is ready, then one for each line on standard input: «step TURN», «peak» or «bandwidth».
+
+Shapes: B rows, S inputs, W = S + 1 + M tokens of a row (M MTP modules).
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal, NamedTuple, TextIO
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fathom.config import from_json
+from fathom.data.stream import Batch
+from fathom.model.config import ModelConfig
+from fathom.model.transformer import Model
+from fathom.train.hardware import keep_freed_memory
+from fathom.train.loss import Objective, target_counts
+from fathom.train.optim import build_optimizers
+from fathom.train.run import OptimizerConfig
+
+_LEARNING_RATE = 1e-4
+_BALANCE_ALPHA = 1e-4
+_MTP_WEIGHT = 0.3
+_BIAS_STD = 0.05
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+_PEAK_RESET = Path("/proc/self/clear_refs")
+KNOWS_PEAK_MEMORY = os.access(_PEAK_RESET, os.W_OK)
+"""Whether the system tells the most memory a process had within a step (Linux does)."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a side trains, and how."""
+
+    program: Literal["fathom", "transformers-moe", "transformers-llama"]
+    shape: ModelConfig
+    """The model, its experts and MTP modules; a Llama takes the dense part of it."""
+    batch: int
+    """Sequences per step."""
+    length: int
+    """Tokens per sequence."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the activations; weights are float32."""
+    allocator: Literal["tuned", "default"] = "tuned"
+    """glibc's malloc as `fathom train` sets it, or as it comes."""
+    compile: bool = False
+    """Compile the layers (fathom alone)."""
+
+
+class Trained(NamedTuple):
+    """A model and what moves it."""
+
+    model: nn.Module
+    optimizers: list[Optimizer]
+    loss: Callable[[Tensor], Tensor]
+    """From tokens (B, W) to the loss that is differentiated."""
+
+
+def main() -> None:
+    answers = _own_stdout()
+    spec = from_json(Spec, json.loads(sys.argv[1]), where="spec")
+    if spec.allocator == "tuned":
+        keep_freed_memory()  # all that `fathom train` asks of the machine before it begins
+    build = _builder(spec)
+    machine = Machine()
+    before = _memory("VmRSS")
+    trained = build(spec)
+    _tilt_routers(trained.model)
+    _answer(answers, _sizes(trained.model))
+    for line in sys.stdin:
+        request, *arguments = line.split()
+        if request == "step":
+            _answer(answers, _step(trained, _tokens(spec, turn=int(arguments[0])), before))
+        else:
+            _answer(answers, {"peak": machine.flops, "bandwidth": machine.bandwidth}[request]())
+
+
+def _own_stdout() -> TextIO:
+    """Standard output for the answers alone: what libraries print there goes to standard error."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return answers
+
+
+def _answer(answers: TextIO, content: Any) -> None:
+    print(json.dumps(content), file=answers, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------ the two sides
+
+
+def _builder(spec: Spec) -> Callable[[Spec], Trained]:
+    """What builds the side; imports all that it needs, so that memory read from here on is the model's."""
+    if spec.program == "fathom":
+        return _build_ours
+    import peers  # a dependency of the tests alone
+
+    make = peers.mixture if spec.program == "transformers-moe" else peers.dense
+    return lambda spec: _around_peer(make, spec)
+
+
+def _build_ours(spec: Spec) -> Trained:
+    torch.manual_seed(0)
+    model = Model(spec.shape).train()
+    if spec.compile:
+        for block in (*model.layers, *model.mtp):  # as `fathom train` compiles them
+            block.compile()
+    objective = Objective(model, _BALANCE_ALPHA, _DTYPES[spec.dtype])
+
+    def loss(tokens_BW: Tensor) -> Tensor:
+        batch = Batch(tokens_BW, documents_BW=torch.zeros_like(tokens_BW))
+        counts_H = target_counts(batch, spec.shape.num_nextn_predict_layers)
+        return objective(batch, counts_H, _MTP_WEIGHT, share=1.0).total
+
+    config = OptimizerConfig(kind="adamw", learning_rate=_LEARNING_RATE)
+    return Trained(model, build_optimizers(model, config), loss)
+
+
+def _around_peer(make: Callable[[ModelConfig], nn.Module], spec: Spec) -> Trained:
+    torch.manual_seed(0)
+    model = make(spec.shape).train()
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=spec.dtype == "bfloat16")
+
+    def loss(tokens_BW: Tensor) -> Tensor:
+        tokens_BS = tokens_BW[:, : spec.length]
+        with autocast:
+            return model(input_ids=tokens_BS, labels=tokens_BS).loss
+
+    return Trained(model, [torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, fused=True)], loss)
+
+
+@torch.no_grad()
+def _tilt_routers(model: nn.Module) -> None:
+    """Small correction biases, the same in both programs: experts' loads are uneven, as in training."""
+    generator = torch.Generator().manual_seed(0)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(std=_BIAS_STD, generator=generator)
+
+
+# ---------------------------------------------------------------------------------------------------------- one step
+
+
+def _tokens(spec: Spec, turn: int) -> Tensor:
+    """New random tokens for every turn, the same for every side, so that routing differs from step to step."""
+    width = spec.length + 1 + spec.shape.num_nextn_predict_layers
+    draw = torch.Generator().manual_seed(turn)
+    # Whole columns are drawn in order: sides that need one more share the others.
+    return torch.randint(spec.shape.vocab_size, (width, spec.batch), generator=draw).T.contiguous()
+
+
+def _step(trained: Trained, tokens_BW: Tensor, before: int) -> dict[str, float | None]:
+    """Seconds of the two halves of a step, its loss, and the most memory above what must be held between steps."""
+    if KNOWS_PEAK_MEMORY:
+        _PEAK_RESET.write_text("5")  # proc(5): the peak so far becomes the present size
+    began = time.perf_counter()
+    for optimizer in trained.optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    loss = trained.loss(tokens_BW)
+    loss.backward()
+    middle = time.perf_counter()
+    for optimizer in trained.optimizers:
+        optimizer.step()
+    ended = time.perf_counter()
+    memory = _memory("VmHWM") - before - _held(trained) if KNOWS_PEAK_MEMORY else None
+    if not math.isfinite(loss.item()):
+        raise RuntimeError(f"the loss is {loss.item()}: such a step measures nothing")
+    return {"fb": middle - began, "optimizer": ended - middle, "loss": loss.item(), "memory": memory}
+
+
+def _held(trained: Trained) -> int:
+    """Bytes of weights, gradients, moments and buffers."""
+    weights = list(trained.model.parameters())
+    gradients = [p.grad for p in weights if p.grad is not None]
+    moments = [t for o in trained.optimizers for state in o.state.values() for t in state.values()]
+    return sum(t.nbytes for t in (*weights, *gradients, *moments, *trained.model.buffers()))
+
+
+def _memory(name: str) -> int:
+    """Bytes of a line of the process's status: VmRSS now, VmHWM at the most; 0 where there is none to read."""
+    if not KNOWS_PEAK_MEMORY:
+        return 0
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[name].split()[0]) * 1024
+
+
+def _sizes(model: nn.Module) -> dict[str, int]:
+    """Numbers of all parameters, and of those in linear layers."""
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    return {"parameters": sum(p.numel() for p in model.parameters()), "linear": linear}
+
+
+# ------------------------------------------------------------------------------------------------------- the machine
+
+
+class Machine:
+    """What the machine can do, measured among the steps. Its matrices are made once, before memory is counted."""
+
+    def __init__(self) -> None:
+        self._a, self._b = (torch.randn(2048, 2048).bfloat16() for _ in range(2))
+        self._product = self._a @ self._b
+
+    def flops(self) -> float:
+        """FLOP/s of a large square product in bfloat16."""
+        return 2 * 2048**3 / _timed(lambda: torch.mm(self._a, self._b, out=self._product))
+
+    def bandwidth(self) -> float:
+        """Bytes per second read from memory, in a sum of 1 GiB."""
+        return self._gibibyte.nbytes / _timed(self._gibibyte.sum)
+
+    @cached_property
+    def _gibibyte(self) -> Tensor:
+        return torch.ones(2**28)
+
+
+def _timed(call: Callable[[], object]) -> float:
+    """Median seconds of three calls, after one to warm up."""
+    times = []
+    for _ in range(4):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return median(times[1:])
+
+
+if __name__ == "__main__":
+    main()

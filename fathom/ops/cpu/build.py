@@ -1,0 +1,141 @@
+"""Compile kernels.cpp once per machine, load it, and call it with tensors.
+
+Needs only a C++ compiler that knows OpenMP (g++ or clang++); where there is none `available()` is False and the callers
+use plain torch. The library is kept in the user's cache under a hash of everything it was made from.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_SOURCE = Path(__file__).with_name("kernels.cpp")
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+_SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+# Parameters of each function after the number of threads: p pointer, n integer, f floating point.
+_PARAMETERS = {
+    "rms_norm": "pnpppnnf",
+    "rms_norm_backward": "pnpppppnn",
+    "swiglu": "ppnppnn",
+    "swiglu_backward": "ppnppppnppnn",
+    "split_heads": "ppppppppnnnnnnn",
+    "split_heads_backward": "ppppppppnnnnnnn",
+    "swap_middle": "ppnnnn",
+    "causal_softmax": "pnnnnf",
+    "causal_softmax_backward": "ppnnnnf",
+    "gather_rows": "pppnn",
+    "sum_rows": "pppnnn",
+    "cross_entropy": "pppnnn",
+}
+_TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_double}
+
+_enabled = True
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether the kernels take these tensors: plain ones on the CPU, float32 or bfloat16, outside torch.compile."""
+    if not _enabled or torch.compiler.is_compiling():
+        return False
+    # Subclasses (fake, functional, distributed tensors) have no memory of their own to point at.
+    plain = all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" for t in tensors)
+    return plain and tensors[0].dtype in _SUFFIX and available()
+
+
+def available() -> bool:
+    """Whether the kernels are, or can be, built here."""
+    return isinstance(_library(), ctypes.CDLL)
+
+
+def missing() -> str | None:
+    """Why the kernels cannot be built here, in words; None where they can."""
+    library = _library()
+    return library if isinstance(library, str) else None
+
+
+def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:
+    """Run the kernel on contiguous tensors (unless it takes a stride), which must stay alive until it returns."""
+    pointers = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    _function(name, dtype)(torch.get_num_threads(), *pointers)
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Plain torch for everything in the block: what the kernels are tested and measured against."""
+    global _enabled
+    before, _enabled = _enabled, False
+    try:
+        yield
+    finally:
+        _enabled = before
+
+
+@cache
+def _function(name: str, dtype: torch.dtype) -> Callable[..., None]:
+    prototype = ctypes.CFUNCTYPE(None, ctypes.c_int, *(_TYPES[kind] for kind in _PARAMETERS[name]))
+    library = _library()
+    assert isinstance(library, ctypes.CDLL), library
+    address = ctypes.c_void_p.in_dll(library, f"{name}_{_SUFFIX[dtype]}").value
+    assert address is not None
+    return prototype(address)
+
+
+@cache
+def _library() -> ctypes.CDLL | str:
+    """The loaded library, or why there is none."""
+    compiler = _compiler()
+    if compiler is None:
+        return "no C++ compiler (Debian: apt install g++; macOS: xcode-select --install)"
+    made_from = [_SOURCE.read_text(), *_FLAGS, _version(compiler), platform.machine(), _processor()]
+    digest = hashlib.sha256("\n".join(made_from).encode()).hexdigest()[:16]
+    path = _cache() / f"kernels-{digest}.so"
+    try:
+        if not path.exists():
+            _compile(compiler, path)
+        return ctypes.CDLL(str(path))
+    except subprocess.CalledProcessError as error:
+        return f"{compiler} does not build the kernels: {error.stderr.strip().splitlines()[0]}"
+    except OSError as error:
+        return f"the kernels cannot be built: {error}"
+
+
+def _compile(compiler: str, path: Path) -> None:
+    """Under another name first: processes that start together must not load a half-written library."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        made = Path(scratch, path.name)
+        command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(made)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        made.replace(path)
+
+
+def _compiler() -> str | None:
+    wanted = (os.environ.get("CXX", ""), "g++", "clang++", "c++")
+    return next((found for name in wanted if name and (found := shutil.which(name))), None)
+
+
+def _version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+
+
+def _processor() -> str:
+    """What -march=native depends on: a shared home directory serves machines of several kinds."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return platform.processor()
+    lines = cpuinfo.read_text().splitlines()
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fathom")
