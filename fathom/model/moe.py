@@ -41,8 +41,7 @@ class Experts(nn.Module):
     def forward(self, x_ND: Tensor, topk_ids_NK: Tensor, weights_NK: Tensor) -> tuple[Tensor, Tensor]:
         """The chosen experts' weighted sum (N, D), and the load (E)."""
         order = dispatch(topk_ids_NK, self.gate_up_proj.shape[0])
-        gate_up_EGD, down_EDF = self.gate_up_proj.to(x_ND.dtype), self.down_proj.to(x_ND.dtype)
-        return routed_experts(x_ND, order, weights_NK, gate_up_EGD, down_EDF), order.load_E
+        return routed_experts(x_ND, order, weights_NK, self.gate_up_proj, self.down_proj), order.load_E
 
 
 class MoE(nn.Module):

@@ -17,6 +17,9 @@ from torch.autograd.function import once_differentiable
 from fathom.ops.cpu import build
 from fathom.ops.rope import Rope, apply_rope
 
+_KEPT_LENGTH = 1024
+"""Up to this length the CPU keeps a call's probabilities for the backward pass; beyond, it makes them again."""
+
 
 def causal_attention_reference(q_BSHX: Tensor, k_BSHX: Tensor, v_BSHV: Tensor, scale: float) -> Tensor:
     """softmax(scale · q·kᵀ, masked to keys not after the query) · v; softmax in float32. Returns (B, S, H, V)."""
@@ -42,8 +45,8 @@ def expanded_attention_reference(
 def expanded_attention(q_BSHX: Tensor, kv_BSHY: Tensor, k_rope_BSR: Tensor, rope: Rope, scale: float) -> Tensor:
     """As the reference. On a GPU torch's fused kernel; on the CPU plain products in blocks of queries.
 
-    No block multiplies keys that come after all of its queries, and the backward pass makes the probabilities again
-    rather than keep them: memory grows with the length, not with its square.
+    No block multiplies keys that come after all of its queries. Long sequences' probabilities are made again in the
+    backward pass rather than kept: memory grows with the length, not with its square.
     """
     if build.usable(q_BSHX, kv_BSHY, k_rope_BSR):
         out_BSHV: Tensor = _ExpandedAttention.apply(q_BSHX, kv_BSHY, k_rope_BSR, rope.cos, rope.sin, scale)
@@ -72,7 +75,7 @@ def _heads(q_BSHX: Tensor, kv_BSHY: Tensor, k_rope_BSR: Tensor, rope: Rope) -> t
 
 def _query_blocks(length: int) -> list[tuple[int, int]]:
     """Bounds of the query blocks: wide enough for full-speed products, narrow enough to skip most masked keys."""
-    size = min(512, max(128, length // 4))
+    size = min(512, max(256, length // 8))
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
@@ -86,93 +89,38 @@ def _attend_block(q_BHSX: Tensor, k_BHTX: Tensor, v_BHTV: Tensor, start: int) ->
 
 
 class _ExpandedAttention(torch.autograd.Function):
-    """The CPU's: torch's batched products, with everything between them in one pass (fathom/ops/cpu)."""
+    """The CPU's, a head at a time (fathom/ops/cpu/attention.cpp)."""
 
     @staticmethod
     def forward(
         ctx: Any, q_BSHX: Tensor, kv_BSHY: Tensor, k_rope_BSR: Tensor, cos: Tensor, sin: Tensor, scale: float
     ) -> Tensor:
-        batch, length, heads, _ = q_BSHX.shape
-        q_NSX, k_NTX, v_NTV = _split_heads(q_BSHX, kv_BSHY, k_rope_BSR, cos, sin)
-        out_NSV = torch.empty_like(v_NTV)
-        for start, end in _query_blocks(length):
-            probs_NST = _probabilities(q_NSX, k_NTX, start, end, scale)
-            torch.bmm(probs_NST, v_NTV[:, :end], out=out_NSV[:, start:end])
-        ctx.save_for_backward(q_NSX, k_NTX, v_NTV, cos, sin)
-        ctx.scale, ctx.rotated = scale, k_rope_BSR.shape[-1]
-        return _swap_middle(out_NSV.view(batch, heads, length, -1))
+        inputs = [t.contiguous() for t in (q_BSHX, kv_BSHY, k_rope_BSR, cos, sin)]
+        batch, length, heads, width = q_BSHX.shape
+        nope = width - k_rope_BSR.shape[-1]
+        value = kv_BSHY.shape[-1] - nope
+        _, block = _query_blocks(length)[0]
+        sizes = (batch, length, heads, nope, width - nope, value, block, int(cos.dim() == 2), scale)
+        out_BSHV = q_BSHX.new_empty(batch, length, heads, value)
+        kept = None
+        if any(ctx.needs_input_grad[:3]) and length <= _KEPT_LENGTH:
+            numbers = sum((end - start) * end for start, end in _query_blocks(length))
+            kept = q_BSHX.new_empty(batch * heads, numbers)
+        build.call("attention", q_BSHX.dtype, *inputs, out_BSHV, kept, *sizes)
+        ctx.save_for_backward(*inputs, kept)
+        ctx.sizes = sizes
+        return out_BSHV
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_BSHV: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q_NSX, k_NTX, v_NTV, cos, sin = ctx.saved_tensors
-        length = q_NSX.shape[1]
-        dout_NSV = _swap_middle(dout_BSHV).flatten(0, 1)
-        dq_NSX = torch.empty_like(q_NSX)
-        dk_NTX, dv_NTV = (torch.zeros_like(t, dtype=torch.float32) for t in (k_NTX, v_NTV))
-        for start, end in _query_blocks(length):
-            q_block, dout_block, k_seen, v_seen = (
-                q_NSX[:, start:end],
-                dout_NSV[:, start:end],
-                k_NTX[:, :end],
-                v_NTV[:, :end],
-            )
-            probs_NST = _probabilities(q_NSX, k_NTX, start, end, ctx.scale)
-            dv_NTV[:, :end] += torch.bmm(probs_NST.transpose(1, 2), dout_block)
-            dscores_NST = torch.bmm(dout_block, v_seen.transpose(1, 2))
-            arguments = (probs_NST, dscores_NST, *probs_NST.shape, start, ctx.scale)
-            build.call("causal_softmax_backward", probs_NST.dtype, *arguments)
-            torch.bmm(dscores_NST, k_seen, out=dq_NSX[:, start:end])
-            dk_NTX[:, :end] += torch.bmm(dscores_NST.transpose(1, 2), q_block)
-        dk_NTX, dv_NTV = dk_NTX.to(k_NTX.dtype), dv_NTV.to(v_NTV.dtype)
-        gradients = _split_heads_backward(dq_NSX, dk_NTX, dv_NTV, cos, sin, dout_BSHV.shape[0], ctx.rotated)
+        q_BSHX, kv_BSHY, k_rope_BSR, *_ = ctx.saved_tensors
+        batch, length, heads, _ = q_BSHX.shape
+        gradients = [torch.empty_like(t) for t in (q_BSHX, kv_BSHY, k_rope_BSR)]
+        each_head_BHSR = q_BSHX.new_empty(batch, heads, length, k_rope_BSR.shape[-1], dtype=torch.float32)
+        arguments = (*ctx.saved_tensors, dout_BSHV.contiguous(), *gradients, each_head_BHSR, *ctx.sizes)
+        build.call("attention_backward", q_BSHX.dtype, *arguments)
         return *gradients, None, None, None
-
-
-def _probabilities(q_NSX: Tensor, k_NTX: Tensor, start: int, end: int, scale: float) -> Tensor:
-    """Attention of the queries start … end to the keys 0 … end."""
-    probs_NST = torch.bmm(q_NSX[:, start:end], k_NTX[:, :end].transpose(1, 2))
-    build.call("causal_softmax", probs_NST.dtype, probs_NST, *probs_NST.shape, start, scale)
-    return probs_NST
-
-
-def _split_heads(
-    q_BSHX: Tensor, kv_BSHY: Tensor, k_rope_BSR: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_heads`, with N = B·H in front: q (N, S, X), k (N, T, X), v (N, T, V)."""
-    batch, length, heads, width = q_BSHX.shape
-    rotated = k_rope_BSR.shape[-1]
-    nope, value = width - rotated, kv_BSHY.shape[-1] - (width - rotated)
-    q_NSX, k_NTX = (q_BSHX.new_empty(batch * heads, length, width) for _ in range(2))
-    v_NTV = q_BSHX.new_empty(batch * heads, length, value)
-    inputs = [t.contiguous() for t in (q_BSHX, kv_BSHY, k_rope_BSR, cos, sin)]
-    sizes = (batch, length, heads, nope, rotated, value, int(cos.dim() == 2))
-    build.call("split_heads", q_BSHX.dtype, *inputs, q_NSX, k_NTX, v_NTV, *sizes)
-    return q_NSX, k_NTX, v_NTV
-
-
-def _split_heads_backward(
-    dq_NSX: Tensor, dk_NTX: Tensor, dv_NTV: Tensor, cos: Tensor, sin: Tensor, batch: int, rotated: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `_split_heads`' first three inputs."""
-    heads, (_, length, width), value = dq_NSX.shape[0] // batch, dq_NSX.shape, dv_NTV.shape[-1]
-    nope = width - rotated
-    dq_BSHX = dq_NSX.new_empty(batch, length, heads, width)
-    dkv_BSHY = dq_NSX.new_empty(batch, length, heads, nope + value)
-    dk_rope_BSR = dq_NSX.new_empty(batch, length, rotated)
-    sizes = (batch, length, heads, nope, rotated, value, int(cos.dim() == 2))
-    tables = (cos.contiguous(), sin.contiguous())
-    outputs = (dq_BSHX, dkv_BSHY, dk_rope_BSR)
-    build.call("split_heads_backward", dq_NSX.dtype, dq_NSX, dk_NTX, dv_NTV, *tables, *outputs, *sizes)
-    return outputs
-
-
-def _swap_middle(x_ABCD: Tensor) -> Tensor:
-    """(A, B, C, D) → (A, C, B, D), contiguous."""
-    a, b, c, d = x_ABCD.shape
-    out_ACBD = x_ABCD.new_empty(a, c, b, d)
-    build.call("swap_middle", x_ABCD.dtype, x_ABCD.contiguous(), out_ACBD, a, b, c, d)
-    return out_ACBD
 
 
 def latent_attention(q_BSHW: Tensor, cache_BTW: Tensor, positions_BS: Tensor, latent_size: int, scale: float) -> Tensor:

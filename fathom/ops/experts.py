@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from fathom.ops.rows import gather_rows, sum_rows
-from fathom.ops.swiglu import weighted_swiglu, weighted_swiglu_backward
+from fathom.ops.cpu import build
 
 
 class Dispatch(NamedTuple):
@@ -77,15 +77,69 @@ def routed_experts_reference(
 
 
 def routed_experts(x_ND: Tensor, order: Dispatch, weights_NK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
-    """As the reference, with four grouped products forward and backward instead of a loop over experts.
+    """As the reference; the experts' weights may be kept in float32 under narrower activations.
 
-    Where torch's grouped product does not apply — float64, or widths whose rows are not multiples of 16 bytes — the
-    same rows go through one product per expert.
+    On the CPU each thread takes a whole expert at a time (fathom/ops/cpu/experts.cpp). Elsewhere, and where there are
+    fewer experts than threads, four grouped products forward and backward; where torch's grouped product does not
+    apply — float64, or widths whose rows are not multiples of 16 bytes — one product per expert on the same rows.
     """
-    out: Tensor = _RoutedExperts.apply(
-        x_ND, order.pair_R, order.row_NK, order.ends_E, weights_NK, gate_up_EGD, down_EDF
+    arguments = (x_ND, order.pair_R, order.row_NK, order.ends_E, weights_NK, gate_up_EGD, down_EDF)
+    if _kernels_take(*arguments):
+        out_ND: Tensor = _ExpertByExpert.apply(*arguments)
+        return out_ND
+    out_ND = _RoutedExperts.apply(*arguments[:-2], gate_up_EGD.to(x_ND.dtype), down_EDF.to(x_ND.dtype))
+    return out_ND
+
+
+def _kernels_take(x_ND: Tensor, *others: Tensor) -> bool:
+    *_, weights_NK, gate_up_EGD, down_EDF = others
+    known = all(t.dtype in (torch.float32, x_ND.dtype) and t.is_contiguous() for t in (gate_up_EGD, down_EDF))
+    return (
+        build.usable(x_ND, *others)
+        and known
+        and weights_NK.dtype == torch.float32
+        and gate_up_EGD.shape[0] >= torch.get_num_threads()
     )
-    return out
+
+
+class _ExpertByExpert(torch.autograd.Function):
+    """The CPU's. Saves the tokens and the experts' pre-activations; everything else is remade backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_ND: Tensor,
+        pair_R: Tensor,
+        row_NK: Tensor,
+        ends_E: Tensor,
+        weights_NK: Tensor,
+        gate_up_EGD: Tensor,
+        down_EDF: Tensor,
+    ) -> Tensor:
+        x_ND = x_ND.contiguous()
+        token_R, weight_R = _tokens_and_weights(pair_R, weights_NK)
+        experts, hidden, width = down_EDF.shape
+        gate_up_RG = x_ND.new_empty(len(pair_R), 2 * width)
+        y_RD = x_ND.new_empty(len(pair_R), hidden)
+        inputs = (x_ND, token_R, weight_R, ends_E, gate_up_EGD, down_EDF)
+        sizes = (experts, hidden, width, int(down_EDF.dtype == torch.float32))
+        build.call("routed_experts", x_ND.dtype, *inputs, gate_up_RG, y_RD, *sizes)
+        ctx.save_for_backward(x_ND, pair_R, row_NK, ends_E, weights_NK, gate_up_EGD, down_EDF, gate_up_RG)
+        return sum_rows(y_RD, row_NK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout_ND: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x_ND, pair_R, row_NK, ends_E, weights_NK, gate_up_EGD, down_EDF, gate_up_RG = ctx.saved_tensors
+        token_R, weight_R = _tokens_and_weights(pair_R, weights_NK)
+        inputs = (x_ND, token_R, weight_R, ends_E, gate_up_EGD, down_EDF, gate_up_RG, dout_ND.contiguous())
+        dx_RD, dweight_R = x_ND.new_empty(len(pair_R), x_ND.shape[1]), torch.empty_like(weight_R)
+        dgate_up_EGD, ddown_EDF = torch.empty_like(gate_up_EGD), torch.empty_like(down_EDF)
+        sizes = (*down_EDF.shape, int(down_EDF.dtype == torch.float32))
+        outputs = (dx_RD, dweight_R, dgate_up_EGD, ddown_EDF)
+        build.call("routed_experts_backward", x_ND.dtype, *inputs, *outputs, *sizes)
+        dweights_NK = dweight_R.index_select(0, row_NK.flatten()).view_as(weights_NK)
+        return sum_rows(dx_RD, row_NK), None, None, None, dweights_NK, dgate_up_EGD, ddown_EDF
 
 
 class _RoutedExperts(torch.autograd.Function):
@@ -103,8 +157,10 @@ class _RoutedExperts(torch.autograd.Function):
         down_EDF: Tensor,
     ) -> Tensor:
         token_R, weight_R = _tokens_and_weights(pair_R, weights_NK)
-        gate_up_RG = grouped_product(gather_rows(x_ND, token_R), gate_up_EGD.transpose(1, 2), ends_E)
-        y_RD = grouped_product(weighted_swiglu(gate_up_RG, weight_R), down_EDF.transpose(1, 2), ends_E)
+        gate_up_RG = grouped_product(_gather_rows(x_ND, token_R), gate_up_EGD.transpose(1, 2), ends_E)
+        gate_RF, up_RF = _halves(gate_up_RG)
+        hidden_RF = F.silu(gate_RF) * up_RF * weight_R[:, None].to(x_ND.dtype)
+        y_RD = grouped_product(hidden_RF, down_EDF.transpose(1, 2), ends_E)
         ctx.save_for_backward(x_ND, pair_R, row_NK, ends_E, weights_NK, gate_up_EGD, down_EDF, gate_up_RG)
         return sum_rows(y_RD, row_NK)
 
@@ -112,11 +168,18 @@ class _RoutedExperts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, pair_R, row_NK, ends_E, weights_NK, gate_up_EGD, down_EDF, gate_up_RG = ctx.saved_tensors
         token_R, weight_R = _tokens_and_weights(pair_R, weights_NK)
-        dy_RD = gather_rows(grads[0], token_R)
-        dhidden_RF = grouped_product(dy_RD, down_EDF, ends_E)
-        dgate_up_RG, dweight_R, hidden_RF = weighted_swiglu_backward(gate_up_RG, weight_R, dhidden_RF)
-        ddown_EDF = grouped_outer(dy_RD, hidden_RF, ends_E)
-        dgate_up_EGD = grouped_outer(dgate_up_RG, gather_rows(x_ND, token_R), ends_E)
+        dy_RD = _gather_rows(grads[0], token_R)
+        gate_RF, up_RF = _halves(gate_up_RG)
+        weight_R1 = weight_R[:, None].to(x_ND.dtype)
+        silu_RF = F.silu(gate_RF)
+        hidden_RF = silu_RF * up_RF
+        dscaled_RF = grouped_product(dy_RD, down_EDF, ends_E)
+        ddown_EDF = grouped_outer(dy_RD, hidden_RF * weight_R1, ends_E)
+        dweight_R = (dscaled_RF * hidden_RF).sum(-1, dtype=weights_NK.dtype)
+        dhidden_RF = dscaled_RF * weight_R1
+        dgate_RF = torch.ops.aten.silu_backward(dhidden_RF * up_RF, gate_RF)
+        dgate_up_RG = torch.cat((dgate_RF, dhidden_RF * silu_RF), dim=-1)
+        dgate_up_EGD = grouped_outer(dgate_up_RG, _gather_rows(x_ND, token_R), ends_E)
         dx_ND = sum_rows(grouped_product(dgate_up_RG, gate_up_EGD, ends_E), row_NK)
         dweights_NK = dweight_R.index_select(0, row_NK.flatten()).view_as(weights_NK)
         return dx_ND, None, None, None, dweights_NK, dgate_up_EGD, ddown_EDF
@@ -125,6 +188,27 @@ class _RoutedExperts(torch.autograd.Function):
 def _tokens_and_weights(pair_R: Tensor, weights_NK: Tensor) -> tuple[Tensor, Tensor]:
     """The token of each row, −1 for padding, and its weight (any number for padding, whose rows are zero)."""
     return pair_R // weights_NK.shape[1], weights_NK.flatten().index_select(0, pair_R.clamp_min(0))
+
+
+def _gather_rows(x_ND: Tensor, token_R: Tensor) -> Tensor:
+    """Row r is token token_R[r], or zeros for padding: (R, D)."""
+    padded_ND = torch.cat((x_ND, x_ND.new_zeros(1, x_ND.shape[1])))
+    return padded_ND.index_select(0, torch.where(token_R < 0, x_ND.shape[0], token_R))
+
+
+def _halves(gate_up_RG: Tensor) -> tuple[Tensor, Tensor]:
+    """Gate, copied to be contiguous, and up: exponentials of strided bf16 rows cost more than the copy."""
+    gate_RF, up_RF = gate_up_RG.chunk(2, dim=-1)
+    return gate_RF.contiguous(), up_RF
+
+
+def sum_rows(y_RD: Tensor, row_NK: Tensor) -> Tensor:
+    """Each token's K rows added up, (N, D); nothing of size (N, K, D) is made in between."""
+    if not build.usable(y_RD, row_NK):
+        return F.embedding_bag(row_NK, y_RD, mode="sum")
+    out_ND = y_RD.new_empty(row_NK.shape[0], y_RD.shape[1])
+    build.call("sum_rows", y_RD.dtype, y_RD, row_NK, out_ND, *row_NK.shape, y_RD.shape[1])
+    return out_ND
 
 
 # The two products are operators of their own, so that torch.compile takes them whole: its model of grouped_mm knows

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fathom.ops import attention
 from fathom.ops.attention import (
     causal_attention_reference,
     expanded_attention,
@@ -57,7 +58,7 @@ def assert_equal(found: list[Tensor], expected: list[Tensor], tolerance: float) 
 
 
 @pytest.mark.parametrize("widths", [(8, 4, 12), (7, 6, 5), (3, 34, 17)])
-@pytest.mark.parametrize("length", [1, 127, 128, 129, 300])
+@pytest.mark.parametrize("length", [1, 255, 256, 257, 600])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_fast_equals_the_reference(length: int, widths: tuple[int, int, int], dtype: torch.dtype) -> None:
     """Outputs and gradients; the lengths straddle the size of a block. float32 is the kernels', float64 plain torch."""
@@ -66,12 +67,21 @@ def test_fast_equals_the_reference(length: int, widths: tuple[int, int, int], dt
     assert_equal(case.run(expanded_attention, dtype), case.run(expanded_attention_reference, dtype), tolerance)
 
 
-@pytest.mark.parametrize("length", [1, 129])
+@pytest.mark.parametrize("length", [1, 257])
 def test_plain_torch_equals_the_reference_too(length: int) -> None:
     case = Case((2, length, 3), (7, 6, 5))
     with build.disabled():
         found = case.run(expanded_attention, torch.float32)
     assert_equal(found, case.run(expanded_attention_reference, torch.float32), 1e-5)
+
+
+def test_probabilities_made_again_are_those_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long sequences do not keep them between the passes."""
+    case = Case((2, 600, 3), (8, 4, 12))
+    kept = case.run(expanded_attention, torch.bfloat16)
+    monkeypatch.setattr(attention, "_KEPT_LENGTH", 0)
+    for one, other in zip(case.run(expanded_attention, torch.bfloat16), kept, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_rows_may_stand_at_positions_of_their_own() -> None:
@@ -80,7 +90,7 @@ def test_rows_may_stand_at_positions_of_their_own() -> None:
     assert_equal(found, case.run(expanded_attention_reference, torch.float32), 1e-5)
 
 
-@pytest.mark.parametrize("length", [3, 129, 600])
+@pytest.mark.parametrize("length", [3, 257, 600])
 def test_bfloat16_is_as_exact_as_the_reference(length: int) -> None:
     case = Case((2, length, 2), (24, 8, 16))
     fast, plain, exact = (

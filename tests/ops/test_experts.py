@@ -108,6 +108,29 @@ def test_bfloat16_is_as_exact_as_the_reference(routing: tuple[Tensor, int], widt
         assert scale_free_error(found, truth) <= 2 * scale_free_error(reference, truth) + 1e-6
 
 
+@pytest.mark.parametrize("routing", [ROUTINGS["odd number"], ROUTINGS["experts without tokens"]])
+def test_float32_weights_serve_narrower_activations(routing: tuple[Tensor, int]) -> None:
+    """Masters narrowed inside give the result of weights narrowed before; their gradients arrive in float32."""
+    case = Case(*routing, ALIGNED)
+    order, weights_NK = dispatch(case.ids_NK, case.experts), case.weights_NK.float()
+    upstream_ND = case.upstream_ND.bfloat16()
+
+    def run(x_ND: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, narrowed: bool) -> list[Tensor]:
+        inputs = [t.requires_grad_() for t in (x_ND, gate_up_EGD, down_EDF)]
+        used = [t.bfloat16() for t in inputs[1:]] if narrowed else inputs[1:]
+        out_ND = routed_experts(x_ND, order, weights_NK, *used)
+        return [out_ND, *torch.autograd.grad(out_ND, inputs, upstream_ND)]
+
+    x_ND, masters = case.x_ND.bfloat16(), (case.gate_up_EGD.float(), case.down_EDF.float())
+    expected = run(x_ND.clone(), *(t.clone() for t in masters), narrowed=True)
+    for kernels in (True, False):
+        with nullcontext() if kernels else build.disabled():
+            found = run(x_ND.clone(), *(t.clone() for t in masters), narrowed=False)
+        assert [t.dtype for t in found[2:]] == [torch.float32] * 2
+        for one, other in zip(found, expected, strict=True):
+            assert (one - other).abs().max() <= (0 if kernels else 0.02) * other.abs().max()
+
+
 @pytest.mark.parametrize("routing", [ROUTINGS["experts without tokens"], ROUTINGS["every expert"]])
 def test_gradients_equal_finite_differences(routing: tuple[Tensor, int]) -> None:
     case = Case(*routing, (5, 3))
@@ -140,6 +163,7 @@ def test_rows_that_no_product_fills_are_never_read(monkeypatch: pytest.MonkeyPat
         return out_RO
 
     monkeypatch.setattr(experts_module, "grouped_product", poisoned)
+    monkeypatch.setattr(experts_module, "_kernels_take", lambda *_: False)
     for found, truth in zip(case.run(True, torch.float32), expected, strict=True):
         assert (found - truth).abs().max() <= 1e-5 * truth.abs().max()
     assert min(spare) > 0

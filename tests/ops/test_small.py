@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fathom.ops.cpu import build
+from fathom.ops.experts import sum_rows
 from fathom.ops.norm import rms_norm, rms_norm_reference
-from fathom.ops.rows import gather_rows, sum_rows
-from fathom.ops.swiglu import swiglu, weighted_swiglu, weighted_swiglu_backward
+from fathom.ops.swiglu import swiglu
 from tests.ops.errors import scale_free_error
 
 rows = st.integers(1, 9)
@@ -62,21 +62,6 @@ def test_swiglu_equals_torch(count: int, size: int, seed: int) -> None:
     assert_near(with_gradients(swiglu, *inputs), with_gradients(lambda g, u: F.silu(g) * u, *inputs))
 
 
-@settings(max_examples=40, deadline=None)
-@given(rows, sizes, seeds)
-def test_weighted_swiglu_equals_plain_torch(count: int, size: int, seed: int) -> None:
-    gate_up, weight = random(count, 2 * size, seed=seed), random(count, seed=seed + 1).sigmoid()
-    upstream = random(count, size, seed=seed + 2)
-    found = [weighted_swiglu(gate_up, weight), *weighted_swiglu_backward(gate_up, weight, upstream)]
-    with build.disabled():
-        expected = [weighted_swiglu(gate_up, weight), *weighted_swiglu_backward(gate_up, weight, upstream)]
-    assert_near(found, expected)
-    definition = with_gradients(lambda g, w: F.silu(g[:, :size]) * g[:, size:] * w[:, None], gate_up, weight)
-    upstream = random(count, size, seed=7, dtype=torch.float64).float()
-    dgate_up, dweight, hidden = weighted_swiglu_backward(gate_up, weight, upstream)
-    assert_near([hidden, dgate_up, dweight], definition)
-
-
 @pytest.mark.parametrize("case", ["norm", "swiglu"])
 def test_bfloat16_is_as_exact_as_plain_torch(case: str) -> None:
     functions: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tensor, ...]]] = {
@@ -103,16 +88,12 @@ def test_bfloat16_is_as_exact_as_plain_torch(case: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1, 16, 45])
-def test_rows_go_out_and_come_back(size: int, dtype: torch.dtype) -> None:
-    x_ND, index_R = random(6, size, seed=3, dtype=dtype), torch.tensor([5, -1, 0, 0, 3, -1, 2])
-    out_RD = gather_rows(x_ND, index_R)
-    for row, index in enumerate(index_R.tolist()):
-        assert torch.equal(out_RD[row], x_ND[index] if index >= 0 else torch.zeros_like(x_ND[0]))
-    index_NK = torch.tensor([[0, 2, 4], [6, 0, 3]])
-    expected_ND = out_RD.double()[index_NK].sum(1)
-    assert torch.allclose(sum_rows(out_RD, index_NK).double(), expected_ND, rtol=2**-8, atol=1e-6)
+def test_rows_are_added_up(size: int, dtype: torch.dtype) -> None:
+    y_RD, row_NK = random(7, size, seed=3, dtype=dtype), torch.tensor([[0, 2, 4], [6, 0, 3]])
+    expected_ND = y_RD.double()[row_NK].sum(1)
+    assert torch.allclose(sum_rows(y_RD, row_NK).double(), expected_ND, rtol=2**-8, atol=1e-6)
     with build.disabled():
-        assert torch.equal(gather_rows(x_ND, index_R), out_RD)
+        assert torch.allclose(sum_rows(y_RD, row_NK).double(), expected_ND, rtol=2**-7, atol=1e-2)
 
 
 def test_extreme_numbers_keep_their_meaning() -> None:

@@ -1,4 +1,4 @@
-"""Compile kernels.cpp once per machine, load it, and call it with tensors.
+"""Compile the C++ beside this file once per machine, load it, and call it with tensors.
 
 Needs only a C++ compiler that knows OpenMP (g++ or clang++); where there is none `available()` is False and the callers
 use plain torch. The library is kept in the user's cache under a hash of everything it was made from.
@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_SOURCE = Path(__file__).with_name("kernels.cpp")
+_SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
+_HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -27,14 +29,12 @@ _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _PARAMETERS = {
     "rms_norm": "pnpppnnf",
     "rms_norm_backward": "pnpppppnn",
-    "swiglu": "ppnppnn",
-    "swiglu_backward": "ppnppppnppnn",
-    "split_heads": "ppppppppnnnnnnn",
-    "split_heads_backward": "ppppppppnnnnnnn",
-    "swap_middle": "ppnnnn",
-    "causal_softmax": "pnnnnf",
-    "causal_softmax_backward": "ppnnnnf",
-    "gather_rows": "pppnn",
+    "swiglu": "pppnn",
+    "swiglu_backward": "pppppnn",
+    "attention": "pppppppnnnnnnnnf",
+    "attention_backward": "pppppppppppnnnnnnnnf",
+    "routed_experts": "ppppppppnnnn",
+    "routed_experts_backward": "ppppppppppppnnnn",
     "sum_rows": "pppnnn",
     "cross_entropy": "pppnnn",
 }
@@ -64,9 +64,12 @@ def missing() -> str | None:
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:
-    """Run the kernel on contiguous tensors (unless it takes a stride), which must stay alive until it returns."""
+    """Run the kernel on tensors that are contiguous, unless it takes a stride."""
     pointers = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
     _function(name, dtype)(torch.get_num_threads(), *pointers)
+    failures = _loaded().failures()
+    if failures:
+        raise RuntimeError(f"{failures} of torch's matrix products failed inside {name} ({dtype})")
 
 
 @contextmanager
@@ -83,11 +86,15 @@ def disabled() -> Iterator[None]:
 @cache
 def _function(name: str, dtype: torch.dtype) -> Callable[..., None]:
     prototype = ctypes.CFUNCTYPE(None, ctypes.c_int, *(_TYPES[kind] for kind in _PARAMETERS[name]))
-    library = _library()
-    assert isinstance(library, ctypes.CDLL), library
-    address = ctypes.c_void_p.in_dll(library, f"{name}_{_SUFFIX[dtype]}").value
+    address = ctypes.c_void_p.in_dll(_loaded(), f"{name}_{_SUFFIX[dtype]}").value
     assert address is not None
     return prototype(address)
+
+
+def _loaded() -> ctypes.CDLL:
+    library = _library()
+    assert isinstance(library, ctypes.CDLL), library
+    return library
 
 
 @cache
@@ -96,17 +103,29 @@ def _library() -> ctypes.CDLL | str:
     compiler = _compiler()
     if compiler is None:
         return "no C++ compiler (Debian: apt install g++; macOS: xcode-select --install)"
-    made_from = [_SOURCE.read_text(), *_FLAGS, _version(compiler), platform.machine(), _processor()]
+    sources = [path.read_text() for path in (*_SOURCES, *_HEADERS)]
+    made_from = [*sources, *_FLAGS, _version(compiler), platform.machine(), _processor()]
     digest = hashlib.sha256("\n".join(made_from).encode()).hexdigest()[:16]
     path = _cache() / f"kernels-{digest}.so"
     try:
         if not path.exists():
             _compile(compiler, path)
-        return ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(path))
+        _give_torch(library)
+        return library
     except subprocess.CalledProcessError as error:
         return f"{compiler} does not build the kernels: {error.stderr.strip().splitlines()[0]}"
-    except OSError as error:
+    except (OSError, AttributeError) as error:
         return f"the kernels cannot be built: {error}"
+
+
+def _give_torch(library: ctypes.CDLL) -> None:
+    """Hand over the functions of torch that products.h declares."""
+    suffix = "dylib" if sys.platform == "darwin" else "so"
+    own = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"))
+    names = ("aoti_torch_create_tensor_from_blob", "aoti_torch_delete_tensor_object", "aoti_torch_cpu_mm_out")
+    addresses = [ctypes.cast(getattr(own, name), ctypes.c_void_p) for name in names]
+    library.use_torch(*addresses, own.aoti_torch_dtype_float32(), own.aoti_torch_dtype_bfloat16())
 
 
 def _compile(compiler: str, path: Path) -> None:
@@ -114,7 +133,7 @@ def _compile(compiler: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         made = Path(scratch, path.name)
-        command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(made)]
+        command = [compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(made)]
         subprocess.run(command, check=True, capture_output=True, text=True)
         made.replace(path)
 

@@ -1,0 +1,145 @@
+// Sixteen numbers at a time: reading float32 and bfloat16 as float32, writing them back, exponentials.
+//
+// Written with the vector extensions of GCC and Clang, for whatever instructions the machine has.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+// What Python finds by name: a pointer to each function, for float32 and for bfloat16.
+#define EXPORT(NAME)                                \
+    extern "C" {                                    \
+    auto* NAME##_f32 = &NAME<float>;                \
+    auto* NAME##_bf16 = &NAME<bf16>;                \
+    }
+
+namespace {
+
+constexpr int64_t kLanes = 16;
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+
+struct bf16 {
+    uint16_t bits;
+};
+
+// ---------------------------------------------------------------------------------------- reading and writing
+
+inline float wide(float x) { return x; }
+
+inline float wide(bf16 x) {
+    uint32_t word = uint32_t(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &word, 4);
+    return value;
+}
+
+inline Floats load(const float* from) {
+    Floats value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+}
+
+inline Floats load(const bf16* from) {
+    Halves halves;
+    std::memcpy(&halves, from, sizeof halves);
+    return (Floats)(__builtin_convertvector(halves, Words) << 16);
+}
+
+inline void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
+
+// Rounds to the nearest bfloat16, ties to even; NaN stays NaN.
+inline void store(bf16* to, Floats value) {
+#ifdef __AVX512BF16__
+    __m256bh halves = _mm512_cvtneps_pbh((__m512)value);
+#else
+    Words words = (Words)value;
+    words = (words + 0x7fff + ((words >> 16) & 1)) >> 16;
+    words = value == value ? words : Words{} + 0x7fc0;
+    Halves halves = __builtin_convertvector(words, Halves);
+#endif
+    std::memcpy(to, &halves, 32);
+}
+
+// The first `count` of 16 numbers; the rest read as zero and are not written.
+template <class T>
+inline Floats load(const T* from, int64_t count) {
+    if (count == kLanes) return load(from);
+    T part[kLanes] = {};
+    std::memcpy(part, from, count * sizeof(T));
+    return load(part);
+}
+
+template <class T>
+inline void store(T* to, Floats value, int64_t count) {
+    if (count == kLanes) return store(to, value);
+    T part[kLanes];
+    store(part, value);
+    std::memcpy(to, part, count * sizeof(T));
+}
+
+// body(offset, count) over `size` numbers: 16 at a time, then what is left.
+template <class Body>
+inline void each(int64_t size, Body body) {
+    int64_t at = 0;
+    for (; at + kLanes <= size; at += kLanes) body(at, kLanes);
+    if (at < size) body(at, size - at);
+}
+
+// ---------------------------------------------------------------------------------------- arithmetic
+
+inline float sum(Floats value) {
+    float total = 0;
+    for (int i = 0; i < kLanes; i++) total += value[i];
+    return total;
+}
+
+inline float largest(Floats value) {
+    float best = value[0];
+    for (int i = 1; i < kLanes; i++) best = value[i] > best ? value[i] : best;
+    return best;
+}
+
+// e^x to a few units in the last place: e^x = 2^n·e^r with |r| <= ln(2)/2. Zero below -87, where numbers stop being
+// normal; infinite above 88; NaN stays NaN.
+inline Floats exponential(Floats x) {
+    const float rounder = 12582912.0f;  // 1.5·2^23: adding it rounds to an integer
+    Floats n = (x * 1.44269504f + rounder) - rounder;
+    Floats r = x - n * 0.693359375f;
+    r = r - n * -2.12194440e-4f;
+    Floats p = r * 1.3888889e-3f + 8.3333333e-3f;
+    p = p * r + 4.1666667e-2f;
+    p = p * r + 1.6666667e-1f;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
+    p = p * (Floats)power;
+    p = x < -87.0f ? Floats{} : p;
+    return x > 88.0f ? Floats{} + INFINITY : p;
+}
+
+inline Floats sigmoid(Floats x) { return 1.0f / (1.0f + exponential(-x)); }
+
+inline Floats fill(float value) { return Floats{} + value; }
+
+// The numbers from `count` on become `value`.
+inline Floats keep(Floats numbers, int64_t count, float value) {
+    const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return lanes < int32_t(count) ? numbers : fill(value);
+}
+
+// The same numbers in another type.
+template <class From, class To>
+inline void convert(const From* from, To* to, int64_t size) {
+    each(size, [&](int64_t i, int64_t n) { store(to + i, load(from + i, n), n); });
+}
+
+}  // namespace
