@@ -10,6 +10,8 @@ Shapes: B sequences, S tokens each, E experts, K experts per token.
 import torch
 from torch import Tensor
 
+from fathom.ops.routing import select_experts
+
 
 def updated_bias(bias_E: Tensor, load_E: Tensor, speed: float) -> Tensor:
     """b + γ·sign(mean load − load); `load_E` counts tokens per expert over the whole global batch of one step.
@@ -27,7 +29,8 @@ def sequence_balance_loss(scores_BSE: Tensor, experts_per_token: int) -> Tensor:
     normalised score. Only P carries a gradient.
     """
     length, experts = scores_BSE.shape[1:]
-    plain_BSK = scores_BSE.detach().topk(experts_per_token, dim=-1, sorted=False).indices
+    plain_NK = select_experts(scores_BSE.detach().flatten(0, 1), experts_per_token)
+    plain_BSK = plain_NK.unflatten(0, scores_BSE.shape[:2])
     chosen_BE = torch.zeros_like(scores_BSE).scatter(2, plain_BSK, 1.0).sum(1)
     f_BE = chosen_BE * (experts / (experts_per_token * length))
     p_BE = (scores_BSE / scores_BSE.sum(-1, keepdim=True)).mean(1)

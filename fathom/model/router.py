@@ -1,10 +1,8 @@
 """Which experts a token takes, and with what weight (DeepSeek-V3 report, section 2.1.2). Everything in float32.
 
-The correction bias steers selection alone; the weights are those of the unbiased scores. This file is the definition
-that the tests hold against `transformers`: groups that are not chosen are masked with −inf, so that a negative bias
-cannot let a masked expert in.
+The correction bias steers selection alone; the weights are those of the unbiased scores.
 
-Shapes: N tokens, D hidden, E routed experts, K experts per token, G groups.
+Shapes: N tokens, D hidden, E routed experts, K experts per token.
 """
 
 from collections.abc import Callable
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 
 from fathom.model.config import ModelConfig
 from fathom.model.layers import at_least_float32
+from fathom.ops.routing import select_experts
 
 
 class Routing(NamedTuple):
@@ -52,22 +51,14 @@ class Router(nn.Module):
     def forward(self, x_ND: Tensor) -> Routing:
         x_ND = at_least_float32(x_ND)
         scores_NE = F.linear(x_ND, self.weight.to(x_ND.dtype)).sigmoid()
-        topk_ids_NK = select_experts(scores_NE.detach() + self.e_score_correction_bias, self.config)
+        topk_ids_NK = self.select(scores_NE.detach())
         weights_NK = scores_NE.gather(1, topk_ids_NK)
         if self.config.norm_topk_prob:
             weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
         return Routing(topk_ids_NK, weights_NK * self.config.routed_scaling_factor, scores_NE)
 
-
-def select_experts(biased_NE: Tensor, config: ModelConfig) -> Tensor:
-    """Ids (N, K) of the K best biased scores within the `topk_group` best groups.
-
-    A group is as good as the sum of its two best experts.
-    """
-    if config.topk_group < config.n_group:
-        grouped_NGe = biased_NE.unflatten(1, (config.n_group, -1))
-        group_scores_NG = grouped_NGe.topk(2, dim=-1).values.sum(-1)
-        chosen_Ng = group_scores_NG.topk(config.topk_group, dim=-1, sorted=False).indices
-        closed_NG = torch.ones_like(group_scores_NG, dtype=torch.bool).scatter(1, chosen_Ng, False)
-        biased_NE = grouped_NGe.masked_fill(closed_NG.unsqueeze(-1), float("-inf")).flatten(1)
-    return biased_NE.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
+    def select(self, scores_NE: Tensor) -> Tensor:
+        """Ids (N, K) of the experts whose biased scores are best."""
+        config = self.config
+        biased_NE = scores_NE + self.e_score_correction_bias
+        return select_experts(biased_NE, config.num_experts_per_tok, config.n_group, config.topk_group)

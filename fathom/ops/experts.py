@@ -54,10 +54,12 @@ def dispatch(topk_ids_NK: Tensor, experts: int) -> Dispatch:
 def _row_multiple(pairs: int, experts: int, device: torch.device) -> int:
     """Each expert's rows are padded to a multiple of this.
 
-    oneDNN prepares a kernel per matrix height, at about a millisecond each: as loads differ at every step, unpadded
-    training on the CPU spends longer preparing products than multiplying (docs/log.md).
+    oneDNN prepares a kernel per matrix height, at about a millisecond each, and keeps a thousand: as loads differ at
+    every step, unpadded training on the CPU spends longer preparing products than multiplying (docs/log.md).
     """
-    return 32 if device.type == "cpu" and pairs >= 256 * experts else 1
+    if device.type != "cpu" or pairs < 32 * experts:
+        return 1
+    return 32 if pairs >= 256 * experts else 16
 
 
 def routed_experts_reference(

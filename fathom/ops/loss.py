@@ -60,7 +60,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _chunk_tokens(words: int) -> int:
     """Tokens per chunk: enough for full-speed products, few enough that a chunk of logits stays in a CPU's cache."""
-    return max(256, (1 << 22) // words)
+    return max(256, (1 << 23) // words)
 
 
 def _chunk(h_MD: Tensor, weight_OD: Tensor, targets_M: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,7 @@ _PARAMETERS = {
     "routed_experts": "ppppppppnnnn",
     "routed_experts_backward": "ppppppppppppnnnn",
     "sum_rows": "pppnnn",
+    "select_experts": "ppnnnnn",
     "cross_entropy": "pppnnn",
 }
 _TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_double}

@@ -1,0 +1,34 @@
+"""Choosing the experts of every token: the best scores within the best groups (DeepSeek-V3 report, section 2.1.2).
+
+Shapes: N tokens, E experts, K experts per token, G groups.
+"""
+
+import torch
+from torch import Tensor
+
+from fathom.ops.cpu import build
+
+
+def select_experts_reference(scores_NE: Tensor, choices: int, groups: int, open_groups: int) -> Tensor:
+    """Ids (N, K) of the `choices` best scores within the `open_groups` best of `groups` groups, in any order.
+
+    A group is as good as the sum of its two best experts. Groups that are not chosen are masked with −inf, so that a
+    negative score cannot let a masked expert in.
+    """
+    if open_groups < groups:
+        grouped_NGe = scores_NE.unflatten(1, (groups, -1))
+        group_scores_NG = grouped_NGe.topk(2, dim=-1).values.sum(-1)
+        chosen_Ng = group_scores_NG.topk(open_groups, dim=-1, sorted=False).indices
+        closed_NG = torch.ones_like(group_scores_NG, dtype=torch.bool).scatter(1, chosen_Ng, False)
+        scores_NE = grouped_NGe.masked_fill(closed_NG.unsqueeze(-1), float("-inf")).flatten(1)
+    return scores_NE.topk(choices, dim=-1, sorted=False).indices
+
+
+def select_experts(scores_NE: Tensor, choices: int, groups: int = 1, open_groups: int = 1) -> Tensor:
+    """As the reference; on the CPU in one pass."""
+    if not build.usable(scores_NE) or scores_NE.dtype != torch.float32:
+        return select_experts_reference(scores_NE, choices, groups, open_groups)
+    ids_NK = scores_NE.new_empty(scores_NE.shape[0], choices, dtype=torch.int64)
+    sizes = (*scores_NE.shape, choices, groups, open_groups)
+    build.call("select_experts", scores_NE.dtype, scores_NE.contiguous(), ids_NK, *sizes)
+    return ids_NK
