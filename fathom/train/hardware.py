@@ -16,6 +16,7 @@ _REPEATS = 5
 
 # glibc's mallopt parameters (malloc.h).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_HUGE_PAGE, _MADV_HUGEPAGE = 2 << 20, 14
 
 
 def matmul_flops(dtype: torch.dtype, device: torch.device) -> float:
@@ -61,18 +62,30 @@ def missing_for_compile(device: torch.device) -> str | None:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed instead of giving it back to the kernel.
+    """Have glibc keep what is freed instead of giving it back to the kernel, and keep it in huge pages.
 
     A training step frees and takes the same large buffers again; with glibc's defaults each is mapped and zeroed by
-    the kernel anew, hundreds of thousands of page faults a step (docs/log.md). Elsewhere than on glibc: nothing.
+    the kernel anew, hundreds of thousands of page faults a step, and read through small pages (docs/log.md). Memory is
+    only reserved here, not taken. Elsewhere than on glibc: nothing.
     """
     if not sys.platform.startswith("linux"):
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, -1)
-        mallopt(_M_TOP_PAD, 64 << 20)
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        return
+    libc.mallopt(_M_MMAP_MAX, 0)
+    libc.mallopt(_M_TRIM_THRESHOLD, -1)
+    libc.mallopt(_M_TOP_PAD, 64 << 20)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    size = free_memory(torch.device("cpu")) * 3 // 4
+    block = libc.malloc(size)  # the heap grows by so much, untouched
+    if block:
+        start = (block + _HUGE_PAGE - 1) // _HUGE_PAGE * _HUGE_PAGE
+        # A kernel without huge pages refuses, which changes nothing.
+        libc.madvise(start, (block + size - start) // _HUGE_PAGE * _HUGE_PAGE, _MADV_HUGEPAGE)
+        libc.free(block)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -39,10 +39,8 @@ inline void read_head(const Inputs<T>& from, const Sizes& size, int64_t b, int64
         std::memcpy(k + s * width + size.nope, from.key + row * size.rope, size.rope * sizeof(T));
         std::memcpy(v + s * size.value, keyvalue + size.nope, size.value * sizeof(T));
         each(pairs, [&](int64_t j, int64_t n) {
-            const T* pair = query + size.nope + 2 * j;
-            float even[kLanes], odd[kLanes];
-            for (int64_t i = 0; i < n; i++) even[i] = wide(pair[2 * i]), odd[i] = wide(pair[2 * i + 1]);
-            Floats x = load(even), y = load(odd);
+            Floats x, y;
+            load_pairs(query + size.nope + 2 * j, n, x, y);
             Floats cosine = load(from.cos + turn + j, n), sine = load(from.sin + turn + j, n);
             T* to = q + s * width + size.nope + j;
             store(to, x * cosine - y * sine, n);
@@ -69,10 +67,7 @@ inline void write_head(const Inputs<T>& from, const Sizes& size, int64_t b, int6
             const T* at = dq + s * width + size.nope + j;
             Floats x = load(at, n), y = load(at + pairs, n);
             Floats cosine = load(from.cos + turn + j, n), sine = load(from.sin + turn + j, n);
-            T even[kLanes], odd[kLanes], *pair = query + size.nope + 2 * j;
-            store(even, x * cosine + y * sine);
-            store(odd, y * cosine - x * sine);
-            for (int64_t i = 0; i < n; i++) pair[2 * i] = even[i], pair[2 * i + 1] = odd[i];
+            store_pairs(query + size.nope + 2 * j, x * cosine + y * sine, y * cosine - x * sine, n);
         });
     }
 }

@@ -85,6 +85,41 @@ inline void store(T* to, Floats value, int64_t count) {
     std::memcpy(to, part, count * sizeof(T));
 }
 
+// Interleaved pairs (x0, y0), (x1, y1), …, of which the first `count` are there, as two vectors; and back.
+template <class T>
+inline void load_pairs(const T* from, int64_t count, Floats& x, Floats& y) {
+    float first[kLanes] = {}, second[kLanes] = {};
+    for (int64_t i = 0; i < count; i++) first[i] = wide(from[2 * i]), second[i] = wide(from[2 * i + 1]);
+    x = load(first);
+    y = load(second);
+}
+
+template <class T>
+inline void store_pairs(T* to, Floats x, Floats y, int64_t count) {
+    T first[kLanes], second[kLanes];
+    store(first, x);
+    store(second, y);
+    for (int64_t i = 0; i < count; i++) to[2 * i] = first[i], to[2 * i + 1] = second[i];
+}
+
+// A full vector of bfloat16 pairs is one word each: no number has to be moved.
+inline void load_pairs(const bf16* from, int64_t count, Floats& x, Floats& y) {
+    if (count < kLanes) return load_pairs<bf16>(from, count, x, y);
+    Words words;
+    std::memcpy(&words, from, sizeof words);
+    x = (Floats)(words << 16);
+    y = (Floats)(words & 0xffff0000u);
+}
+
+inline void store_pairs(bf16* to, Floats x, Floats y, int64_t count) {
+    if (count < kLanes) return store_pairs<bf16>(to, x, y, count);
+    Halves first, second;
+    store(reinterpret_cast<bf16*>(&first), x);
+    store(reinterpret_cast<bf16*>(&second), y);
+    Words words = __builtin_convertvector(first, Words) | (__builtin_convertvector(second, Words) << 16);
+    std::memcpy(to, &words, sizeof words);
+}
+
 // body(offset, count) over `size` numbers: 16 at a time, then what is left.
 template <class Body>
 inline void each(int64_t size, Body body) {
