@@ -12,6 +12,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fathom.model.block import Block
 from fathom.model.config import ModelConfig
@@ -92,19 +93,24 @@ class Model(nn.Module):
         mtp: bool = False,
         lookahead_BM: Tensor | None = None,
         compute_dtype: torch.dtype | None = None,
+        recompute: bool = False,
     ) -> States:
         """Run the layers over whole sequences.
 
         With `mtp` the modules run too. `lookahead_BM` holds the M = num_nextn_predict_layers tokens that follow each
         row, where they are known (training cuts its rows with them): every module then covers all S positions.
-        `compute_dtype` is the activations' type; None means that of the weights.
+        `compute_dtype` is the activations' type; None means that of the weights. With `recompute` each layer of the
+        main model keeps its input alone and runs again in the backward pass.
         """
         self._check_tokens(tokens_BS)
         rope = rope_table(self.config, torch.arange(tokens_BS.shape[1], device=tokens_BS.device))
         x_BSD = self._embed(tokens_BS, compute_dtype)
         facts: list[RouterFacts] = []
         for layer in self.layers:
-            x_BSD, layer_facts = layer(x_BSD, rope)
+            if recompute:
+                x_BSD, layer_facts = checkpoint(layer, x_BSD, rope, use_reentrant=False)
+            else:
+                x_BSD, layer_facts = layer(x_BSD, rope)
             if layer_facts is not None:
                 facts.append(layer_facts)
         h_BSD = self.norm(x_BSD)

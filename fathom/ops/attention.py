@@ -114,11 +114,12 @@ class _ExpandedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_BSHV: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q_BSHX, kv_BSHY, k_rope_BSR, *_ = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        q_BSHX, kv_BSHY, k_rope_BSR, *_ = saved
         batch, length, heads, _ = q_BSHX.shape
         gradients = [torch.empty_like(t) for t in (q_BSHX, kv_BSHY, k_rope_BSR)]
         each_head_BHSR = q_BSHX.new_empty(batch, heads, length, k_rope_BSR.shape[-1], dtype=torch.float32)
-        arguments = (*ctx.saved_tensors, dout_BSHV.contiguous(), *gradients, each_head_BHSR, *ctx.sizes)
+        arguments = (*saved, dout_BSHV.contiguous(), *gradients, each_head_BHSR, *ctx.sizes)
         build.call("attention_backward", q_BSHX.dtype, *arguments)
         return *gradients, None, None, None
 

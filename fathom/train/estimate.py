@@ -51,16 +51,19 @@ def _activation_bytes(run: Run, dtype: torch.dtype) -> int:
     """Tensors saved per token and layer: the residual stream and norms, latents, heads, probabilities, experts."""
     config, train = run.model, run.train
     heads, length = config.num_attention_heads, train.sequence_length
-    attention = 2 * heads * (config.qk_head_dim + config.v_head_dim) + 2 * config.cache_width
-    probabilities = heads * length // 2
+    attention = heads * (2 * config.qk_head_dim + 2 * config.v_head_dim) + 2 * config.cache_width
+    # Of short sequences alone are they kept (fathom/ops/attention.py).
+    probabilities = heads * length * 3 // 4 if length <= 1024 else 0
     width = config.moe_intermediate_size
-    routed = config.num_experts_per_tok * (2 * width + config.hidden_size)
+    routed = config.num_experts_per_tok * 2 * width + config.hidden_size
     experts = routed + 3 * config.n_shared_experts * width
     dense = 3 * config.intermediate_size
     sparse = config.num_moe_layers + config.num_nextn_predict_layers
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
     numbers = layers * (6 * config.hidden_size + attention + probabilities)
     numbers += sparse * experts + config.first_k_dense_replace * dense
+    if train.recompute:  # every layer's input, and one layer in full
+        numbers = config.num_hidden_layers * config.hidden_size + numbers // layers
     tokens = train.micro_batch_size * length
     # The loss keeps no logits, but one chunk of them and the head's gradient.
     head = 4 * config.vocab_size * (config.hidden_size + 2 * 1024)
@@ -80,4 +83,6 @@ def memory_refusal(run: Run, needs: Estimate, free: int) -> str | None:
         return f"{message}: take a smaller model, or more memory"
     if run.train.micro_batch_size > 1:
         return f"{message}: lower train.micro-batch-size ({run.train.micro_batch_size}); the batch is accumulated"
+    if not run.train.recompute:
+        return f"{message}: set train.recompute, which keeps less for the backward pass"
     return f"{message}: lower train.sequence-length ({run.train.sequence_length})"

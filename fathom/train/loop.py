@@ -26,6 +26,7 @@ from fathom.data.pack import Prepared
 from fathom.data.stream import Batch, TokenRows
 from fathom.metrics import MetricsLog
 from fathom.model.balance import max_violation, updated_bias
+from fathom.ops.cpu import build
 from fathom.parallel.data import Ranks, accumulating
 from fathom.train.estimate import estimate, memory_refusal
 from fathom.train.evaluation import Figures, Validation, save_evaluation
@@ -299,8 +300,8 @@ def _announce(run: Run, prepared: Prepared, sequences: int, peak: float, ranks: 
     lacking = missing_for_compile(ranks.device)
     if run.train.compile == "on" and lacking:
         raise TrainingError(f"train.compile is on, but {lacking}")
-    if lacking:
-        progress.say(f"everything runs eagerly, more slowly: {lacking}")
+    if ranks.device.type == "cpu" and (why := build.missing()):
+        progress.say(f"the CPU's kernels are missing, so plain torch does their work, more slowly: {why}")
 
 
 def _metrics(facts: StepFacts, run: Run, step: int, speed: float, mfu: float) -> dict[str, Any]:

@@ -37,11 +37,12 @@ def target_counts(batch: Batch, modules: int) -> Tensor:
 class Objective(nn.Module):
     """The loss as one forward pass, which is what data parallelism wraps."""
 
-    def __init__(self, model: Model, balance_alpha: float, compute_dtype: torch.dtype) -> None:
+    def __init__(self, model: Model, balance_alpha: float, compute_dtype: torch.dtype, recompute: bool = False) -> None:
         super().__init__()
         self.model = model
         self.balance_alpha = balance_alpha
         self.compute_dtype = compute_dtype
+        self.recompute = recompute
 
     def forward(self, batch: Batch, counts_H: Tensor, mtp_weight: float, share: float) -> LossParts:
         """`counts_H` are the step's global target counts, `share` this micro-batch's part of its sequences."""
@@ -52,6 +53,7 @@ class Objective(nn.Module):
             mtp=modules > 0,
             lookahead_BM=batch.tokens_BW[:, length : length + modules],
             compute_dtype=self.compute_dtype,
+            recompute=self.recompute,
         )
         head_OD = self.model.lm_head.weight
         sums = []

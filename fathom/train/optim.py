@@ -1,10 +1,12 @@
 """AdamW as in the report, and Muon for the layers' matrices.
 
-`torch.optim.Muon` takes single matrices; the experts' weights are stacks of them, which `StackedMuon` orthogonalises
-in one batch of products with the same rule (Newton-Schulz, arXiv 2502.16982's scaling to AdamW's update size).
+`torch.optim.Muon` takes single matrices, one after another; most of this model's are experts', in stacks and many of
+one shape. `BatchedMuon` applies the same rule (Newton-Schulz, arXiv 2502.16982's scaling to AdamW's update size) to
+all matrices of a shape in one batch of products.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -20,45 +22,40 @@ from fathom.train.run import OptimizerConfig
 _MUON_MOMENTUM = 0.95
 _NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
 _NEWTON_SCHULZ_STEPS = 5
+_BATCH_NUMBERS = 1 << 24
+"""Matrices are orthogonalised as soon as so many numbers have come together: a few intermediates of that size exist."""
 
 
 def build_optimizers(model: Model, config: OptimizerConfig) -> list[Optimizer]:
     """One optimizer per kind of parameter; each parameter belongs to exactly one."""
-    matrices, stacks = _muon_parameters(model) if config.kind == "muon" else ([], [])
-    taken = {id(p) for p in (*matrices, *(p for group in stacks for p in group["params"]))}
+    matrices = _muon_groups(model) if config.kind == "muon" else []
+    taken = {id(p) for group in matrices for p in group["params"]}
     rest = [p for p in model.parameters() if id(p) not in taken]
     decayed = [p for p in rest if p.dim() >= 2]
     plain = [p for p in rest if p.dim() < 2]
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
     settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     adamw = torch.optim.AdamW([g for g in groups if g["params"]], betas=config.betas, fused=True, **settings)
-    optimizers: list[Optimizer] = [adamw]
-    if matrices:
-        muon = torch.optim.Muon(matrices, momentum=_MUON_MOMENTUM, adjust_lr_fn="match_rms_adamw", **settings)
-        optimizers.append(muon)
-    if stacks:
-        optimizers.append(StackedMuon(stacks, **settings))
-    return optimizers
+    return [adamw, BatchedMuon(matrices, **settings)] if matrices else [adamw]
 
 
-def _muon_parameters(model: Model) -> tuple[list[nn.Parameter], list[dict[str, Any]]]:
-    """The layers' matrices and, as parameter groups, the experts' stacks; embedding, head and gates stay with AdamW."""
-    matrices: list[nn.Parameter] = []
-    gate_up: list[nn.Parameter] = []
-    down: list[nn.Parameter] = []
+def _muon_groups(model: Model) -> list[dict[str, Any]]:
+    """The layers' matrices and the experts' stacks; embedding, head and gates stay with AdamW."""
+    single: list[nn.Parameter] = []
+    double: list[nn.Parameter] = []
     for part in (*model.layers, *model.mtp):
         for module in part.modules():
             if isinstance(module, Linear):
-                matrices.append(cast(nn.Parameter, module.weight))
+                single.append(cast(nn.Parameter, module.weight))
             elif isinstance(module, Experts):
-                gate_up.append(module.gate_up_proj)
-                down.append(module.down_proj)
-    stacks: list[dict[str, Any]] = [{"params": gate_up, "parts": 2}, {"params": down}]
-    return matrices, stacks if down else []
+                double.append(module.gate_up_proj)
+                single.append(module.down_proj)
+    groups: list[dict[str, Any]] = [{"params": single}, {"params": double, "parts": 2}]
+    return [group for group in groups if group["params"]]
 
 
-class StackedMuon(Optimizer):
-    """Muon for parameters (E, I, O): every one of the E matrices is orthogonalised on its own, all in one batch.
+class BatchedMuon(Optimizer):
+    """Muon for parameters (I, O) and (E, I, O), each of whose E matrices is orthogonalised on its own.
 
     A group with `parts` 2 holds two matrices stacked over each other (an expert's gate and up projection), which are
     two linear maps and so orthogonalised apart.
@@ -70,34 +67,56 @@ class StackedMuon(Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of every parameter with a gradient."""
+        batches: dict[tuple[int, ...], list[tuple[Tensor, dict[str, Any], Tensor]]] = defaultdict(list)
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is None:
                     continue
-                state = self.state[param]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(param)
-                momentum: Tensor = state["momentum_buffer"]
-                momentum.lerp_(param.grad, 1 - _MUON_MOMENTUM)
-                update = param.grad.lerp(momentum, _MUON_MOMENTUM).unflatten(1, (group["parts"], -1)).flatten(0, 1)
-                rate = group["lr"] * 0.2 * math.sqrt(max(update.shape[-2:]))
-                param.mul_(1 - group["lr"] * group["weight_decay"])
-                param.add_(orthogonalize(update).view_as(param).to(param.dtype), alpha=-rate)
+                matrices_EIO = self._directions(param, group["parts"])
+                batch = batches[tuple(sorted(matrices_EIO.shape[1:]))]
+                batch.append((param, group, matrices_EIO))
+                if sum(m.numel() for _, _, m in batch) >= _BATCH_NUMBERS:
+                    _apply(batch)
+                    batch.clear()
+        for batch in batches.values():
+            _apply(batch)
+
+    def _directions(self, param: Tensor, parts: int) -> Tensor:
+        """Gradient and momentum mixed (Nesterov), as matrices (E, I, O) in the type they are orthogonalised in."""
+        state = self.state[param]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(param)
+        momentum: Tensor = state["momentum_buffer"]
+        assert param.grad is not None
+        momentum.lerp_(param.grad, 1 - _MUON_MOMENTUM)
+        mixed = param.grad.lerp(momentum, _MUON_MOMENTUM).bfloat16()
+        return mixed.unflatten(-2, (parts, -1)).flatten(0, -3)
+
+
+def _apply(batch: list[tuple[Tensor, dict[str, Any], Tensor]]) -> None:
+    """Move parameters whose matrices have one shape, up to transposition."""
+    if not batch:
+        return
+    wide = [m.mT if m.shape[-2] > m.shape[-1] else m for _, _, m in batch]
+    results = orthogonalize(torch.cat(wide)).split([len(m) for m in wide])
+    for (param, group, matrices_EIO), result in zip(batch, results, strict=True):
+        tall = matrices_EIO.shape[-2] > matrices_EIO.shape[-1]
+        update = result.mT if tall else result
+        rate = group["lr"] * 0.2 * math.sqrt(max(update.shape[-2:]))
+        param.mul_(1 - group["lr"] * group["weight_decay"])
+        param.add_(update.reshape(param.shape), alpha=-rate)
 
 
 def orthogonalize(matrices_EIO: Tensor) -> Tensor:
-    """Roughly U·Vᵀ of each matrix's singular value decomposition, in bfloat16 as torch.optim.Muon computes it."""
+    """Roughly U·Vᵀ of each wide matrix's singular value decomposition, in bfloat16 as torch.optim.Muon computes it."""
     a, b, c = _NEWTON_SCHULZ
     x = matrices_EIO.bfloat16()
-    tall = x.shape[-2] > x.shape[-1]
-    if tall:
-        x = x.mT
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(_NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
-    return x.mT if tall else x
+    return x
 
 
 class WeightAverage:

@@ -88,7 +88,9 @@ class TrainConfig:
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the activations; auto takes bfloat16 where a short timing finds it faster. Weights stay float32."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile for the layers; auto compiles where there is a compiler and the run is long enough to gain."""
+    """torch.compile for the layers; auto compiles on a GPU (a CPU has kernels of its own, in fathom/ops/cpu)."""
+    recompute: bool = False
+    """Keep each layer's input alone for the backward pass and run the layer again there: a third more time."""
     eval_every: int = 200
     """Steps between evaluations on the held-out split (0: only at the end)."""
     eval_sequences: int | None = None

@@ -15,15 +15,10 @@ from fathom.data.stream import TokenRows
 from fathom.model.config import ModelConfig
 from fathom.model.transformer import Model
 from fathom.parallel.data import Ranks
-from fathom.train.estimate import estimate
-from fathom.train.hardware import faster_dtype, matmul_flops, missing_for_compile
+from fathom.train.hardware import faster_dtype
 from fathom.train.loss import Objective
 from fathom.train.optim import WeightAverage, build_optimizers
 from fathom.train.run import Run
-from fathom.train.schedule import batch_sizes
-
-_COMPILE_PAYS_SECONDS = 900
-"""Expected length of a run from which on compiling the layers saves more than the minute or two it takes."""
 
 
 @dataclass
@@ -78,17 +73,9 @@ def resolve(run: Run, prepared: Prepared, ranks: Ranks) -> Run:
         choice = ranks.from_first(str(faster_dtype(ranks.device)).removeprefix("torch."))
         train = replace(train, compute="bfloat16" if choice == "bfloat16" else "float32")
     if train.compile == "auto":
-        choice = ranks.from_first("on" if _compiling_pays(replace(run, train=train), ranks) else "off")
-        train = replace(train, compile="on" if choice == "on" else "off")
+        # On a CPU the kernels of fathom/ops/cpu are as fast and need no minute of compiling (docs/log.md).
+        train = replace(train, compile="on" if ranks.device.type == "cuda" else "off")
     return replace(run, model=model, train=train)
-
-
-def _compiling_pays(run: Run, ranks: Ranks) -> bool:
-    if missing_for_compile(ranks.device) is not None:
-        return False
-    dtype = compute_dtype(run)
-    needs = estimate(run, dtype, int(batch_sizes(run.train).sum()))
-    return needs.seconds(matmul_flops(dtype, ranks.device) * ranks.world) > _COMPILE_PAYS_SECONDS
 
 
 def compute_dtype(run: Run) -> torch.dtype:
@@ -130,7 +117,7 @@ def _around(model: Model, run: Run, ranks: Ranks) -> TrainState:
         # Layers of one kind share one compilation; the whole model would be compiled layer by layer.
         for block in (*model.layers, *model.mtp):
             block.compile()
-    objective = Objective(model, run.train.balance_alpha, compute_dtype(run))
+    objective = Objective(model, run.train.balance_alpha, compute_dtype(run), run.train.recompute)
     decay = run.optimizer.ema_decay
     average = WeightAverage(model, decay) if decay else None
     return TrainState(model, ranks.replicate(objective), build_optimizers(model, run.optimizer), average)

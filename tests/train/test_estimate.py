@@ -28,4 +28,13 @@ def test_the_refusal_advises_a_smaller_micro_batch_or_model() -> None:
     assert "micro-batch-size (8)" in (memory_refusal(run, needs, free=needs.memory - 1) or "")
     assert "smaller model" in (memory_refusal(run, needs, free=needs.weights - 1) or "")
     alone = replace(run, train=replace(run.train, micro_batch_size=1))
-    assert "sequence-length" in (memory_refusal(alone, needs, free=needs.memory - 1) or "")
+    assert "train.recompute" in (memory_refusal(alone, needs, free=needs.memory - 1) or "")
+    last = replace(alone, train=replace(alone.train, recompute=True))
+    assert "sequence-length" in (memory_refusal(last, needs, free=needs.memory - 1) or "")
+
+
+def test_recomputing_keeps_less() -> None:
+    run = presets.small()
+    again = replace(run, train=replace(run.train, recompute=True))
+    needs, less = (estimate(r, torch.bfloat16, sequences=10) for r in (run, again))
+    assert less.weights == needs.weights and less.activations < needs.activations / 2

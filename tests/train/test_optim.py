@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fathom.model.transformer import Model
-from fathom.train.optim import StackedMuon, WeightAverage, build_optimizers
+from fathom.train.optim import BatchedMuon, WeightAverage, build_optimizers
 from fathom.train.run import Run
 
 
@@ -32,12 +32,12 @@ def test_norms_and_gate_biases_do_not_decay(tiny_run: Run) -> None:
 
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("shape", [(3, 16, 8), (3, 8, 16), (2, 12, 12)])
-def test_stacked_muon_is_torchs_muon_on_every_matrix(shape: tuple[int, int, int], parts: int) -> None:
+def test_batched_muon_is_torchs_muon_on_every_matrix(shape: tuple[int, int, int], parts: int) -> None:
     torch.manual_seed(0)
     start = torch.randn(shape)
     gradients = [torch.randn(shape) for _ in range(4)]
     stack = torch.nn.Parameter(start.clone())
-    ours = StackedMuon([{"params": [stack], "parts": parts}], lr=0.02, weight_decay=0.1)
+    ours = BatchedMuon([{"params": [stack], "parts": parts}], lr=0.02, weight_decay=0.1)
     singles = [torch.nn.Parameter(matrix.clone()) for matrix in start.unflatten(1, (parts, -1)).flatten(0, 1)]
     theirs = torch.optim.Muon(singles, lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     for gradient in gradients:
@@ -49,6 +49,28 @@ def test_stacked_muon_is_torchs_muon_on_every_matrix(shape: tuple[int, int, int]
     moved = (stack - start).norm()
     # Both orthogonalise in bfloat16; batching changes only the order of its sums.
     assert (stack - torch.stack(list(singles)).view_as(stack)).norm() < 0.01 * moved
+
+
+def test_matrices_of_one_shape_share_a_batch_and_nothing_else() -> None:
+    """Tall, wide and stacked matrices of one shape, up to transposition, against torch's optimizer on each."""
+    torch.manual_seed(1)
+    shapes = [(8, 16), (16, 8), (3, 8, 16), (12, 4)]
+    mine = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(m.clone()) for p in mine for m in p.detach().reshape(-1, *p.shape[-2:])]
+    starts = [p.detach().clone() for p in mine]
+    ours = BatchedMuon([{"params": mine}], lr=0.02, weight_decay=0.1)
+    torchs = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for p in mine:
+            p.grad = torch.randn_like(p)
+        for single, grad in zip(theirs, (g for p in mine for g in p.grad.reshape(-1, *p.shape[-2:])), strict=True):
+            single.grad = grad.clone()
+        ours.step()
+        torchs.step()
+    rest = iter(theirs)
+    for p, start in zip(mine, starts, strict=True):
+        expected = torch.stack([next(rest) for _ in range(p.numel() // (p.shape[-1] * p.shape[-2]))]).view_as(p)
+        assert (p - expected).norm() < 0.01 * (p - start).norm()
 
 
 def test_average_follows_its_formula(tiny_run: Run) -> None:

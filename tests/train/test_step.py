@@ -40,6 +40,13 @@ def test_four_micro_batches_equal_one_batch(tiny_run: Run, prepared: Prepared, o
         assert torch.equal(a.e_score_correction_bias, b.e_score_correction_bias)
 
 
+def test_recomputing_the_layers_changes_nothing(tiny_run: Run, prepared: Prepared, one_rank: Ranks) -> None:
+    again = replace(tiny_run, train=replace(tiny_run.train, recompute=True))
+    kept, remade = (_after_two_steps(run, prepared, one_rank) for run in (tiny_run, again))
+    for (name, a), (_, b) in zip(kept.model.named_parameters(), remade.model.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
 def test_biases_follow_the_rule_from_the_steps_own_loads(tiny_run: Run, prepared: Prepared, one_rank: Ranks) -> None:
     run = resolve(tiny_run, prepared, one_rank)
     state = build_state(run, one_rank)
