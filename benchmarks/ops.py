@@ -15,8 +15,10 @@ from rich.table import Table
 from torch import Tensor
 
 from fathom.ops import experts
-from fathom.ops.attention import causal_attention, causal_attention_reference
+from fathom.ops.attention import expanded_attention, expanded_attention_reference
+from fathom.ops.cpu import build
 from fathom.ops.loss import linear_cross_entropy, linear_cross_entropy_reference
+from fathom.ops.rope import Rope, apply_rope
 from fathom.train.hardware import keep_freed_memory, matmul_flops
 
 _TURNS = 9
@@ -30,13 +32,13 @@ def main() -> None:
     title = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, bf16, "
     table = Table("operation", "version", "ms", title=title + f"{peak / 1e9:.0f} GFLOP/s peak")
     for operation, versions in (
-        ("attention 8 x 512, 6 heads, 96/64", attention()),
-        ("experts 4096 tokens, top-4 of 16, 192 → 2x96 → 192", routed()),
-        ("loss 4096 tokens, 192 → 4096 words", cross_entropy()),
+        ("attention 8 x 512, 6 heads, 64+32/64", attention()),
+        ("experts 4096 tokens, top-4 of 32, 384 → 2x256 → 384", routed()),
+        ("loss 4096 tokens, 384 → 8192 words", cross_entropy()),
     ):
         for version, milliseconds in timed(versions).items():
             table.add_row(operation, version, f"{milliseconds:.1f}")
-    Console(width=110).print(table)
+    Console(width=130).print(table)
 
 
 def timed(versions: dict[str, Callable[[], None]]) -> dict[str, float]:
@@ -51,57 +53,89 @@ def timed(versions: dict[str, Callable[[], None]]) -> dict[str, float]:
     return {name: median(found) for name, found in times.items()}
 
 
-def attention() -> dict[str, Callable[[], None]]:
-    q, k = (torch.randn(8, 512, 6, 96, dtype=_DTYPE, requires_grad=True) for _ in range(2))
-    v = torch.randn(8, 512, 6, 64, dtype=_DTYPE, requires_grad=True)
-    grad = torch.randn(8, 512, 6, 64, dtype=_DTYPE)
+def plain(call: Callable[[], None]) -> Callable[[], None]:
+    """The same without the kernels of fathom/ops/cpu."""
 
-    def fused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def run() -> None:
+        with build.disabled():
+            call()
+
+    return run
+
+
+def attention() -> dict[str, Callable[[], None]]:
+    q, kv = (torch.randn(8, 512, 6, width, dtype=_DTYPE, requires_grad=True) for width in (96, 128))
+    key = torch.randn(8, 512, 32, dtype=_DTYPE, requires_grad=True)
+    grad = torch.randn(8, 512, 6, 64, dtype=_DTYPE)
+    rope = Rope(*(torch.randn(512, 16) for _ in range(2)))
+
+    def fused(q: Tensor, kv: Tensor, key: Tensor, rope: Rope, scale: float) -> Tensor:
         """torch's kernel takes its fast path only where values are as wide as keys."""
+        k_nope, v = kv.split((64, 64), dim=-1)
+        k = torch.cat((k_nope, key.unsqueeze(2).expand(-1, -1, 6, -1)), dim=-1)
+        q = torch.cat((q[..., :64], apply_rope(q[..., 64:], rope)), dim=-1)
         q, k, v = (t.transpose(1, 2) for t in (q, k, F.pad(v, (0, 32))))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)[..., :64].transpose(1, 2)
 
-    names = {"in query blocks (ours)": causal_attention, "torch's fused kernel": fused}
-    names["reference"] = causal_attention_reference
-    return {name: (lambda f=f: f(q, k, v, 0.1).backward(grad)) for name, f in names.items()}
+    def through(function: Callable[..., Tensor]) -> Callable[[], None]:
+        return lambda: function(q, kv, key, rope, 0.1).backward(grad)
+
+    return {
+        "a head per thread (ours)": through(expanded_attention),
+        "plain torch, in query blocks": plain(through(expanded_attention)),
+        "torch's fused kernel": through(fused),
+        "reference": plain(through(expanded_attention_reference)),
+    }
 
 
 def routed() -> dict[str, Callable[[], None]]:
-    x = torch.randn(4096, 192, dtype=_DTYPE, requires_grad=True)
-    gate_up = torch.randn(16, 192, 192, dtype=_DTYPE, requires_grad=True)
-    down = torch.randn(16, 192, 96, dtype=_DTYPE, requires_grad=True)
-    grad = torch.randn(4096, 192, dtype=_DTYPE)
+    x = torch.randn(4096, 384, dtype=_DTYPE, requires_grad=True)
+    gate_up = torch.randn(32, 512, 384, requires_grad=True)
+    down = torch.randn(32, 384, 256, requires_grad=True)
+    grad = torch.randn(4096, 384, dtype=_DTYPE)
 
     def choose() -> tuple[Tensor, Tensor]:
         """Another routing at every call, as in training."""
-        tilt = torch.rand(16) * 0.5
-        ids = (torch.rand(4096, 16) + tilt).topk(4, dim=1).indices
+        tilt = torch.rand(32) * 0.5
+        ids = (torch.rand(4096, 32) + tilt).topk(4, dim=1).indices
         return ids, torch.rand(4096, 4)
 
-    def grouped(multiple: int) -> None:
-        own = experts._row_multiple
-        experts._row_multiple = lambda *_: multiple
-        ids, weights = choose()
-        experts.routed_experts(x, experts.dispatch(ids, 16), weights, gate_up, down).backward(grad)
-        experts._row_multiple = own
+    def ours(padded: bool) -> Callable[[], None]:
+        def run() -> None:
+            own = experts._padded
+            experts._padded = own if padded else lambda load: load
+            ids, weights = choose()
+            experts.routed_experts(x, experts.dispatch(ids, 32), weights, gate_up, down).backward(grad)
+            experts._padded = own
+
+        return run
 
     def reference() -> None:
         ids, weights = choose()
-        experts.routed_experts_reference(x, ids, weights, gate_up, down).backward(grad)
+        weights_narrow = gate_up.to(_DTYPE), down.to(_DTYPE)
+        experts.routed_experts_reference(x, ids, weights, *weights_narrow).backward(grad)
 
     return {
-        "grouped, rows padded to 64 (ours)": lambda: grouped(64),
-        "grouped, rows as they fall": lambda: grouped(1),
+        "an expert per thread, rows padded (ours)": ours(True),
+        "an expert per thread, rows as they fall": ours(False),
+        "plain torch, grouped products": plain(ours(True)),
         "reference (loop over experts)": reference,
     }
 
 
 def cross_entropy() -> dict[str, Callable[[], None]]:
-    h = torch.randn(4096, 192, dtype=_DTYPE, requires_grad=True)
-    head = torch.randn(4096, 192, requires_grad=True)
-    targets = torch.randint(4096, (4096,))
-    names = {"chunked (ours)": linear_cross_entropy, "reference (whole logits)": linear_cross_entropy_reference}
-    return {name: (lambda f=f: f(h, head, targets).backward()) for name, f in names.items()}
+    h = torch.randn(4096, 384, dtype=_DTYPE, requires_grad=True)
+    head = torch.randn(8192, 384, requires_grad=True)
+    targets = torch.randint(8192, (4096,))
+
+    def through(function: Callable[..., Tensor]) -> Callable[[], None]:
+        return lambda: function(h, head, targets).backward()
+
+    return {
+        "chunked (ours)": through(linear_cross_entropy),
+        "plain torch, chunked": plain(through(linear_cross_entropy)),
+        "reference (whole logits)": through(linear_cross_entropy_reference),
+    }
 
 
 if __name__ == "__main__":

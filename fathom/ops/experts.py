@@ -19,6 +19,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fathom.ops.cpu import build
 
+_LEAST_MULTIPLE = 16
+
 
 class Dispatch(NamedTuple):
     """Where each (token, expert) pair stands once the pairs are sorted by expert."""
@@ -36,30 +38,31 @@ class Dispatch(NamedTuple):
 def dispatch(topk_ids_NK: Tensor, experts: int) -> Dispatch:
     """Sort the pairs by expert; stable, so equal inputs give equal sums."""
     pairs = topk_ids_NK.numel()
-    multiple = _row_multiple(pairs, experts, topk_ids_NK.device)
     ids_P, pair_P = topk_ids_NK.flatten().sort(stable=True)
     every_E = torch.arange(experts, device=ids_P.device)
     begin_E, end_E = torch.searchsorted(ids_P, every_E), torch.searchsorted(ids_P, every_E, right=True)
     load_E = end_E - begin_E
-    rows_E = (load_E + multiple - 1) // multiple * multiple
+    pads = ids_P.device.type == "cpu" and pairs >= 2 * _LEAST_MULTIPLE * experts
+    rows_E = _padded(load_E) if pads else load_E
+    spare = experts * _LEAST_MULTIPLE + pairs // _LEAST_MULTIPLE if pads else 0
     ends_E = rows_E.cumsum(0)
     row_P = torch.arange(pairs, device=ids_P.device) + (ends_E - rows_E - begin_E)[ids_P]
-    pair_R = pair_P.new_full((pairs + experts * (multiple - 1),), -1)
+    pair_R = pair_P.new_full((pairs + spare,), -1)
     pair_R[row_P] = pair_P
     row_NK = torch.empty_like(pair_P)
     row_NK[pair_P] = row_P
     return Dispatch(pair_R, row_NK.view_as(topk_ids_NK), ends_E.to(torch.int32), load_E)
 
 
-def _row_multiple(pairs: int, experts: int, device: torch.device) -> int:
-    """Each expert's rows are padded to a multiple of this.
+def _padded(load_E: Tensor) -> Tensor:
+    """Loads rounded up to one of sixteen steps between a power of two and the next, or to a multiple of sixteen.
 
     oneDNN prepares a kernel per matrix height, at about a millisecond each, and keeps a thousand: as loads differ at
     every step, unpadded training on the CPU spends longer preparing products than multiplying (docs/log.md).
     """
-    if device.type != "cpu" or pairs < 32 * experts:
-        return 1
-    return 32 if pairs >= 256 * experts else 16
+    power_E = load_E.clamp_min(1).double().log2().floor()
+    multiple_E = (2**power_E / _LEAST_MULTIPLE).clamp_min(_LEAST_MULTIPLE).to(torch.int64)
+    return (load_E + multiple_E - 1) // multiple_E * multiple_E
 
 
 def routed_experts_reference(

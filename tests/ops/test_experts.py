@@ -170,6 +170,16 @@ def test_rows_that_no_product_fills_are_never_read(monkeypatch: pytest.MonkeyPat
 
 
 @settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 5000), min_size=1, max_size=8))
+def test_padding_is_little_and_leaves_few_heights(loads: list[int]) -> None:
+    load_E = torch.tensor(loads)
+    rows_E = experts_module._padded(load_E)
+    assert (rows_E >= load_E).all() and (rows_E < load_E + torch.maximum(load_E // 16, torch.tensor(16))).all()
+    assert (rows_E % 16 == 0).all()
+    assert len(set(experts_module._padded(torch.arange(5000)).tolist())) < 100
+
+
+@settings(max_examples=60, deadline=None)
 @given(st.integers(1, 90), st.integers(1, 6), st.data(), st.integers(0, 2**32 - 1))
 def test_dispatch_sorts_pairs_and_loses_none(tokens: int, experts: int, data: st.DataObject, seed: int) -> None:
     choices = data.draw(st.integers(1, experts))

@@ -44,14 +44,15 @@ def test_the_loss_curve_is_the_references(
     compute: str, tiny_run: Run, one_rank: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rounding differs, and Muon magnifies it, so single steps drift apart in time; the curve may not."""
-    settings = replace(tiny_run.train, steps=300, save_every=0, compute=compute)
+    steps = 300 if compute == "bfloat16" else 100
+    settings = replace(tiny_run.train, steps=steps, save_every=0, compute=compute)
     run = replace(tiny_run, train=settings)
     assert build.missing() is None
     fast = losses(run, tmp_path / "fast", one_rank)
     use_references(monkeypatch)
     with build.disabled():
         plain = losses(run, tmp_path / "plain", one_rank)
-    assert fast.shape == (300, 2) and fast[-_WINDOW:].mean() < 0.6 * fast[:_WINDOW].mean()  # it does learn
+    assert fast.shape == (steps, 2) and fast[-_WINDOW:].mean() < 0.6 * fast[:_WINDOW].mean()  # it does learn
     early = 4 if compute == "float32" else 3
     assert (fast[:early] - plain[:early]).abs().max() < (1e-4 if compute == "float32" else 2e-2)
     windows = (fast - plain).unflatten(0, (-1, _WINDOW)).mean(1)
