@@ -67,6 +67,10 @@ def _chunk(h_MD: Tensor, weight_OD: Tensor, targets_M: Tensor, wide: torch.dtype
     """One chunk's summed loss, and that sum's gradient with respect to its logits, p − onehot, in h's type."""
     logits_MO = F.linear(h_MD, weight_OD)
     if build.usable(logits_MO, targets_M):
+        # The kernel writes where a target points; plain torch below checks for itself.
+        outside_M = (targets_M < 0) | (targets_M >= logits_MO.shape[1])
+        if bool((outside_M & (targets_M != IGNORE)).any()):
+            raise IndexError(f"a target is neither {IGNORE} nor below the vocabulary's {logits_MO.shape[1]} words")
         losses_M = logits_MO.new_empty(logits_MO.shape[0], dtype=torch.float32)
         sizes = (*logits_MO.shape, IGNORE)
         build.call("cross_entropy", logits_MO.dtype, logits_MO, targets_M.contiguous(), losses_M, *sizes)

@@ -49,6 +49,14 @@ def test_equals_the_reference_in_float32(tokens: int, kernels: bool, monkeypatch
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
 
 
+@pytest.mark.parametrize("target", [-1, 67, 10**6])
+def test_a_target_outside_the_vocabulary_is_refused(target: int) -> None:
+    h_ND, head_OD, targets_N = _inputs(7, torch.float32)
+    targets_N[3] = target
+    with pytest.raises(IndexError):
+        linear_cross_entropy(h_ND, head_OD, targets_N)
+
+
 def test_what_is_not_finite_is_not_hidden() -> None:
     """An overflowing head must reach the loss: the training loop skips such steps."""
     h_ND, head_OD, targets_N = _inputs(7, torch.float32)

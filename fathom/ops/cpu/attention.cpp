@@ -1,8 +1,8 @@
 // Latent attention in its expanded form, forward and backward: a thread takes one head of one sequence at a time.
 //
 // Defined by expanded_attention_reference in fathom/ops/attention.py. Queries go through in blocks that skip the keys
-// after them; a block's scores stay in the thread's cache from product to softmax to product. The backward pass reads the
-// probabilities again where the caller gave room to keep them, and makes them again where not.
+// after them; a block's scores stay in the thread's cache from product to softmax to product. The backward pass reads
+// the probabilities again where the caller gave room to keep them, and makes them again where not.
 
 #include "products.h"
 

@@ -115,7 +115,8 @@ def _library() -> ctypes.CDLL | str:
         _give_torch(library)
         return library
     except subprocess.CalledProcessError as error:
-        return f"{compiler} does not build the kernels: {error.stderr.strip().splitlines()[0]}"
+        reason = error.stderr.strip().splitlines() or [f"exit status {error.returncode}"]
+        return f"{compiler} does not build the kernels: {reason[0]}"
     except (OSError, AttributeError) as error:
         return f"the kernels cannot be built: {error}"
 

@@ -7,6 +7,8 @@
 #include "products.h"
 #include "swiglu.h"
 
+#include <type_traits>
+
 #include <omp.h>
 
 namespace {

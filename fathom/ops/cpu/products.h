@@ -3,7 +3,7 @@
 // A product shared by all threads makes them wait for each other at its end and sends its result through memory; a
 // thread that takes a whole expert or attention head finds everything again in its own cache. torch offers its
 // operators as plain C functions with a stable interface (torch/csrc/inductor/aoti_torch/c/shim.h); Python passes in
-// the four used here.
+// the three used here.
 
 #pragma once
 
