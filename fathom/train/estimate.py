@@ -6,7 +6,7 @@ import torch
 
 from fathom.train.run import Run
 
-_ASSUMED_MFU = 0.35
+_ASSUMED_MFU = 0.5
 """Share of the measured matrix-product peak that a step is assumed to reach before one has been timed."""
 
 

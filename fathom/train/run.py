@@ -90,7 +90,7 @@ class TrainConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile for the layers; auto compiles on a GPU (a CPU has kernels of its own, in fathom/ops/cpu)."""
     recompute: bool = False
-    """Keep each layer's input alone for the backward pass and run the layer again there: a third more time."""
+    """Keep each layer's input alone for the backward pass and run the layer forward again there."""
     eval_every: int = 200
     """Steps between evaluations on the held-out split (0: only at the end)."""
     eval_sequences: int | None = None
