@@ -1,13 +1,14 @@
-// Sixteen numbers at a time: reading float32 and bfloat16 as float32, writing them back, exponentials.
+// Several numbers at a time: reading float32 and bfloat16 as float32, writing them back, exponentials.
 //
-// Written with the vector extensions of GCC and Clang, for whatever instructions the machine has.
+// Written with the vector extensions of GCC and Clang, for whatever instructions the machine has. A vector is as wide as
+// its registers: compilers do take wider ones, but then pass them through memory.
 
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#ifdef __AVX512BF16__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -20,11 +21,17 @@
 
 namespace {
 
+#if defined(__AVX512F__)
 constexpr int64_t kLanes = 16;
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
+#elif defined(__AVX__)
+constexpr int64_t kLanes = 8;
+#else
+constexpr int64_t kLanes = 4;
+#endif
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 
 struct bf16 {
     uint16_t bits;
@@ -65,10 +72,10 @@ inline void store(bf16* to, Floats value) {
     words = value == value ? words : Words{} + 0x7fc0;
     Halves halves = __builtin_convertvector(words, Halves);
 #endif
-    std::memcpy(to, &halves, 32);
+    std::memcpy(to, &halves, sizeof halves);
 }
 
-// The first `count` of 16 numbers; the rest read as zero and are not written.
+// The first `count` of a vector's numbers; the rest read as zero and are not written.
 template <class T>
 inline Floats load(const T* from, int64_t count) {
     if (count == kLanes) return load(from);
@@ -120,7 +127,7 @@ inline void store_pairs(bf16* to, Floats x, Floats y, int64_t count) {
     std::memcpy(to, &words, sizeof words);
 }
 
-// body(offset, count) over `size` numbers: 16 at a time, then what is left.
+// body(offset, count) over `size` numbers: a vector at a time, then what is left.
 template <class Body>
 inline void each(int64_t size, Body body) {
     int64_t at = 0;
@@ -130,10 +137,16 @@ inline void each(int64_t size, Body body) {
 
 // ---------------------------------------------------------------------------------------- arithmetic
 
+// Half is added to half until four numbers are left.
 inline float sum(Floats value) {
-    float total = 0;
-    for (int i = 0; i < kLanes; i++) total += value[i];
-    return total;
+    float parts[kLanes];
+    store(parts, value);
+    typedef float Four __attribute__((vector_size(16)));
+    Four fours[kLanes / 4];
+    std::memcpy(fours, parts, sizeof fours);
+    for (int64_t half = kLanes / 8; half > 0; half /= 2)
+        for (int64_t i = 0; i < half; i++) fours[i] += fours[i + half];
+    return (fours[0][0] + fours[0][2]) + (fours[0][1] + fours[0][3]);
 }
 
 inline float largest(Floats value) {
@@ -167,7 +180,8 @@ inline Floats fill(float value) { return Floats{} + value; }
 
 // The numbers from `count` on become `value`.
 inline Floats keep(Floats numbers, int64_t count, float value) {
-    const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    Ints lanes;
+    for (int i = 0; i < kLanes; i++) lanes[i] = i;
     return lanes < int32_t(count) ? numbers : fill(value);
 }
 
