@@ -1,12 +1,19 @@
-"""Speculative decoding's acceptance rule (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318).
+"""Speculative decoding: which drafts to accept, and how many to make.
+
+The acceptance rule is that of Leviathan et al. (arXiv 2211.17192) and Chen et al. (arXiv 2302.01318).
 
 A draft x, drawn from q, is accepted with probability min(1, p(x)/q(x)), p being the model's own distribution.
 At the first rejection the token is drawn from max(p − q, 0), normalised; after M accepted drafts one more is
 drawn from p. Either way every token follows exactly p. Where p and q are one-hot, this is greedy decoding.
+How many drafts pay depends on how often they are accepted and on what a step costs: `DraftLength` measures both.
 
 Shapes: B rows, M drafts, T = M + 1 positions, O vocabulary.
 """
 
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -34,22 +41,165 @@ def accept(
     """Judge M drafts against the model's distributions at their places and at the place after them.
 
     Uniforms are numbers in (0, 1]: one to judge each draft, and one per place for the token drawn there.
-    With M = 0 this is plain sampling.
+    With M = 0 this is plain sampling. Rows with fewer drafts than M fill up with zeros: q = 0 for a draft means
+    that there is none, and takes nothing off p.
     """
     rows, drafts = draft_ids_BM.shape
+    if drafts == 0:
+        return Accepted(draft_ids_BM.new_zeros(rows), draw(target_probs_BTO[:, 0], token_uniforms_BT[:, 0]))
     ids_BM1 = draft_ids_BM.unsqueeze(-1)
     p_BM = target_probs_BTO[:, :drafts].gather(2, ids_BM1).squeeze(2)
     q_BM = draft_probs_BMO.gather(2, ids_BM1).squeeze(2)
-    # u ≤ p/q, without the division. What the model would never say is refused even if q underflowed to 0.
-    taken_BM = (accept_uniforms_BM * q_BM <= p_BM) & (p_BM > 0)
+    # u ≤ p/q, without the division.
+    taken_BM = (accept_uniforms_BM * q_BM <= p_BM) & (p_BM > 0) & (q_BM > 0)
     counts_B = taken_BM.long().cumprod(1).sum(1)
 
     row_B = torch.arange(rows, device=counts_B.device)
     p_BO = target_probs_BTO[row_B, counts_B]
-    # After the last draft there is nothing to subtract: q = 0 there makes the rest p itself.
-    q_BTO = torch.cat((draft_probs_BMO, torch.zeros_like(target_probs_BTO[:, :1])), dim=1)
-    rest_BO = (p_BO - q_BTO[row_B, counts_B]).clamp_min(0)
+    # After the last draft there is nothing to subtract: the rest is p itself.
+    q_BO = draft_probs_BMO[row_B, counts_B.clamp_max(drafts - 1)] * (counts_B < drafts)[:, None]
+    rest_BO = (p_BO - q_BO).clamp_min(0)
     # Where p = q no draft is rejected but by rounding; p is then as good as the empty rest is not.
     empty_B1 = rest_BO.sum(-1, keepdim=True) == 0
     next_ids_B = draw(torch.where(empty_B1, p_BO, rest_BO), token_uniforms_BT[row_B, counts_B])
     return Accepted(counts_B, next_ids_B)
+
+
+def accept_greedy(drafts: Sequence[int], likeliest: Sequence[int]) -> int:
+    """How many drafts greedy decoding would have said itself: those before the first that differs."""
+    count = 0
+    for token, best in zip(drafts, likeliest, strict=False):
+        if token != best:
+            break
+        count += 1
+    return count
+
+
+_PRIOR_CHANCE, _PRIOR_WEIGHT = 0.7, 2.0
+"""Before anything was measured, a draft is believed to be accepted so often, on the strength of so many trials."""
+
+_HALF_LIFE = 64
+"""Trials after which an earlier one counts half."""
+
+_FIRST_LOOKS = 3
+"""Steps of a new length before its cost is believed: the median of three survives one slow step."""
+
+_COSTS_KEPT = 15
+"""Latest steps whose median is the cost of a length."""
+
+_SHORTEST_WAIT, _LONGEST_WAIT = 64, 1024
+"""Steps between two tries of a length that was not the best."""
+
+
+@dataclass
+class _Costs:
+    """What steps of about the same batch took, by drafts per row, and when to try another length again."""
+
+    latest: list[deque[float]]
+    typical: list[float]
+    """Their medians."""
+    waited: int = 0
+    """Steps at the best length since another was tried."""
+    wait: int = _SHORTEST_WAIT
+    turn: int = 0
+    """Which neighbour is tried next."""
+
+    def known(self, drafts: int) -> bool:
+        return len(self.latest[drafts]) >= _FIRST_LOOKS
+
+    def add(self, drafts: int, seconds: float, after_wait: bool) -> None:
+        latest = self.latest[drafts]
+        while after_wait and len(latest) >= _FIRST_LOOKS:
+            # Old by now: two tries that agree shall outvote what is left.
+            latest.popleft()
+        latest.append(seconds)
+        self.typical[drafts] = median(latest)
+
+
+class DraftLength:
+    """How many drafts to make per step: most expected tokens per second from measured acceptance and measured costs.
+
+    A step with n drafts per row yields 1 + Σ_{k≤n} Π_{i≤k} a_i tokens per row, a_i being the chance that the i-th
+    draft is accepted after the ones before. Lengths are measured upwards from 0 until one more does not pay. Later
+    the neighbours of the best length are tried again, for texts and costs change: one step each, at intervals that
+    double while nothing comes of it; only a longer try that paid for itself is repeated at once. Everything is
+    deterministic given what was recorded.
+    """
+
+    def __init__(self, most: int) -> None:
+        """`most`: drafts per row and step at most."""
+        if most < 0:
+            raise ValueError(f"most is {most}; it must be at least 0 (0: never draft)")
+        self.most = most
+        self._offered, self._accepted = [0.0] * most, [0.0] * most
+        self._costs: dict[int, _Costs] = {}
+
+    def choose(self, batch: int) -> int:
+        """Drafts per row for a step of `batch` rows, 0 to `most`."""
+        costs = self._costs_of(batch)
+        best = self._best(costs)
+        for drafts in range(min(best + 1, self.most) + 1):
+            if not costs.known(drafts):
+                return drafts
+        if costs.waited < costs.wait or self.most == 0:
+            return best
+        neighbours = [n for n in (best + 1, best - 1) if 0 <= n <= self.most]
+        return neighbours[costs.turn % len(neighbours)]
+
+    def record(self, batch: int, drafts: int, offered: int, accepted_at: Sequence[int], seconds: float) -> None:
+        """What a step did: `offered` of its `batch` rows had `drafts` drafts each, of `accepted_at[k]` rows the first
+        k + 1 were accepted, and making and verifying them took `seconds`."""
+        if not len(accepted_at) == drafts <= self.most:
+            raise ValueError(
+                f"accepted_at has {len(accepted_at)} numbers for {drafts} drafts; there must be one for each, and at "
+                f"most {self.most}"
+            )
+        costs = self._costs_of(batch)
+        best = self._best(costs)
+        again = costs.known(drafts) and drafts != best
+        costs.add(drafts, seconds, again)
+        paid = again and drafts > best and self._paid(costs, best, drafts, accepted_at[-1], offered)
+        self._count(offered, accepted_at, best)
+        if self._best(costs) != best:
+            costs.waited, costs.wait = 0, _SHORTEST_WAIT
+        elif paid:
+            costs.waited = costs.wait = _SHORTEST_WAIT
+        elif again:
+            costs.waited, costs.wait, costs.turn = 0, min(2 * costs.wait, _LONGEST_WAIT), costs.turn + 1
+        else:
+            costs.waited += 1
+
+    def _costs_of(self, batch: int) -> _Costs:
+        """One account for 1 row, 2, 3 to 4, 5 to 8, and so on."""
+        bucket = (batch - 1).bit_length()
+        if bucket not in self._costs:
+            latest: list[deque[float]] = [deque(maxlen=_COSTS_KEPT) for _ in range(self.most + 1)]
+            self._costs[bucket] = _Costs(latest, [0.0] * (self.most + 1))
+        return self._costs[bucket]
+
+    def _best(self, costs: _Costs) -> int:
+        """The length of most tokens per second among those whose costs are known; the shortest of equals."""
+        known = [drafts for drafts in range(self.most + 1) if costs.known(drafts)]
+        return max(known, key=lambda drafts: self._tokens(drafts) / costs.typical[drafts], default=0)
+
+    def _tokens(self, drafts: int) -> float:
+        """Expected tokens per row and step."""
+        tokens = chance = 1.0
+        for offered, accepted in zip(self._offered[:drafts], self._accepted[:drafts], strict=True):
+            chance *= (accepted + _PRIOR_CHANCE * _PRIOR_WEIGHT) / (offered + _PRIOR_WEIGHT)
+            tokens += chance
+        return tokens
+
+    def _paid(self, costs: _Costs, best: int, drafts: int, accepted: int, offered: int) -> bool:
+        """Whether this one step's acceptance of the draft beyond the best length was worth its usual cost."""
+        tokens = self._tokens(best)
+        return (tokens * offered + accepted) * costs.typical[best] > tokens * offered * costs.typical[drafts]
+
+    def _count(self, offered: int, accepted_at: Sequence[int], best: int) -> None:
+        """Take in a step's acceptance, each draft's among the rows that accepted the ones before."""
+        for place, accepted in enumerate(accepted_at):
+            # What is known of drafts beyond the best length is old: each new look halves it.
+            kept = 0.5 if place >= best else 0.5 ** (offered / _HALF_LIFE)
+            self._offered[place] = kept * self._offered[place] + offered
+            self._accepted[place] = kept * self._accepted[place] + accepted
+            offered = accepted
