@@ -1,0 +1,139 @@
+"""Pages of the latent cache: who holds which, which may be shared by content, which is given up first.
+
+A page has slots for `page_size` tokens in every layer; a sequence's slot t lies in its page t // page_size, wherever
+that page is (PagedAttention, Kwon et al., arXiv 2309.06180). What a slot holds depends on its token and the ones
+before it, so a full page is named by the digest of (the previous page's digest, its own tokens), and a sequence that
+begins with the same tokens may hold the same page. Shared pages are full, and full pages are never written again.
+
+A page is *held* by one sequence or more, *idle* (held by none, its content kept in case it is asked for again) or
+*blank*. Idle pages are evicted only when no blank one is left, the one that was held longest ago first.
+"""
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+from hashlib import blake2b
+
+_ROOT = b""
+"""Stands for the page before a sequence's first. Digests are longer, so nothing else hashes alike."""
+
+
+def _digest(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """The name of a full page: 16 bytes of a real digest, since two contents of one name would be confused."""
+    return blake2b(parent + array("q", tokens).tobytes(), digest_size=16).digest()
+
+
+class BlockManager:
+    """Hands out pages 0 … pages − 1, counts who holds them, and finds full ones by content."""
+
+    def __init__(self, pages: int, page_size: int) -> None:
+        for name, size in (("pages", pages), ("page_size", page_size)):
+            if size < 1:
+                raise ValueError(f"{name} is {size}; it must be at least 1")
+        self.pages, self.page_size = pages, page_size
+        self.looked_up_tokens = 0
+        """Tokens that `match` was asked for and answered."""
+        self.matched_tokens = 0
+        """Those among them that lay in the cache."""
+        self.evictions = 0
+        """Idle pages that were given up for new content."""
+        self._holders = [0] * pages
+        self._blank = list(range(pages))[::-1]
+        self._idle: OrderedDict[int, None] = OrderedDict()
+        self._digests = [_ROOT] * pages
+        """What each page held when it was last published, whether that content is found under it or under another."""
+        self._registered: dict[bytes, int] = {}
+
+    @property
+    def free(self) -> int:
+        """Pages that can be handed out now: blank and idle ones."""
+        return len(self._blank) + len(self._idle)
+
+    @property
+    def slots(self) -> int:
+        """Tokens that all pages together have room for."""
+        return self.pages * self.page_size
+
+    def pages_for(self, slots: int) -> int:
+        """Pages that so many slots take."""
+        return -(-slots // self.page_size)
+
+    def match(
+        self, tokens: Sequence[int], most: int, total: int = 0, digests: list[bytes] | None = None
+    ) -> list[int] | None:
+        """Hold the pages of the longest cached prefix of full pages, of at most `most` tokens.
+
+        None, and nothing held or counted, if these and what is free besides are fewer than `total` pages. Who may
+        have to ask again passes a list, empty at first, that keeps the digests of these tokens meanwhile.
+        """
+        found = self._find(tokens, min(most, len(tokens)), [] if digests is None else digests)
+        newly_held = sum(self._holders[page] == 0 for page in found)
+        if len(found) + self.free - newly_held < total:
+            return None
+        for page in found:
+            if self._holders[page] == 0:
+                del self._idle[page]
+            self._holders[page] += 1
+        self.looked_up_tokens += most
+        self.matched_tokens += len(found) * self.page_size
+        return found
+
+    def allocate(self, count: int) -> list[int] | None:
+        """Hold `count` pages without content; None, and nothing taken, if fewer are free."""
+        if count > self.free:
+            return None
+        taken = [self._blank.pop() if self._blank else self._evict() for _ in range(count)]
+        for page in taken:
+            self._holders[page] = 1
+        return taken
+
+    def publish(self, tokens: Sequence[int], pages: Sequence[int], done: int, ready: int) -> int:
+        """Let `match` find a sequence's pages that are full and final, now that its slots before `ready` are.
+
+        The first `done` pages were published before, or came from `match`; returns their new number. Content that
+        two sequences computed at the same time is found under the page that was published first.
+        """
+        size = self.page_size
+        for place in range(done, ready // size):
+            parent = self._digests[pages[place - 1]] if place else _ROOT
+            digest = _digest(parent, tokens[place * size : (place + 1) * size])
+            self._digests[pages[place]] = digest
+            self._registered.setdefault(digest, pages[place])
+        return max(done, ready // size)
+
+    def release(self, pages: Sequence[int]) -> None:
+        """No longer hold a sequence's pages, given in its order.
+
+        Its last pages are evicted first: a later page can only be found through the earlier ones.
+        """
+        for page in reversed(pages):
+            if self._holders[page] == 0:
+                raise ValueError(f"page {page} is released, but nobody holds it; it must be released once per holder")
+            self._holders[page] -= 1
+            if self._holders[page] == 0:
+                self._put_back(page)
+
+    def _find(self, tokens: Sequence[int], most: int, digests: list[bytes]) -> list[int]:
+        found: list[int] = []
+        size = self.page_size
+        for place in range(most // size):
+            if place == len(digests):
+                parent = digests[-1] if digests else _ROOT
+                digests.append(_digest(parent, tokens[place * size : (place + 1) * size]))
+            page = self._registered.get(digests[place])
+            if page is None:
+                break
+            found.append(page)
+        return found
+
+    def _put_back(self, page: int) -> None:
+        if self._registered.get(self._digests[page]) == page:
+            self._idle[page] = None
+        else:
+            self._blank.append(page)
+
+    def _evict(self) -> int:
+        page, _ = self._idle.popitem(last=False)
+        del self._registered[self._digests[page]]
+        self.evictions += 1
+        return page
