@@ -5,14 +5,29 @@ out = model(tokens_BS, mtp=True)                        # out.logits_BSO, out.ro
 fathom.save_model(model, path)                          # what transformers and vLLM load
 model = fathom.Model(fathom.ModelConfig(...))           # or fathom.presets.nano().model
 text = fathom.generate(model, tokenizer, "def main(", max_new_tokens=64)
+engine = fathom.Engine(model, tokenizer)                # many requests at once, drafts by the MTP module
+answers = engine.generate(["def a(", "class B"], fathom.SamplingParams(temperature=0.8, max_tokens=64))
 """
 
 from fathom import presets
 from fathom.checkpoint.huggingface import load_model, save_model
 from fathom.data.tokenizer import load_tokenizer
-from fathom.infer.generate import generate
+from fathom.infer.engine import Completion, Engine, Request, generate
+from fathom.infer.sampler import SamplingParams
 from fathom.model.config import ModelConfig
 from fathom.model.transformer import Model
 
-__all__ = ["Model", "ModelConfig", "generate", "load_model", "load_tokenizer", "presets", "save_model"]
+__all__ = [
+    "Completion",
+    "Engine",
+    "Model",
+    "ModelConfig",
+    "Request",
+    "SamplingParams",
+    "generate",
+    "load_model",
+    "load_tokenizer",
+    "presets",
+    "save_model",
+]
 __version__ = "0.1.0"

@@ -21,7 +21,7 @@ from fathom import presets
 from fathom.checkpoint.huggingface import load_model, model_directory
 from fathom.config import ConfigError, load_json, to_json
 from fathom.data.tokenizer import load_tokenizer
-from fathom.infer.generate import generate_ids
+from fathom.infer.engine import Engine, Request, TextStream
 from fathom.infer.sampler import SamplingParams
 from fathom.parallel.data import data_parallel
 from fathom.study.demo import DemoCommand, run_demo
@@ -69,11 +69,11 @@ class GenerateCommand:
     """A Hugging Face model directory, or a name on the hub."""
     prompt: str
     """Text to continue; «-» reads it from standard input."""
-    max_new_tokens: int = 128
-    """Tokens at most; the end-of-document token ends earlier."""
     sampling: Annotated[SamplingParams, tyro.conf.arg(name="")] = field(default_factory=SamplingParams)
     speculative: bool = True
-    """Let the MTP module draft (the text is the same, or of the same distribution)."""
+    """Let the MTP module draft where it pays (the text is the same, or of the same distribution)."""
+    eager: bool = False
+    """Plain torch alone, without compiled kernels."""
     dtype: str = "float32"
     """float32 or bfloat16."""
 
@@ -159,30 +159,21 @@ def _generate(words: list[str]) -> None:
     model = load_model(directory, dtypes[command.dtype], device)
     tokenizer = load_tokenizer(directory)
     prompt = sys.stdin.read() if command.prompt == "-" else command.prompt
-    ids: list[int] = []
-    shown = ""
-
-    def show(place: int, token: int) -> None:
-        """Print what the new token adds; a character of several tokens waits for its last one."""
-        nonlocal shown
-        ids.append(token)
-        text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):
-            print(text.removeprefix(shown), end="", flush=True)
-            shown = text
-
+    engine = Engine(model, tokenizer, command.speculative, max_batch=1, eager=command.eager)
+    handle = engine.submit(Request(prompt, command.sampling))
+    text = TextStream(tokenizer)
     began = time.perf_counter()
     print(prompt, end="", flush=True)
-    stop = [tokenizer.eos_id]
-    encoded = [tokenizer.encode(prompt)]
-    found = generate_ids(
-        model, encoded, command.max_new_tokens, command.sampling, command.speculative, stop, on_token=show
-    )[0]
+    while engine.has_work:
+        for update in engine.step():
+            print(text.add(update.tokens), end="", flush=True)
+    print(text.rest())
     seconds = time.perf_counter() - began
-    accepted = f", {found.acceptance:.0%} of drafts accepted" if found.drafted else ""
-    print()
+    tokens, accepted = len(handle.token_ids), ""
+    if handle.drafted:
+        accepted = f", {handle.accepted / handle.drafted:.0%} of drafts accepted"
     Console(stderr=True).print(
-        f"{len(found.ids)} tokens in {seconds:.1f} s, {found.tokens_per_forward:.2f} per forward pass{accepted}",
+        f"{tokens} tokens in {seconds:.1f} s, {handle.tokens_per_forward:.2f} per forward pass{accepted}",
         style="dim",
         highlight=False,
     )

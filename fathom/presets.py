@@ -84,6 +84,37 @@ def small() -> Run:
     )
 
 
+def bench_medium() -> Run:
+    """1.7B parameters, 0.26B active: the shape benchmarks/decode.py measures, too large for any processor's cache."""
+    return Run(
+        model=ModelConfig(
+            vocab_size=32768,
+            hidden_size=1024,
+            intermediate_size=2816,
+            moe_intermediate_size=512,
+            num_hidden_layers=16,
+            first_k_dense_replace=1,
+            num_attention_heads=16,
+            q_lora_rank=512,
+            kv_lora_rank=256,
+            qk_nope_head_dim=64,
+            qk_rope_head_dim=32,
+            v_head_dim=64,
+            n_routed_experts=64,
+            n_shared_experts=1,
+            num_experts_per_tok=6,
+            n_group=8,
+            topk_group=4,
+            routed_scaling_factor=1.0,
+            num_nextn_predict_layers=1,
+            max_position_embeddings=32768,
+            initializer_range=0.02,
+        ),
+        train=TrainConfig(steps=20_000, batch_size=64, micro_batch_size=4, sequence_length=1024),
+        optimizer=OptimizerConfig(kind="muon", learning_rate=2e-3),
+    )
+
+
 def moe_16b_a3b() -> Run:
     """16B parameters, 2.8B active: the shape of DeepSeek-V2-Lite and Moonlight, the report's small ablation model."""
     return Run(
@@ -137,6 +168,7 @@ ALL: dict[str, Callable[[], Run]] = {
     "nano": nano,
     "small": small,
     "bench-small": bench_small,
+    "bench-medium": bench_medium,
     "16b-a3b": moe_16b_a3b,
     "deepseek-v3-671b": deepseek_v3_671b,
 }

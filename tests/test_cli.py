@@ -55,7 +55,7 @@ def test_train_then_generate(tiny_flags: list[str], tmp_path: Path, capsys: pyte
     assert {"val_bpb", "mtp_acceptance"} <= rows[-1].keys()
     assert rows[3]["loss"] < rows[0]["loss"]
     capsys.readouterr()
-    main(["generate", str(out / "model"), "--prompt", "the cat", "--max-new-tokens", "8"])
+    main(["generate", str(out / "model"), "--prompt", "the cat", "--max-tokens", "8"])
     assert capsys.readouterr().out.startswith("the cat")
 
 

@@ -8,7 +8,8 @@ so `Evaluation.mtp_agreement`, taken on real text, belongs beside it.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fathom.infer.generate import generate_ids
+from fathom.infer.core import Core
+from fathom.infer.sampler import SamplingParams
 from fathom.model.transformer import Model
 
 _ROWS = 64
@@ -40,15 +41,16 @@ def draft_acceptance(model: Model, prompts: Sequence[Sequence[int]], new_tokens:
         raise ValueError("prompts is empty; acceptance needs at least one prompt")
     if new_tokens < 2:
         raise ValueError(f"new_tokens is {new_tokens}; it must be at least 2")
-    found = [
-        generation
-        for first in range(0, len(prompts), _ROWS)
-        for generation in generate_ids(model, prompts[first : first + _ROWS], new_tokens)
-    ]
+    longest = max(len(prompt) for prompt in prompts) + new_tokens
+    core = Core(model, speculative=1, max_batch=_ROWS, cache_tokens=_ROWS * (longest + 64))
+    params = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
+    found = [core.submit(prompt, params) for prompt in prompts]
+    while core.has_work:
+        core.step()
     drafted = sum(generation.drafted for generation in found)
     forwards = sum(generation.forwards for generation in found)
     return Acceptance(
         acceptance=sum(generation.accepted for generation in found) / drafted,
-        tokens_per_forward=sum(len(generation.ids) - 1 for generation in found) / forwards,
+        tokens_per_forward=sum(len(generation.token_ids) - 1 for generation in found) / forwards,
         drafted=drafted,
     )

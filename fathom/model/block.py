@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from fathom.model.cached import LayerCache
 from fathom.model.config import ModelConfig
 from fathom.model.layers import RMSNorm, SwiGLU
 from fathom.model.mla import MultiHeadLatentAttention
@@ -19,11 +20,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MoE(config) if moe else SwiGLU(config.hidden_size, config.intermediate_size)
 
-    def forward(
-        self, x_BSD: Tensor, rope: Rope, cache_BTW: Tensor | None = None, positions_BS: Tensor | None = None
-    ) -> tuple[Tensor, RouterFacts | None]:
+    def forward(self, x_BSD: Tensor, rope: Rope, cache: LayerCache | None = None) -> tuple[Tensor, RouterFacts | None]:
         """The new residual stream (B, S, D), and the router's facts of a MoE layer."""
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rope, cache_BTW, positions_BS)
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rope, cache)
         normed_BSD = self.post_attention_layernorm(x_BSD)
         if isinstance(self.mlp, MoE):
             out_BSD, facts = self.mlp(normed_BSD)

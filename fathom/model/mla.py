@@ -7,13 +7,14 @@ rotated shared key (R numbers) are ever cached. The same weights serve two algeb
 - absorbed: fold the key half of W_kvb into the query and the value half into the output, then attend the latents
   themselves. Cheapest when the cache is long and queries are few: decoding never expands the cache.
 
-Shapes: B batch, S query length, T key length, D hidden, H heads, P nope width, R rope width, V value width,
+Shapes: B batch, S query length, T key length, N tokens, D hidden, H heads, P nope width, R rope width, V value width,
 C latent rank, Q query rank, W = C+R, X = P+R.
 """
 
 import torch
 from torch import Tensor, nn
 
+from fathom.model.cached import LayerCache
 from fathom.model.config import ModelConfig
 from fathom.model.layers import LATENT_NORM_EPS, Linear, RMSNorm
 from fathom.model.rope import softmax_scale
@@ -40,27 +41,35 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.o_proj = Linear(heads * config.v_head_dim, width)
 
-    def forward(
-        self, x_BSD: Tensor, rope: Rope, cache_BTW: Tensor | None = None, positions_BS: Tensor | None = None
-    ) -> Tensor:
-        """Attend; with a cache, first write the new tokens' latents into it at `positions_BS`.
-
-        `cache_BTW` is a view of the slots visible to this call. When the new tokens fill all of them (prefill from
-        an empty cache) nothing older exists and the expanded form is used, else the absorbed one.
-        """
+    def forward(self, x_BSD: Tensor, rope: Rope, cache: LayerCache | None = None) -> Tensor:
+        """Attend causally; with a cache, one row (1, N, D) of new tokens whose sequences go on from what lies there."""
         q_BSHX = self.queries(x_BSD)
         c_BSC, k_rope_BSR = self.latents(x_BSD, rope)
-        if cache_BTW is None or positions_BS is None:
+        if cache is None:
             heads_BSHV = self.expanded(q_BSHX, c_BSC, k_rope_BSR, rope)
         else:
-            rows_B1 = torch.arange(x_BSD.shape[0], device=x_BSD.device)[:, None]
-            cache_BTW[rows_B1, positions_BS] = torch.cat((c_BSC, k_rope_BSR), dim=-1)
-            if cache_BTW.shape[1] == x_BSD.shape[1]:
-                heads_BSHV = self.expanded(q_BSHX, c_BSC, k_rope_BSR, rope)
-            else:
-                heads_BSHV = self.absorbed(q_BSHX, cache_BTW, positions_BS, rope)
+            cache.latents_MW[cache.writes_N] = torch.cat((c_BSC, k_rope_BSR), dim=-1)[0]
+            heads_BSHV = self.cached(q_BSHX, rope, cache)
         out_BSD: Tensor = self.o_proj(heads_BSHV.flatten(2))
         return out_BSD
+
+    def cached(self, q_1NHX: Tensor, rope: Rope, cache: LayerCache) -> Tensor:
+        """Each piece of the batch attends its own sequences' latents; (1, N, H, V)."""
+        heads, first = [], 0
+        for piece in cache.pieces:
+            shape = piece.positions_BS.shape
+            here = slice(first, first + shape.numel())
+            first = here.stop
+            q_BSHX = q_1NHX[0, here].unflatten(0, shape)
+            piece_rope = Rope(rope.cos[0, here].unflatten(0, shape), rope.sin[0, here].unflatten(0, shape))
+            latents_BTW = cache.latents_MW[piece.slots_BT]
+            if piece.expand:
+                c_BTC, k_rope_BTR = latents_BTW.split((self.config.kv_lora_rank, self.config.qk_rope_head_dim), dim=-1)
+                heads_BSHV = self.expanded(q_BSHX, c_BTC, k_rope_BTR, piece_rope)
+            else:
+                heads_BSHV = self.absorbed(q_BSHX, latents_BTW, piece.positions_BS, piece_rope)
+            heads.append(heads_BSHV.flatten(0, 1))
+        return torch.cat(heads)[None]
 
     def queries(self, x_BSD: Tensor) -> Tensor:
         """Each head's query (B, S, H, X): P numbers without position, then R that are still to be rotated."""
@@ -78,10 +87,10 @@ class MultiHeadLatentAttention(nn.Module):
         c_BSC, k_rope_BSR = kv_BSW.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
         return self.kv_a_layernorm(c_BSC), apply_rope(k_rope_BSR, rope)
 
-    def expanded(self, q_BSHX: Tensor, c_BSC: Tensor, k_rope_BSR: Tensor, rope: Rope) -> Tensor:
-        """Causal attention over the call's own tokens with keys and values built per head; (B, S, H, V)."""
-        kv_BSHY = self.kv_b_proj(c_BSC).unflatten(-1, (self.config.num_attention_heads, -1))
-        return expanded_attention(q_BSHX, kv_BSHY, k_rope_BSR, rope, self.scale)
+    def expanded(self, q_BSHX: Tensor, c_BTC: Tensor, k_rope_BTR: Tensor, rope: Rope) -> Tensor:
+        """Causal attention of the last S of T tokens, with keys and values built per head; (B, S, H, V)."""
+        kv_BTHY = self.kv_b_proj(c_BTC).unflatten(-1, (self.config.num_attention_heads, -1))
+        return expanded_attention(q_BSHX, kv_BTHY, k_rope_BTR, rope, self.scale)
 
     def absorbed(self, q_BSHX: Tensor, cache_BTW: Tensor, positions_BS: Tensor, rope: Rope) -> Tensor:
         """Attention over the cached latents without expanding them; (B, S, H, V)."""

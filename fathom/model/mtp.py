@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fathom.model.block import Block
+from fathom.model.cached import LayerCache
 from fathom.model.config import ModelConfig
 from fathom.model.layers import Linear, RMSNorm
 from fathom.model.moe import RouterFacts
@@ -28,14 +29,9 @@ class MTPModule(Block):
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
 
     def predict(
-        self,
-        embedded_BSD: Tensor,
-        h_BSD: Tensor,
-        rope: Rope,
-        cache_BTW: Tensor | None = None,
-        positions_BS: Tensor | None = None,
+        self, embedded_BSD: Tensor, h_BSD: Tensor, rope: Rope, cache: LayerCache | None = None
     ) -> tuple[Tensor, RouterFacts]:
         """The state after `shared_head.norm` (B, S, D): feed it to the head, and on to the next module."""
         x_BSD = self.eh_proj(torch.cat((self.enorm(embedded_BSD), self.hnorm(h_BSD)), dim=-1))
-        x_BSD, facts = self(x_BSD, rope, cache_BTW, positions_BS)
+        x_BSD, facts = self(x_BSD, rope, cache)
         return self.shared_head["norm"](x_BSD), facts

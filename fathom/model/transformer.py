@@ -1,7 +1,7 @@
 """The whole model: embedding, layers, final norm, head, MTP modules (DeepSeek-V3 report, section 2).
 
 `states` does the work and returns everything the forward pass found out; `hidden`, `logits` and the call compose it.
-The model remembers nothing between calls: loads and balance losses are outputs, the cache is a tensor passed in.
+The model remembers nothing between calls: loads and balance losses are outputs, the cache is passed in.
 
 Shapes: B batch, S query length, T cache slots, D hidden, O vocabulary, W = C+R cache width, L layers (of the main
 model, then one per MTP module), E experts, K experts per token.
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fathom.model.block import Block
+from fathom.model.cached import Batch
 from fathom.model.config import ModelConfig
 from fathom.model.layers import Linear, RMSNorm
 from fathom.model.moe import Experts, RouterFacts
@@ -140,29 +141,29 @@ class Model(nn.Module):
 
     # ------------------------------------------------------------------------------------- with a latent cache
 
-    def cached_states(self, tokens_BS: Tensor, positions_BS: Tensor, cache_LBTW: Tensor) -> Tensor:
-        """Continue sequences: write the tokens' latents into the cache and return the final states (B, S, D).
+    def cached_states(self, tokens_N: Tensor, batch: Batch) -> Tensor:
+        """Continue sequences: write the tokens' latents into the cache and return the final states (N, D).
 
-        `positions_BS` says where each token stands in its sequence, and so which slot it takes; rows may differ.
-        `cache_LBTW` holds one layer after another (MTP modules last) and is cut to the slots in use: attention reads
-        all T of them that are not after the query. The activations have the cache's type.
+        Tokens come in the order of `batch.writes_N`. The activations have the cache's type.
         """
-        rope = rope_table(self.config, positions_BS)
-        x_BSD = self._embed(tokens_BS, cache_LBTW.dtype)
-        for layer, cache_BTW in zip(self.layers, cache_LBTW, strict=False):
-            x_BSD, _ = layer(x_BSD, rope, cache_BTW, positions_BS)
-        h_BSD: Tensor = self.norm(x_BSD)
-        return h_BSD
+        rope = rope_table(self.config, batch.positions)
+        x_1ND = self._embed(tokens_N[None], batch.cache_LMW.dtype)
+        for index, layer in enumerate(self.layers):
+            x_1ND, _ = layer(x_1ND, rope, batch.layer(index))
+        h_1ND: Tensor = self.norm(x_1ND)
+        return h_1ND[0]
 
-    def cached_mtp_states(
-        self, module: int, tokens_BS: Tensor, h_BSD: Tensor, positions_BS: Tensor, cache_LBTW: Tensor
-    ) -> Tensor:
-        """Continue MTP module number `module` (from 0): token t_{i+1} with state h_i, in the slot of token i+1."""
-        rope = rope_table(self.config, positions_BS)
-        embedded_BSD = self._embed(tokens_BS, cache_LBTW.dtype)
-        cache_BTW = cache_LBTW[len(self.layers) + module]
-        out_BSD, _ = cast(MTPModule, self.mtp[module]).predict(embedded_BSD, h_BSD, rope, cache_BTW, positions_BS)
-        return out_BSD
+    def cached_mtp_states(self, module: int, tokens_N: Tensor, h_ND: Tensor, batch: Batch) -> Tensor:
+        """Continue MTP module number `module` (from 0): token t_{i+1} with state h_i, at the slot of token i+1.
+
+        Positions count as the caller likes (rotary positions are relative), but slots the module never wrote must not
+        be among those it sees.
+        """
+        rope = rope_table(self.config, batch.positions)
+        embedded_1ND = self._embed(tokens_N[None], batch.cache_LMW.dtype)
+        cache = batch.layer(len(self.layers) + module)
+        out_1ND, _ = cast(MTPModule, self.mtp[module]).predict(embedded_1ND, h_ND[None], rope, cache)
+        return out_1ND[0]
 
     # ---------------------------------------------------------------------------------------------------------
 

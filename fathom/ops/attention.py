@@ -21,56 +21,71 @@ _KEPT_LENGTH = 1024
 """Up to this length the CPU keeps a call's probabilities for the backward pass; beyond, it makes them again."""
 
 
-def causal_attention_reference(q_BSHX: Tensor, k_BSHX: Tensor, v_BSHV: Tensor, scale: float) -> Tensor:
-    """softmax(scale · q·kᵀ, masked to keys not after the query) · v; softmax in float32. Returns (B, S, H, V)."""
-    scores_BHST = torch.einsum("bshx,bthx->bhst", q_BSHX, k_BSHX) * scale
-    length = q_BSHX.shape[1]
-    future_ST = torch.ones(length, length, dtype=torch.bool, device=q_BSHX.device).triu(1)
-    scores_BHST = scores_BHST.masked_fill(future_ST, float("-inf"))
-    probs_BHST = _softmax(scores_BHST).to(v_BSHV.dtype)
-    return torch.einsum("bhst,bthv->bshv", probs_BHST, v_BSHV)
+def causal_attention_reference(q_BSHX: Tensor, k_BTHX: Tensor, v_BTHV: Tensor, scale: float) -> Tensor:
+    """softmax(scale · q·kᵀ, masked to keys not after the query) · v; softmax in float32. Returns (B, S, H, V).
+
+    Of T ≥ S keys the last S stand at the queries' own positions.
+    """
+    scores_BHST = torch.einsum("bshx,bthx->bhst", q_BSHX, k_BTHX) * scale
+    scores_BHST = scores_BHST.masked_fill(~_visible(q_BSHX.shape[1], k_BTHX.shape[1], q_BSHX.device), float("-inf"))
+    probs_BHST = _softmax(scores_BHST).to(v_BTHV.dtype)
+    return torch.einsum("bhst,bthv->bshv", probs_BHST, v_BTHV)
 
 
 def expanded_attention_reference(
-    q_BSHX: Tensor, kv_BSHY: Tensor, k_rope_BSR: Tensor, rope: Rope, scale: float
+    q_BSHX: Tensor, kv_BTHY: Tensor, k_rope_BTR: Tensor, rope: Rope, scale: float
 ) -> Tensor:
     """Latent attention in its expanded form: rotate, put keys together, attend causally. Returns (B, S, H, V).
 
-    The last R numbers of each query are still to be rotated; `kv_BSHY` holds each head's P key numbers without
-    position, then its V values; `k_rope_BSR` is the rotated key that all heads share.
+    The last R numbers of each query are still to be rotated, by `rope`, which has their positions; `kv_BTHY` holds each
+    head's P key numbers without position, then its V values; `k_rope_BTR` is the rotated key that all heads share. Of
+    T ≥ S keys the last S stand at the queries' own positions.
     """
-    return causal_attention_reference(*_heads(q_BSHX, kv_BSHY, k_rope_BSR, rope), scale)
+    return causal_attention_reference(*_heads(q_BSHX, kv_BTHY, k_rope_BTR, rope), scale)
 
 
-def expanded_attention(q_BSHX: Tensor, kv_BSHY: Tensor, k_rope_BSR: Tensor, rope: Rope, scale: float) -> Tensor:
-    """As the reference. On a GPU torch's fused kernel; on the CPU plain products in blocks of queries.
+def expanded_attention(q_BSHX: Tensor, kv_BTHY: Tensor, k_rope_BTR: Tensor, rope: Rope, scale: float) -> Tensor:
+    """As the reference (whose gradients need S = T). On a GPU torch's fused kernel; on the CPU blocks of queries.
 
     No block multiplies keys that come after all of its queries. Long sequences' probabilities are made again in the
     backward pass rather than kept: memory grows with the length, not with its square.
     """
-    if build.usable(q_BSHX, kv_BSHY, k_rope_BSR):
-        out_BSHV: Tensor = _ExpandedAttention.apply(q_BSHX, kv_BSHY, k_rope_BSR, rope.cos, rope.sin, scale)
+    if build.usable(q_BSHX, kv_BTHY, k_rope_BTR):
+        out_BSHV: Tensor = _ExpandedAttention.apply(q_BSHX, kv_BTHY, k_rope_BTR, rope.cos, rope.sin, scale)
         return out_BSHV
-    q_BHSX, k_BHTX, v_BHTV = (t.transpose(1, 2) for t in _heads(q_BSHX, kv_BSHY, k_rope_BSR, rope))
+    q_BHSX, k_BHTX, v_BHTV = (t.transpose(1, 2) for t in _heads(q_BSHX, kv_BTHY, k_rope_BTR, rope))
+    length, keys = q_BHSX.shape[2], k_BHTX.shape[2]
     if q_BSHX.is_cuda:
-        fused_BHSV = F.scaled_dot_product_attention(q_BHSX, k_BHTX, v_BHTV, is_causal=True, scale=scale)
+        # torch's own causal mask puts the first query at the first key.
+        mask_ST = None if length == keys else _visible(length, keys, q_BSHX.device)
+        fused_BHSV = F.scaled_dot_product_attention(
+            q_BHSX, k_BHTX, v_BHTV, attn_mask=mask_ST, is_causal=mask_ST is None, scale=scale
+        )
         return fused_BHSV.transpose(1, 2)
+    older = keys - length
     blocks = [
-        _attend_block(q_BHSX[:, :, start:end] * scale, k_BHTX[:, :, :end], v_BHTV[:, :, :end], start)
-        for start, end in _query_blocks(q_BSHX.shape[1])
+        _attend_block(
+            q_BHSX[:, :, start:end] * scale, k_BHTX[:, :, : older + end], v_BHTV[:, :, : older + end], older + start
+        )
+        for start, end in _query_blocks(length)
     ]
     return torch.cat(blocks, dim=2).transpose(1, 2)
 
 
-def _heads(q_BSHX: Tensor, kv_BSHY: Tensor, k_rope_BSR: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys (B, S, H, X) with their rotated parts in place, and values (B, S, H, V)."""
-    heads, rotated = q_BSHX.shape[2], k_rope_BSR.shape[-1]
+def _heads(q_BSHX: Tensor, kv_BTHY: Tensor, k_rope_BTR: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (B, S, H, X) and keys (B, T, H, X) with their rotated parts in place, and values (B, T, H, V)."""
+    heads, rotated = q_BSHX.shape[2], k_rope_BTR.shape[-1]
     nope = q_BSHX.shape[-1] - rotated
     q_nope_BSHP, q_rope_BSHR = q_BSHX.split((nope, rotated), dim=-1)
-    k_nope_BSHP, v_BSHV = kv_BSHY.split((nope, kv_BSHY.shape[-1] - nope), dim=-1)
-    k_rope_BSHR = k_rope_BSR.unsqueeze(2).expand(-1, -1, heads, -1)
+    k_nope_BTHP, v_BTHV = kv_BTHY.split((nope, kv_BTHY.shape[-1] - nope), dim=-1)
+    k_rope_BTHR = k_rope_BTR.unsqueeze(2).expand(-1, -1, heads, -1)
     q_BSHX = torch.cat((q_nope_BSHP, apply_rope(q_rope_BSHR, rope)), dim=-1)
-    return q_BSHX, torch.cat((k_nope_BSHP, k_rope_BSHR), dim=-1), v_BSHV
+    return q_BSHX, torch.cat((k_nope_BTHP, k_rope_BTHR), dim=-1), v_BTHV
+
+
+def _visible(length: int, keys: int, device: torch.device) -> Tensor:
+    """Which keys each query sees (S, T): those not after it."""
+    return torch.ones(length, keys, dtype=torch.bool, device=device).tril(keys - length)
 
 
 def _query_blocks(length: int) -> list[tuple[int, int]]:
@@ -93,32 +108,34 @@ class _ExpandedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q_BSHX: Tensor, kv_BSHY: Tensor, k_rope_BSR: Tensor, cos: Tensor, sin: Tensor, scale: float
+        ctx: Any, q_BSHX: Tensor, kv_BTHY: Tensor, k_rope_BTR: Tensor, cos: Tensor, sin: Tensor, scale: float
     ) -> Tensor:
-        inputs = [t.contiguous() for t in (q_BSHX, kv_BSHY, k_rope_BSR, cos, sin)]
+        inputs = [t.contiguous() for t in (q_BSHX, kv_BTHY, k_rope_BTR, cos, sin)]
         batch, length, heads, width = q_BSHX.shape
-        nope = width - k_rope_BSR.shape[-1]
-        value = kv_BSHY.shape[-1] - nope
+        nope = width - k_rope_BTR.shape[-1]
+        value = kv_BTHY.shape[-1] - nope
         _, block = _query_blocks(length)[0]
-        sizes = (batch, length, heads, nope, width - nope, value, block, int(cos.dim() == 2), scale)
+        sizes = (heads, nope, width - nope, value, block, int(cos.dim() == 2), scale)
         out_BSHV = q_BSHX.new_empty(batch, length, heads, value)
         kept = None
-        if any(ctx.needs_input_grad[:3]) and length <= _KEPT_LENGTH:
+        if any(ctx.needs_input_grad[:3]) and kv_BTHY.shape[1] == length <= _KEPT_LENGTH:
             numbers = sum((end - start) * end for start, end in _query_blocks(length))
             kept = q_BSHX.new_empty(batch * heads, numbers)
-        build.call("attention", q_BSHX.dtype, *inputs, out_BSHV, kept, *sizes)
+        build.call("attention", q_BSHX.dtype, *inputs, out_BSHV, kept, batch, kv_BTHY.shape[1], length, *sizes)
         ctx.save_for_backward(*inputs, kept)
-        ctx.sizes = sizes
+        ctx.sizes = (batch, length, *sizes)
         return out_BSHV
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_BSHV: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         saved = ctx.saved_tensors
-        q_BSHX, kv_BSHY, k_rope_BSR, *_ = saved
+        q_BSHX, kv_BTHY, k_rope_BTR, *_ = saved
         batch, length, heads, _ = q_BSHX.shape
-        gradients = [torch.empty_like(t) for t in (q_BSHX, kv_BSHY, k_rope_BSR)]
-        each_head_BHSR = q_BSHX.new_empty(batch, heads, length, k_rope_BSR.shape[-1], dtype=torch.float32)
+        if kv_BTHY.shape[1] != length:
+            raise NotImplementedError("gradients of attention need as many queries as keys")
+        gradients = [torch.empty_like(t) for t in (q_BSHX, kv_BTHY, k_rope_BTR)]
+        each_head_BHSR = q_BSHX.new_empty(batch, heads, length, k_rope_BTR.shape[-1], dtype=torch.float32)
         arguments = (*saved, dout_BSHV.contiguous(), *gradients, each_head_BHSR, *ctx.sizes)
         build.call("attention_backward", q_BSHX.dtype, *arguments)
         return *gradients, None, None, None

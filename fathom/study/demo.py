@@ -24,7 +24,9 @@ from fathom.config import ConfigError
 from fathom.data.pack import Prepared, open_prepared
 from fathom.data.tokenizer import Tokenizer
 from fathom.eval.compression import compressed_bits_per_byte
-from fathom.infer.generate import Generation, generate_ids
+from fathom.infer.core import Generation
+from fathom.infer.engine import Engine
+from fathom.infer.sampler import SamplingParams
 from fathom.metrics import read_metrics
 from fathom.model.transformer import Model
 from fathom.parallel.data import Ranks, data_parallel
@@ -121,6 +123,7 @@ def _report(directory: Path, seconds: float) -> DemoReport:
     model = load_model(directory / "model")
     prompts = _held_out_prompts(prepared, 3)
     plain, speculative = _decoding_speeds(model, prompts[0][1])
+    drafting = Engine(model, max_batch=1)
     return DemoReport(
         config=model.config,
         corpus=_corpus(prepared),
@@ -140,7 +143,7 @@ def _report(directory: Path, seconds: float) -> DemoReport:
         machine=_machine(recorded["compute"]),
         model_directory=str(directory / "model"),
         continuations=tuple(
-            _continuation(name, prompt, _continue(model, prompt), prepared.tokenizer) for name, prompt in prompts
+            _continuation(name, prompt, _continue(drafting, prompt), prepared.tokenizer) for name, prompt in prompts
         ),
     )
 
@@ -172,18 +175,20 @@ def _held_out_prompts(prepared: Prepared, count: int) -> list[tuple[str, list[in
     return [(name, ids[middle : middle + _PROMPT_TOKENS].tolist()) for name, middle in zip(names, middles, strict=True)]
 
 
-def _continue(model: Model, prompt: Sequence[int], speculative: bool = True) -> Generation:
-    return generate_ids(model, [prompt], _NEW_TOKENS, speculative=speculative)[0]
+def _continue(engine: Engine, prompt: Sequence[int]) -> Generation:
+    params = SamplingParams(max_tokens=_NEW_TOKENS, ignore_eos=True)
+    return engine.generate([prompt], params)[0].generation
 
 
 def _decoding_speeds(model: Model, prompt: Sequence[int]) -> tuple[float, float]:
     """Tokens per second of greedy decoding, plain and with drafts: medians of three turns each."""
     rates: dict[bool, list[float]] = {False: [], True: []}
+    engines = {speculative: Engine(model, speculative=speculative, max_batch=1) for speculative in rates}
     for _ in range(3):
         for speculative, found in rates.items():
             began = time.perf_counter()
-            generation = _continue(model, prompt, speculative)
-            found.append(len(generation.ids) / (time.perf_counter() - began))
+            generation = _continue(engines[speculative], prompt)
+            found.append(len(generation.token_ids) / (time.perf_counter() - began))
     return sorted(rates[False])[1], sorted(rates[True])[1]
 
 
@@ -191,7 +196,7 @@ def _continuation(name: str, prompt: list[int], generation: Generation, tokenize
     """Split the decoded text into its tokens' pieces; a character of several tokens goes to its last one."""
     pieces, shown = [], 0
     for count, accepted in enumerate(generation.accepted_mask, start=1):
-        whole = tokenizer.decode(generation.ids[:count]).removesuffix("\ufffd")
+        whole = tokenizer.decode(generation.token_ids[:count]).removesuffix("\ufffd")
         pieces.append(Piece(whole[shown:], accepted))
         shown = max(shown, len(whole))
     return Continuation(name, tokenizer.decode(prompt), tuple(pieces), generation.tokens_per_forward)

@@ -5,7 +5,8 @@ import torch
 
 from fathom.eval import acceptance
 from fathom.eval.acceptance import draft_acceptance
-from fathom.infer.generate import generate_ids
+from fathom.infer.core import Core, Generation
+from fathom.infer.sampler import SamplingParams
 from fathom.model.config import ModelConfig
 from fathom.model.transformer import Model
 from tests.model.configs import lively_model, tiny
@@ -20,7 +21,8 @@ def config(**changes: int) -> ModelConfig:
 def test_figures_are_the_sums_over_the_continuations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(acceptance, "_ROWS", 3)  # so that a second batch is needed
     model = lively_model(config(), seed=11, std=0.25)
-    found, one_by_one = draft_acceptance(model, PROMPTS, 20), generate_ids(model, PROMPTS, 20)
+    found = draft_acceptance(model, PROMPTS, 20)
+    one_by_one = [continue_alone(model, prompt, 20) for prompt in PROMPTS]
     assert found.drafted == sum(g.drafted for g in one_by_one) == sum(g.forwards for g in one_by_one)
     assert found.acceptance == sum(g.accepted for g in one_by_one) / found.drafted
     assert found.tokens_per_forward == 4 * 19 / found.drafted
@@ -31,6 +33,14 @@ def test_a_perfect_drafter_doubles_the_tokens_per_forward() -> None:
     """A model that always says token 0 is easy to draft for."""
     found = draft_acceptance(constant_model(), PROMPTS, 21)
     assert (found.acceptance, found.tokens_per_forward) == (1, 2)
+
+
+def continue_alone(model: Model, prompt: list[int], count: int) -> Generation:
+    core = Core(model, speculative=1)
+    found = core.submit(prompt, SamplingParams(max_tokens=count, ignore_eos=True))
+    while core.has_work:
+        core.step()
+    return found
 
 
 @torch.no_grad()

@@ -11,33 +11,38 @@
 namespace {
 
 struct Sizes {
-    int64_t batch, length, heads, nope, rope, value, block;
+    int64_t batch, length, queries, heads, nope, rope, value, block;
     int64_t shared;  // whether all sequences stand at the same positions
     float scale;
+
+    int64_t older() const { return length - queries; }  // keys before the first query
 
     int64_t width() const { return nope + rope; }
 };
 
 // What lies in memory for all heads: queries (B,S,H,P+R) with their last R numbers to be rotated, keys and values
-// (B,S,H,P+V) side by side, the rotated key (B,S,R) that all heads share; cos and sin, (S,J) or (B,S,J).
+// (B,T,H,P+V) side by side, the rotated key (B,T,R) that all heads share; the queries' cos and sin, (S,J) or (B,S,J).
 template <class T>
 struct Inputs {
     const T *query, *keyvalue, *key;
     const float *cos, *sin;
 };
 
-// One head's matrices (S,X), (S,X) and (S,V). Interleaved pairs become two halves as they turn.
+// One head's matrices (S,X), (T,X) and (T,V). Interleaved pairs become two halves as they turn.
 template <class T>
 inline void read_head(const Inputs<T>& from, const Sizes& size, int64_t b, int64_t h, T* q, T* k, T* v) {
     const int64_t pairs = size.rope / 2, width = size.width();
-    for (int64_t s = 0; s < size.length; s++) {
-        const int64_t row = b * size.length + s, turn = (size.shared ? s : row) * pairs;
-        const T* query = from.query + (row * size.heads + h) * width;
+    for (int64_t t = 0; t < size.length; t++) {
+        const int64_t row = b * size.length + t;
         const T* keyvalue = from.keyvalue + (row * size.heads + h) * (size.nope + size.value);
+        std::memcpy(k + t * width, keyvalue, size.nope * sizeof(T));
+        std::memcpy(k + t * width + size.nope, from.key + row * size.rope, size.rope * sizeof(T));
+        std::memcpy(v + t * size.value, keyvalue + size.nope, size.value * sizeof(T));
+    }
+    for (int64_t s = 0; s < size.queries; s++) {
+        const int64_t row = b * size.queries + s, turn = (size.shared ? s : row) * pairs;
+        const T* query = from.query + (row * size.heads + h) * width;
         std::memcpy(q + s * width, query, size.nope * sizeof(T));
-        std::memcpy(k + s * width, keyvalue, size.nope * sizeof(T));
-        std::memcpy(k + s * width + size.nope, from.key + row * size.rope, size.rope * sizeof(T));
-        std::memcpy(v + s * size.value, keyvalue + size.nope, size.value * sizeof(T));
         each(pairs, [&](int64_t j, int64_t n) {
             Floats x, y;
             load_pairs(query + size.nope + 2 * j, n, x, y);
@@ -72,8 +77,8 @@ inline void write_head(const Inputs<T>& from, const Sizes& size, int64_t b, int6
     }
 }
 
-// body(offset, count, read) over the first `seen` of `keys` numbers, 16 at a time. Where the row goes on, whole vectors
-// may be read (`read` is 16) of which only `count` numbers are meant.
+// body(offset, count, read) over the first `seen` of `keys` numbers, a vector at a time. Where the row goes on, whole
+// vectors may be read (`read` is kLanes) of which only `count` numbers are meant.
 template <class Body>
 inline void each_seen(int64_t seen, int64_t keys, Body body) {
     for (int64_t i = 0; i < seen; i += kLanes) {
@@ -115,13 +120,14 @@ inline void softmax_row_backward(const T* p, T* dp, int64_t seen, int64_t keys, 
     if (written < keys) std::memset(dp + written, 0, (keys - written) * sizeof(T));
 }
 
-// Attention of the queries start … end to the keys 0 … end.
+// Attention of the queries start … end to the keys that are not after the last of them.
 template <class T>
 inline void probabilities(T* probs, const T* q, const T* k, int64_t start, int64_t end, const Sizes& size) {
-    const int64_t rows = end - start, width = size.width();
-    multiply<T>({probs, rows, end}, {q + start * width, rows, width}, Transposed<T>(k, end, width));
-    float* powers = scratch<float>(15, end + kLanes);
-    for (int64_t row = 0; row < rows; row++) softmax_row(probs + row * end, start + row + 1, end, size.scale, powers);
+    const int64_t rows = end - start, keys = size.older() + end, width = size.width();
+    multiply<T>({probs, rows, keys}, {q + start * width, rows, width}, Transposed<T>(k, keys, width));
+    float* powers = scratch<float>(15, keys + kLanes);
+    for (int64_t row = 0; row < rows; row++)
+        softmax_row(probs + row * keys, size.older() + start + row + 1, keys, size.scale, powers);
 }
 
 // to += from, or to = from where nothing has been added yet.
@@ -141,38 +147,39 @@ inline int64_t kept_before(int64_t start, int64_t block) {
 
 template <class T>
 void attention(int threads, const T* query, const T* keyvalue, const T* key, const float* cos, const float* sin, T* out,
-               T* kept, int64_t batch, int64_t length, int64_t heads, int64_t nope, int64_t rope, int64_t value,
-               int64_t block, int64_t shared, double scale) {
-    const Sizes size{batch, length, heads, nope, rope, value, block, shared, float(scale)};
+               T* kept, int64_t batch, int64_t length, int64_t queries, int64_t heads, int64_t nope, int64_t rope,
+               int64_t value, int64_t block, int64_t shared, double scale) {
+    const Sizes size{batch, length, queries, heads, nope, rope, value, block, shared, float(scale)};
     const Inputs<T> inputs{query, keyvalue, key, cos, sin};
     const int64_t width = size.width(), last = (length - 1) / block * block;
     const int64_t total = kept_before(last, block) + (length - last) * length;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (int64_t task = 0; task < batch * heads; task++) {
         const int64_t b = task / heads, h = task % heads;
-        T *q = scratch<T>(0, length * width), *k = scratch<T>(1, length * width), *v = scratch<T>(2, length * value);
+        T *q = scratch<T>(0, queries * width), *k = scratch<T>(1, length * width), *v = scratch<T>(2, length * value);
         T *result = scratch<T>(4, block * value), *space = scratch<T>(3, kept ? 0 : block * length);
         read_head(inputs, size, b, h, q, k, v);
-        for (int64_t start = 0; start < length; start += block) {
-            const int64_t end = start + block < length ? start + block : length, rows = end - start;
+        for (int64_t start = 0; start < queries; start += block) {
+            const int64_t end = start + block < queries ? start + block : queries, rows = end - start;
+            const int64_t keys = size.older() + end;
             T* probs = kept ? kept + task * total + kept_before(start, block) : space;
             probabilities(probs, q, k, start, end, size);
-            multiply<T>({result, rows, value}, {probs, rows, end}, {v, end, value});
+            multiply<T>({result, rows, value}, {probs, rows, keys}, {v, keys, value});
             for (int64_t row = 0; row < rows; row++) {
-                T* to = out + ((b * length + start + row) * heads + h) * value;
+                T* to = out + ((b * queries + start + row) * heads + h) * value;
                 std::memcpy(to, result + row * value, value * sizeof(T));
             }
         }
     }
 }
 
-// dkeys has room for (B,H,S,R).
+// Every key has its query here, S = T. dkeys has room for (B,H,S,R).
 template <class T>
 void attention_backward(int threads, const T* query, const T* keyvalue, const T* key, const float* cos,
                         const float* sin, const T* kept, const T* dout, T* dquery, T* dkeyvalue, T* dkey, float* dkeys,
                         int64_t batch, int64_t length, int64_t heads, int64_t nope, int64_t rope, int64_t value,
                         int64_t block, int64_t shared, double scale) {
-    const Sizes size{batch, length, heads, nope, rope, value, block, shared, float(scale)};
+    const Sizes size{batch, length, length, heads, nope, rope, value, block, shared, float(scale)};
     const Inputs<T> inputs{query, keyvalue, key, cos, sin};
     const int64_t width = size.width(), last = (length - 1) / block * block;
     const int64_t total = kept_before(last, block) + (length - last) * length;

@@ -31,13 +31,14 @@ _PARAMETERS = {
     "rms_norm_backward": "pnpppppnn",
     "swiglu": "pppnn",
     "swiglu_backward": "pppppnn",
-    "attention": "pppppppnnnnnnnnf",
+    "attention": "pppppppnnnnnnnnnf",
     "attention_backward": "pppppppppppnnnnnnnnf",
     "routed_experts": "ppppppppnnnn",
     "routed_experts_backward": "ppppppppppppnnnn",
     "sum_rows": "pppnnn",
     "select_experts": "ppnnnnn",
     "cross_entropy": "pppnnn",
+    "decode": "ppn",
 }
 _TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_double}
 

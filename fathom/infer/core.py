@@ -1,0 +1,406 @@
+"""The engine's core: requests of token ids in, tokens out, many at once. `step` is schedule, draft, verify, decide.
+
+One step feeds every decoding sequence its last token and the drafts of the next ones, and reads a stretch of the
+prompts that are still being read. What the logits say is decided per request; the latents of rejected drafts are
+written over later. Plain decoding is the same step without drafts.
+
+A draft of t_{i+2} comes from the first MTP module fed with (state h_i, token t_{i+1}); further ones from the module fed
+with its own state and draft. The module's cache entry of that pair lies at slot i+1, and it must have seen every pair
+from the prompt's first on: states whose pairs it has not seen yet are `pending`, also while nothing is drafted.
+
+Shapes: N tokens, D hidden, M drafts, O vocabulary.
+"""
+
+import math
+import time
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fathom.infer.blocks import BlockManager
+from fathom.infer.choose import Decision, Row, TokenLogprob, choose, draft, prompt_logprobs
+from fathom.infer.runner import Output, Runner, Stretch
+from fathom.infer.sampler import SamplingParams, check_against
+from fathom.infer.scheduler import Chunk, Scheduler, Sequence
+from fathom.infer.speculative import DraftLength
+from fathom.model.config import ModelConfig
+from fathom.model.transformer import Model
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+_MOST_DRAFTS = 4
+"""Drafts per step that adapting goes up to."""
+
+_MOST_PENDING = 64
+"""States a sequence keeps for the drafting module while nothing is drafted; they are then fed to it together."""
+
+_USUAL_LENGTH = 4096
+"""Tokens per sequence the cache has room for unless its size is given; longer ones take the room of others."""
+
+
+@dataclass(eq=False)
+class Generation:
+    """A request's continuation as it grows, and what it took; also the handle to cancel it by."""
+
+    prompt_ids: list[int]
+    params: SamplingParams
+    token_ids: list[int] = field(default_factory=list)
+    """The generated tokens; a token that ended it is the last."""
+    finish_reason: FinishReason | None = None
+    """Why it ended: an end-of-text or stop token, max_tokens or the model's length, `cancel`; None before."""
+    logprobs: list[TokenLogprob] | None = None
+    """One for each of `token_ids`, where asked for."""
+    prompt_logprobs: list[TokenLogprob] | None = None
+    """One for each token of the prompt but the first, where asked for."""
+    accepted_mask: list[bool] = field(default_factory=list)
+    """For each of `token_ids`, whether it was a draft that the model accepted."""
+    offered_at: list[int] = field(default_factory=list)
+    """How often a first, second, … draft was put before the model."""
+    accepted_at: list[int] = field(default_factory=list)
+    """How often it was accepted."""
+    forwards: int = 0
+    """Forward passes of the main model after the prompt's, which yields the first token."""
+    cached_tokens: int = 0
+    """Tokens of the prompt whose latents were found in the cache."""
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def drafted(self) -> int:
+        """Drafts put before the main model."""
+        return sum(self.offered_at)
+
+    @property
+    def accepted(self) -> int:
+        """Drafts accepted; the others were wasted."""
+        return sum(self.accepted_at)
+
+    @property
+    def acceptance(self) -> float:
+        """Share of the first drafts accepted; NaN when none was made."""
+        return self.accepted_at[0] / self.offered_at[0] if self.drafted else math.nan
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Tokens decided per forward pass; plain decoding makes 1. NaN before the second token."""
+        return (len(self.token_ids) - 1) / self.forwards if self.forwards else math.nan
+
+
+class Update(NamedTuple):
+    """What a step brought one request."""
+
+    generation: Generation
+    tokens: list[int]
+    """Its new tokens, which are in `generation.token_ids` already."""
+
+
+@dataclass(eq=False)
+class _Active:
+    """A request on its way."""
+
+    generation: Generation
+    sequence: Sequence
+    stream: int
+    ending: tuple[int, ...]
+    """Ids that end it."""
+    drafts: list[int] = field(default_factory=list)
+    draft_probs: list[Tensor | None] = field(default_factory=list)
+    pending_ND: list[Tensor] = field(default_factory=list)
+    """States whose pairs with the latest tokens the drafting module has not seen."""
+
+    def row(self) -> Row:
+        drawn = [probs_O for probs_O in self.draft_probs if probs_O is not None]
+        probs_MO = torch.stack(drawn) if drawn else None
+        sequence = self.sequence
+        params = self.generation.params
+        return Row(params, self.stream, sequence.tokens, sequence.prompt_length, self.ending, self.drafts, probs_MO)
+
+    @property
+    def pending(self) -> int:
+        return sum(len(part_ND) for part_ND in self.pending_ND)
+
+    def forget(self) -> None:
+        """It was preempted: everything is read again."""
+        self.drafts, self.draft_probs, self.pending_ND = [], [], []
+
+
+class Core:
+    """Serves requests with one model; not for several threads at once."""
+
+    def __init__(
+        self,
+        model: Model,
+        speculative: bool | int = True,
+        max_batch: int = 32,
+        page_size: int = 64,
+        cache_tokens: int | None = None,
+        prefill_budget: int = 512,
+        max_waiting: int | None = None,
+        eager: bool = False,
+        eos_ids: Ordered[int] | None = None,
+    ) -> None:
+        """See `fathom.Engine`, which passes these on. `eos_ids` end a text; by default the configuration's."""
+        config = model.config
+        self.eos_ids = tuple(eos_ids) if eos_ids is not None else _configured_eos(config)
+        self.config, self.max_length = config, config.max_position_embeddings
+        if not isinstance(speculative, bool) and not 0 <= speculative <= 16:
+            raise ValueError(f"speculative is {speculative}; it must be True, False, or a number of drafts up to 16")
+        self.drafting = bool(speculative) and config.num_nextn_predict_layers > 0
+        self._fixed_drafts = None if speculative is True else int(speculative)
+        most = _MOST_DRAFTS if self._fixed_drafts is None else self._fixed_drafts
+        pages = _pages(config, max_batch, page_size, cache_tokens)
+        self.blocks = BlockManager(pages, page_size)
+        self.scheduler = Scheduler(self.blocks, max_batch, prefill_budget, self.drafting, max_waiting)
+        self.runner = Runner(model, pages, page_size, self.max_length + most + 2, eager)
+        self.lengths = DraftLength(most if self.drafting else 0)
+        self._active: dict[Sequence, _Active] = {}
+        self._of: dict[Generation, _Active] = {}
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is not finished."""
+        return bool(self._active)
+
+    def submit(self, prompt: Ordered[int], params: SamplingParams, priority: int = 0, stream: int = 0) -> Generation:
+        """Queue a request. Requests of one seed draw differently if their `stream` differs.
+
+        Raises ValueError for a prompt or parameters that cannot be served, scheduler.QueueFull when too many wait.
+        """
+        prompt = list(prompt)
+        self._check(prompt, params)
+        # The list of tokens is the sequence's own: it grows.
+        limit = min(len(prompt) + params.max_tokens, self.max_length, self.blocks.slots)
+        sequence = Sequence(list(prompt), limit, priority, reuse=params.prompt_logprobs is None)
+        self.scheduler.add(sequence)
+        ending = params.stop_ids if params.ignore_eos else (*params.stop_ids, *self.eos_ids)
+        generation = Generation(prompt, params)
+        active = _Active(generation, sequence, stream, ending)
+        self._active[sequence] = self._of[generation] = active
+        return generation
+
+    def cancel(self, generation: Generation) -> None:
+        """End a request where it is; does nothing to one that has ended."""
+        active = self._of.get(generation)
+        if active is not None:
+            self._end(active, "cancelled")
+
+    def step(self) -> list[Update]:
+        """Let everybody get on by one step; returns what is new, nothing where there is nothing to do."""
+        decoding = sum(sequence.computed >= sequence.to_read for sequence in self.scheduler.running)
+        plan = self.scheduler.schedule(self._wanted_drafts(decoding))
+        updates = []
+        if plan.decode:
+            updates += self._decode([self._active[sequence] for sequence in plan.decode], plan.drafts)
+        if plan.prefill:
+            updates += self._prefill(plan.prefill)
+        return updates
+
+    # ------------------------------------------------------------------------------------------------- decoding
+
+    def _wanted_drafts(self, batch: int) -> int:
+        if not self.drafting:
+            return 0
+        return self.lengths.choose(max(batch, 1)) if self._fixed_drafts is None else self._fixed_drafts
+
+    def _decode(self, batch: list[_Active], drafts: int) -> list[Update]:
+        # What piled up while nothing was drafted is no cost of drafting once.
+        caught_up = all(active.pending <= _MOST_DRAFTS + 1 for active in batch)
+        began = time.perf_counter()
+        self._draft(batch, drafts)
+        stretches = []
+        for active in batch:
+            tokens = active.sequence.tokens
+            stretches.append(Stretch([tokens[-1], *active.drafts], len(tokens) - 1, active.sequence.pages))
+        fed = drafts + 1
+        output = self.runner.main(stretches, range(fed * len(batch)))
+        decisions = choose(output.logits_NO, [active.row() for active in batch])
+        updates = []
+        for place, (active, decision) in enumerate(zip(batch, decisions, strict=True)):
+            self._count(active.generation, drafts, decision.accepted)
+            first = place * fed
+            updates.append(self._take(active, decision, output.h_ND[first : first + decision.accepted + 1]))
+        if self.drafting and self._fixed_drafts is None and (caught_up or not drafts):
+            accepted_at = [sum(decision.accepted > place for decision in decisions) for place in range(drafts)]
+            self.lengths.record(len(batch), drafts, len(batch), accepted_at, time.perf_counter() - began)
+        return updates
+
+    def _draft(self, batch: list[_Active], drafts: int) -> None:
+        """Show the module what it has not seen, and have it draft; without drafts, only where much has piled up."""
+        if not self.drafting:
+            return
+        if drafts == 0:
+            batch = [active for active in batch if active.pending >= _MOST_PENDING]
+        if not batch:
+            return
+        stretches, ends, seen = [], [], 0
+        for active in batch:
+            tokens, pending = active.sequence.tokens, active.pending
+            stretches.append(Stretch(tokens[-pending:], len(tokens) - pending, active.sequence.pages))
+            seen += pending
+            ends.append(seen - 1)
+        h_ND = torch.cat([part_ND for active in batch for part_ND in active.pending_ND])
+        for active in batch:
+            active.pending_ND = []
+        output = self.runner.draft(stretches, h_ND, ends if drafts else [])
+        h_BD = output.h_ND[ends]
+        for place in range(drafts):
+            ids, probs = draft(output.logits_NO, [active.row() for active in batch])
+            for active, token, probs_O in zip(batch, ids, probs, strict=True):
+                active.drafts.append(token)
+                active.draft_probs.append(probs_O)
+            if place + 1 < drafts:
+                stretches = [
+                    Stretch(active.drafts[-1:], len(active.sequence.tokens) + place, active.sequence.pages)
+                    for active in batch
+                ]
+                output = self.runner.draft(stretches, h_BD, range(len(batch)))
+                h_BD = output.h_ND
+
+    @staticmethod
+    def _count(generation: Generation, drafts: int, accepted: int) -> None:
+        generation.forwards += 1
+        for counts, reached in ((generation.offered_at, drafts), (generation.accepted_at, accepted)):
+            counts += [0] * (drafts - len(counts))
+            for place in range(reached):
+                counts[place] += 1
+
+    # ------------------------------------------------------------------------------------------- reading prompts
+
+    def _prefill(self, chunks: list[Chunk]) -> list[Update]:
+        wanted: list[int] = []
+        stretches, seen = [], 0
+        for chunk in chunks:
+            sequence, start, count, write_from = chunk
+            tokens = sequence.tokens[start : start + count]
+            stretches.append(Stretch(tokens, start, sequence.pages, write_from))
+            seen += count
+            if self._active[sequence].generation.params.prompt_logprobs is not None:
+                wanted += range(seen - count, seen)
+            elif start + count == len(sequence.tokens):
+                wanted.append(seen - 1)
+        output = self.runner.main(stretches, wanted)
+        return self._after_reading(chunks, output)
+
+    def _after_reading(self, chunks: list[Chunk], output: Output) -> list[Update]:
+        ended: list[tuple[_Active, Tensor]] = []
+        last, seen, used = [], 0, 0
+        module_stretches, module_h_ND = [], []
+        for sequence, start, count, _ in chunks:
+            active = self._active[sequence]
+            if sequence.computed == sequence.matched:
+                active.forget()
+                if sequence.preemptions == 0:
+                    active.generation.cached_tokens = sequence.matched
+            end = start + count
+            h_ND = output.h_ND[seen : seen + count]
+            seen += count
+            whole = end == len(sequence.tokens)
+            logits = 0
+            if active.generation.params.prompt_logprobs is not None:
+                logits = count
+                self._report_prompt(active, start, output.logits_NO[used : used + count])
+            elif whole:
+                logits = 1
+            used += logits
+            sequence.computed = end
+            if self.drafting:
+                # The pair with the token that is decided now waits for the next drafting.
+                pairs = count - 1 if whole else count
+                if pairs:
+                    tokens = sequence.tokens[start + 1 : start + 1 + pairs]
+                    module_stretches.append(Stretch(tokens, start + 1, sequence.pages))
+                    module_h_ND.append(h_ND[:pairs])
+            sequence.ready = end
+            if whole:
+                ended.append((active, h_ND[-1:]))
+                last.append(used - 1)
+            else:
+                self.scheduler.publish(sequence)
+        if module_stretches:
+            self.runner.draft(module_stretches, torch.cat(module_h_ND), [])
+        if not ended:
+            return []
+        decisions = choose(output.logits_NO[last], [active.row() for active, _ in ended])
+        return [self._take(active, decision, h_1D) for (active, h_1D), decision in zip(ended, decisions, strict=True)]
+
+    @staticmethod
+    def _report_prompt(active: _Active, start: int, logits_NO: Tensor) -> None:
+        generation = active.generation
+        following = generation.prompt_ids[start + 1 : start + 1 + len(logits_NO)]
+        known = generation.prompt_logprobs or []
+        top = generation.params.prompt_logprobs or 0
+        # After a preemption the prompt is read again.
+        if following and len(known) <= start:
+            ids = torch.tensor(following, device=logits_NO.device)
+            known = known + prompt_logprobs(logits_NO[: len(following)], ids, top)
+        generation.prompt_logprobs = known
+
+    # ----------------------------------------------------------------------------------------------- what follows
+
+    def _take(self, active: _Active, decision: Decision, h_ND: Tensor) -> Update:
+        """Append decided tokens, up to one that ends the request; `h_ND` are the states that they pair with."""
+        generation, sequence = active.generation, active.sequence
+        active.drafts, active.draft_probs = [], []
+        taken: list[int] = []
+        reason: FinishReason | None = None
+        for token in decision.tokens:
+            taken.append(token)
+            if token in active.ending:
+                reason = "stop"
+            elif len(sequence.tokens) + len(taken) == sequence.limit:
+                reason = "length"
+            if reason:
+                break
+        sequence.tokens += taken
+        generation.token_ids += taken
+        generation.accepted_mask += [place < decision.accepted for place in range(len(taken))]
+        if decision.logprobs is not None:
+            generation.logprobs = (generation.logprobs or []) + decision.logprobs[: len(taken)]
+        sequence.computed = len(sequence.tokens) - 1
+        if self.drafting:
+            active.pending_ND.append(h_ND[: len(taken)])
+        sequence.ready = len(sequence.tokens) - max(active.pending, 1)
+        self.scheduler.publish(sequence)
+        if reason:
+            self._end(active, reason)
+        return Update(generation, taken)
+
+    def _end(self, active: _Active, reason: FinishReason) -> None:
+        active.generation.finish_reason = reason
+        self.scheduler.finish(active.sequence)
+        del self._active[active.sequence], self._of[active.generation]
+
+    def _check(self, prompt: list[int], params: SamplingParams) -> None:
+        words = self.config.vocab_size
+        if not prompt:
+            raise ValueError("the prompt is empty; it needs at least one token, such as the begin token")
+        wrong = next((token for token in prompt if not (isinstance(token, int) and 0 <= token < words)), None)
+        if wrong is not None:
+            raise ValueError(f"the prompt has token {wrong!r}; ids are integers from 0 to {words - 1}")
+        if len(prompt) >= self.max_length:
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens; with one more it must fit the model's length, "
+                f"max_position_embeddings = {self.max_length}"
+            )
+        check_against(params, words)
+
+
+def _configured_eos(config: ModelConfig) -> tuple[int, ...]:
+    return () if config.eos_token_id is None else (config.eos_token_id,)
+
+
+def _pages(config: ModelConfig, max_batch: int, page_size: int, cache_tokens: int | None) -> int:
+    if page_size < 1:
+        raise ValueError(f"page_size is {page_size}; it must be at least 1")
+    longest = config.max_position_embeddings
+    if cache_tokens is None:
+        cache_tokens = max(longest, max_batch * min(longest, _USUAL_LENGTH))
+    if cache_tokens < 2:
+        raise ValueError(f"cache_tokens is {cache_tokens}; a request takes at least 2")
+    # A page is shared whole, so that a sequence takes up to one page beyond its length.
+    return -(-cache_tokens // page_size)

@@ -1,0 +1,210 @@
+"""The whole model in one call on the CPU, for the few tokens of a decoding step (fathom/ops/cpu/decode.cpp).
+
+Says where every weight of a model lies, in the structures that the C++ reads. They are the same in both languages.
+
+Shapes: N tokens, D hidden, O vocabulary, E experts, J pairs of rotary numbers.
+"""
+
+import ctypes
+from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from fathom.model.block import Block
+from fathom.model.layers import LATENT_NORM_EPS, RMSNorm
+from fathom.model.moe import MoE
+from fathom.model.mtp import MTPModule
+from fathom.model.rope import rope_table, softmax_scale
+from fathom.model.transformer import Model
+from fathom.ops.cpu import build
+
+_FORMATS = {torch.float32: 0, torch.bfloat16: 1}
+
+
+class _Weight(Structure):
+    _fields_ = (
+        ("data", c_void_p),
+        ("scale", c_void_p),
+        ("format", c_int64),
+        ("rows", c_int64),
+        ("columns", c_int64),
+    )
+
+
+class _Layer(Structure):
+    _fields_ = tuple(
+        (name, _Weight)
+        for name in (
+            *("input_norm", "q_a", "q_a_norm", "q_b", "kv_a", "kv_a_norm", "kv_b", "o"),
+            *("post_norm", "router", "bias", "gate_up", "down"),
+            *("gate", "up", "out"),
+        )
+    )
+
+
+class _Module(Structure):
+    _fields_ = (
+        *((name, _Weight) for name in ("embed_norm", "state_norm", "join")),
+        ("layer", _Layer),
+        ("norm", _Weight),
+    )
+
+
+class _Plan(Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("hidden", "heads", "nope", "rope", "value", "latent")),
+        *((name, c_int64) for name in ("experts", "choices", "groups", "open_groups", "normalise")),
+        *((name, c_int64) for name in ("page_size", "slots", "widest")),
+        *((name, c_double) for name in ("eps", "latent_eps", "scale", "routed_scale")),
+        *((name, _Weight) for name in ("embed", "norm", "head")),
+        ("layer_count", c_int64),
+        ("layers", POINTER(_Layer)),
+        ("modules", POINTER(_Module)),
+        ("cosines", c_void_p),
+        ("sines", c_void_p),
+    )
+
+
+class _Step(Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("tokens", "most_pages")),
+        *((name, c_void_p) for name in ("ids", "positions", "slots", "owners", "pages", "cache", "before", "states")),
+        ("wanted", c_int64),
+        *((name, c_void_p) for name in ("which", "logits")),
+    )
+
+
+class NativeModel:
+    """A model on the CPU, ready for `main` and `module`; it is read where it lies, not copied."""
+
+    def __init__(self, model: Model, cache_LMW: Tensor, page_size: int, positions: int) -> None:
+        config = model.config
+        self._kept: list[Tensor] = []  # what the structures point to and nobody else holds
+        self._hidden, self._words, self._cache_LMW = config.hidden_size, config.vocab_size, cache_LMW
+        rope = rope_table(config, torch.arange(positions))
+        layers = [self._layer(cast(Block, layer)) for layer in model.layers]
+        modules = [self._module(cast(MTPModule, module)) for module in model.mtp]
+        common = config.moe_intermediate_size * config.n_shared_experts
+        self._plan = _Plan(
+            hidden=config.hidden_size,
+            heads=config.num_attention_heads,
+            nope=config.qk_nope_head_dim,
+            rope=config.qk_rope_head_dim,
+            value=config.v_head_dim,
+            latent=config.kv_lora_rank,
+            experts=config.n_routed_experts,
+            choices=config.num_experts_per_tok,
+            groups=config.n_group,
+            open_groups=config.topk_group,
+            normalise=config.norm_topk_prob,
+            page_size=page_size,
+            slots=cache_LMW.shape[1],
+            widest=max(2 * config.hidden_size, config.intermediate_size, config.moe_intermediate_size, common),
+            eps=config.rms_norm_eps,
+            latent_eps=LATENT_NORM_EPS,
+            scale=softmax_scale(config),
+            routed_scale=config.routed_scaling_factor,
+            embed=self._weight(model.embed_tokens.weight),
+            norm=self._floats(model.norm.weight),
+            head=self._weight(model.lm_head.weight),
+            layer_count=len(layers),
+            layers=(_Layer * len(layers))(*layers),
+            modules=(_Module * len(modules))(*modules),
+            cosines=self._keep(rope.cos),
+            sines=self._keep(rope.sin),
+        )
+
+    def run(
+        self,
+        module: int | None,
+        ids_N: Tensor,
+        positions_N: Tensor,
+        slots_N: Tensor,
+        owners_N: Tensor,
+        pages: Tensor,
+        which: Tensor,
+        before_ND: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """States (N, D) of the main model or of MTP module number `module`, and the logits of the tokens in `which`.
+
+        All indices are int64. Token n is at `positions_N[n]` of the sequence whose pages are row `owners_N[n]` of
+        `pages`, and its latent goes to `slots_N[n]`. Both results are float32.
+        """
+        states_ND = torch.empty(len(ids_N), self._hidden)
+        logits = torch.empty(len(which), self._words)
+        step = _Step(
+            tokens=len(ids_N),
+            most_pages=pages.shape[1],
+            ids=ids_N.data_ptr(),
+            positions=positions_N.data_ptr(),
+            slots=slots_N.data_ptr(),
+            owners=owners_N.data_ptr(),
+            pages=pages.data_ptr(),
+            cache=self._cache_LMW.data_ptr(),
+            before=None if before_ND is None else before_ND.data_ptr(),
+            states=states_ND.data_ptr(),
+            wanted=len(which),
+            which=which.data_ptr(),
+            logits=logits.data_ptr(),
+        )
+        plan, step_at = ctypes.addressof(self._plan), ctypes.addressof(step)
+        build.call("decode", self._cache_LMW.dtype, plan, step_at, -1 if module is None else module)
+        return states_ND, logits
+
+    def _layer(self, block: Block) -> _Layer:
+        attention = block.self_attn
+        names: dict[str, _Weight] = {
+            "input_norm": self._floats(block.input_layernorm.weight),
+            "kv_a": self._weight(attention.kv_a_proj_with_mqa.weight),
+            "kv_a_norm": self._floats(attention.kv_a_layernorm.weight),
+            "kv_b": self._weight(attention.kv_b_proj.weight),
+            "o": self._weight(attention.o_proj.weight),
+            "post_norm": self._floats(block.post_attention_layernorm.weight),
+        }
+        if attention.config.q_lora_rank is None:
+            names["q_b"] = self._weight(attention.q_proj.weight)
+        else:
+            names["q_a"] = self._weight(attention.q_a_proj.weight)
+            names["q_a_norm"] = self._floats(attention.q_a_layernorm.weight)
+            names["q_b"] = self._weight(attention.q_b_proj.weight)
+        if isinstance(block.mlp, MoE):
+            names["router"] = self._weight(block.mlp.gate.weight)
+            names["bias"] = self._floats(block.mlp.gate.e_score_correction_bias)
+            names["gate_up"] = self._weight(block.mlp.experts.gate_up_proj)
+            names["down"] = self._weight(block.mlp.experts.down_proj)
+        common = block.mlp.shared_experts if isinstance(block.mlp, MoE) else block.mlp
+        names["gate"] = self._weight(common.gate_proj.weight)
+        names["up"] = self._weight(common.up_proj.weight)
+        names["out"] = self._weight(common.down_proj.weight)
+        return _Layer(**names)
+
+    def _module(self, module: MTPModule) -> _Module:
+        return _Module(
+            embed_norm=self._floats(module.enorm.weight),
+            state_norm=self._floats(module.hnorm.weight),
+            join=self._weight(module.eh_proj.weight),
+            layer=self._layer(module),
+            norm=self._floats(cast(RMSNorm, module.shared_head["norm"]).weight),
+        )
+
+    def _weight(self, weight: Tensor) -> _Weight:
+        """A matrix, or a stack of matrices of this many rows and columns each, where it lies."""
+        rows, columns = weight.shape[-2:]
+        return _Weight(self._keep(weight), None, _FORMATS[weight.dtype], rows, columns)
+
+    def _floats(self, numbers: Tensor) -> _Weight:
+        """A vector in float32."""
+        return _Weight(self._keep(numbers.float()), None, _FORMATS[torch.float32], 1, len(numbers))
+
+    def _keep(self, tensor: Tensor) -> int:
+        tensor = tensor.detach().contiguous()
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+
+def usable(model: Model) -> bool:
+    """Whether this model can run here: all of it on the CPU, in float32 or bfloat16, with the kernels built."""
+    weights = list(model.parameters())
+    return build.usable(*weights) and all(weight.dtype in _FORMATS for weight in weights)

@@ -1,0 +1,155 @@
+"""From stretches of tokens to states and logits: the tensor side of the engine.
+
+Two ways lead through the same weights and the same cache. Plain torch takes any number of tokens on any device: all
+of them pass as one row, in attention each stretch goes on its own. On the CPU few tokens, the usual step, take a single
+call of compiled C++ instead (fathom/infer/native.py).
+
+Shapes: N tokens of all stretches, B stretches of one length, S length, T tokens of a sequence, D hidden, O vocabulary.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fathom.infer import native
+from fathom.infer.cache import LatentCache
+from fathom.model.cached import Batch, Piece, expanding_pays
+from fathom.model.layers import at_least_float32
+from fathom.model.transformer import Model
+
+_FEW = 48
+"""Tokens up to which reading the weights takes longer than multiplying with them."""
+
+_SHORT = 8
+"""Stretches up to this length attend together with others of the same length."""
+
+
+class Stretch(NamedTuple):
+    """Consecutive tokens of one sequence that go through the model."""
+
+    tokens: Sequence[int]
+    start: int
+    """Slot of the first one: its position, in the main model."""
+    pages: Sequence[int]
+    """Where the sequence's slots lie."""
+    write_from: int = 0
+    """Slots before it stay as they are: they belong to others too."""
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+
+class Output(NamedTuple):
+    """What a pass computed."""
+
+    h_ND: Tensor
+    """Every token's final state, float32 at least."""
+    logits_NO: Tensor
+    """Logits of the tokens that were asked for, float32 at least."""
+
+
+class Runner:
+    """A model with its cache."""
+
+    def __init__(self, model: Model, pages: int, page_size: int, positions: int, eager: bool = False) -> None:
+        """`positions`: slots that one sequence may take at most. With `eager` everything goes through plain torch."""
+        weight = model.embed_tokens.weight
+        self.model = model
+        self.cache = LatentCache(model.config, pages, page_size, weight.dtype, weight.device)
+        self.native = None
+        if not eager and native.usable(model):
+            self.native = native.NativeModel(model, self.cache.latents_LMW, page_size, positions)
+
+    @torch.no_grad()
+    def main(self, stretches: Sequence[Stretch], wanted: Sequence[int]) -> Output:
+        """Run the main model over the stretches; logits of the tokens at the places `wanted` among all of them."""
+        return self._run(None, stretches, wanted, None)
+
+    @torch.no_grad()
+    def draft(self, stretches: Sequence[Stretch], h_ND: Tensor, wanted: Sequence[int]) -> Output:
+        """Run the first MTP module: every token with the state of the one before it."""
+        return self._run(0, stretches, wanted, h_ND)
+
+    def _run(
+        self, module: int | None, stretches: Sequence[Stretch], wanted: Sequence[int], before_ND: Tensor | None
+    ) -> Output:
+        tokens = sum(len(stretch.tokens) for stretch in stretches)
+        if self.native is not None and tokens <= _FEW:
+            return Output(*self.native.run(module, *self._flat(stretches), _indices(wanted), before_ND))
+        weight = self.model.embed_tokens.weight
+        ids_N = _indices(token for stretch in stretches for token in stretch.tokens).to(weight.device)
+        if before_ND is None or module is None:
+            h_ND = self.model.cached_states(ids_N, self._batch(stretches, 0))
+        else:
+            # No pair of a state and the token after it ends in a sequence's first token: slot 0 is never written.
+            h_ND = self.model.cached_mtp_states(module, ids_N, before_ND.to(weight.dtype), self._batch(stretches, 1))
+        logits_NO = self.model.logits(h_ND[_indices(wanted).to(weight.device)])
+        return Output(at_least_float32(h_ND), at_least_float32(logits_NO))
+
+    def _flat(self, stretches: Sequence[Stretch]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Ids, positions, slots written and stretch of every token (N), and the stretches' pages, padded."""
+        ids: list[int] = []
+        positions: list[int] = []
+        owners: list[int] = []
+        pages = np.zeros((len(stretches), max(len(stretch.pages) for stretch in stretches)), dtype=np.int64)
+        for row, stretch in enumerate(stretches):
+            ids += stretch.tokens
+            positions += range(stretch.start, stretch.end)
+            owners += [row] * len(stretch.tokens)
+            pages[row, : len(stretch.pages)] = stretch.pages
+        positions_N, owners_N = np.array(positions), np.array(owners)
+        size = self.cache.page_size
+        slots_N = pages[owners_N, positions_N // size] * size + positions_N % size
+        for row, stretch in enumerate(stretches):
+            if stretch.write_from > stretch.start:
+                slots_N[(owners_N == row) & (positions_N < stretch.write_from)] = self.cache.nowhere
+        arrays = (np.array(ids), positions_N, slots_N, owners_N, pages)
+        ids_N, positions_, slots_, owners_, pages_ = (torch.from_numpy(array) for array in arrays)
+        return ids_N, positions_, slots_, owners_, pages_
+
+    def _batch(self, stretches: Sequence[Stretch], first: int) -> Batch:
+        """The same for plain torch, in pieces; slots before `first` are out of sight."""
+        pieces: list[Piece] = []
+        together: list[Stretch] = []
+        for stretch in stretches:
+            short = len(stretch.tokens) <= _SHORT
+            if together and not (short and len(stretch.tokens) == len(together[0].tokens)):
+                pieces.append(self._piece(together, first))
+                together = []
+            together.append(stretch)
+            if not short:
+                pieces.append(self._piece(together, first))
+                together = []
+        if together:
+            pieces.append(self._piece(together, first))
+        writes = np.concatenate([self._writes(stretch) for stretch in stretches])
+        latents_LMW = self.cache.latents_LMW
+        return Batch(tuple(pieces), torch.from_numpy(writes).to(latents_LMW.device), latents_LMW)
+
+    def _piece(self, stretches: Sequence[Stretch], first: int) -> Piece:
+        config, device = self.model.config, self.cache.latents_LMW.device
+        slots = np.full((len(stretches), max(stretch.end for stretch in stretches) - first), self.cache.nowhere)
+        for row, stretch in enumerate(stretches):
+            slots[row, : stretch.end - first] = self._slots(stretch, first)
+        positions = np.stack([np.arange(stretch.start, stretch.end) - first for stretch in stretches])
+        widths = (config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim, config.kv_lora_rank)
+        expand = len(stretches) == 1 and expanding_pays(positions.shape[1], slots.shape[1], *widths)
+        return Piece(torch.from_numpy(positions).to(device), torch.from_numpy(slots).to(device), expand)
+
+    def _slots(self, stretch: Stretch, first: int) -> np.ndarray:
+        """Where slots `first` … of the stretch's sequence lie, up to its end."""
+        at, size = np.arange(first, stretch.end), self.cache.page_size
+        return np.asarray(np.array(stretch.pages)[at // size] * size + at % size)
+
+    def _writes(self, stretch: Stretch) -> np.ndarray:
+        slots = self._slots(stretch, stretch.start)
+        slots[: max(stretch.write_from - stretch.start, 0)] = self.cache.nowhere
+        return slots
+
+
+def _indices(numbers: Iterable[int]) -> Tensor:
+    return torch.tensor(list(numbers), dtype=torch.int64)

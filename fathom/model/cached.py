@@ -1,0 +1,65 @@
+"""Which tokens a forward pass brings, and where the latents of all the tokens before them lie: values, passed in.
+
+A step of the engine brings tokens of several sequences, here many of one (a prompt), there one of each (decoding). All
+but attention treats tokens alone, so they pass as one row; attention takes them by the piece. Latents lie in slots that
+the caller assigns as it likes. The model remembers nothing: a rejected draft is undone by writing its slots again.
+
+Shapes: N tokens of the pass, B sequences, S new tokens of each, T tokens of each in all, M slots, L layers, W = C+R.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Piece:
+    """B sequences that bring S tokens each."""
+
+    positions_BS: Tensor
+    """Where each new token stands in its sequence."""
+    slots_BT: Tensor
+    """Where the latents of tokens 0 … T−1 lie, the new ones among them; a shorter sequence may name any slot."""
+    expand: bool = False
+    """Attend in the expanded form; the new tokens must then be the last S of T. Pays where S is large."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one pass brings, and where it finds and leaves its latents."""
+
+    pieces: tuple[Piece, ...]
+    writes_N: Tensor
+    """The slot each new token's latent is written to, piece after piece, sequence after sequence."""
+    cache_LMW: Tensor
+    """One layer after another, those of the MTP modules last."""
+
+    @property
+    def positions(self) -> Tensor:
+        """Positions of all new tokens, (1, N)."""
+        return torch.cat([piece.positions_BS.flatten() for piece in self.pieces])[None]
+
+    def layer(self, index: int) -> "LayerCache":
+        """What one layer's attention sees of it."""
+        return LayerCache(self.pieces, self.writes_N, self.cache_LMW[index])
+
+
+class LayerCache(NamedTuple):
+    """A layer's part of a batch."""
+
+    pieces: tuple[Piece, ...]
+    writes_N: Tensor
+    latents_MW: Tensor
+
+
+def expanding_pays(queries: int, keys: int, nope: int, rope: int, value: int, latent: int) -> bool:
+    """Whether building `keys` keys and values per head costs less than `queries` queries against the latents.
+
+    Multiplications per head: expanded, every latent is projected up, then narrow keys are attended; absorbed, every
+    query and result is projected, and the wide latents are attended.
+    """
+    expanded = keys * latent * (nope + value) + queries * keys * (nope + rope + value)
+    absorbed = queries * latent * (nope + value) + queries * keys * (2 * latent + rope)
+    return expanded < absorbed
