@@ -7,6 +7,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fathom.model.cached import Batch, Piece
 from fathom.model.config import ModelConfig, YarnScaling
 from fathom.model.transformer import Model
 
@@ -119,3 +120,14 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     """Largest difference over largest value."""
     assert found.shape == expected.shape
     return float((found - expected).abs().max() / expected.abs().max())
+
+
+def rows_of_a_cache(
+    positions_BS: Tensor, cache_LBTW: Tensor, visible: int | None = None, expand: bool = False
+) -> Batch:
+    """Sequences that each have a row of slots to themselves, of which the first `visible` are seen."""
+    layers, rows, slots, width = cache_LBTW.shape
+    firsts_B1 = torch.arange(rows)[:, None] * slots
+    slots_BT = firsts_B1 + torch.arange(visible or slots)
+    writes_N = (firsts_B1 + positions_BS).flatten()
+    return Batch((Piece(positions_BS, slots_BT, expand),), writes_N, cache_LBTW.view(layers, rows * slots, width))

@@ -10,12 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fathom.model.cached import expanding_pays
 from fathom.model.config import ModelConfig, YarnScaling
 from fathom.model.mla import MultiHeadLatentAttention
 from fathom.model.rope import rope_table
 from fathom.model.transformer import Model
 from fathom.ops.rope import apply_rope
-from tests.model.configs import enliven, lively_model, model_configs, random_tokens, relative_error, tiny
+from tests.model.configs import (
+    enliven,
+    lively_model,
+    model_configs,
+    random_tokens,
+    relative_error,
+    rows_of_a_cache,
+    tiny,
+)
 
 GARBAGE = 1e4
 seeds = st.integers(0, 2**32 - 1)
@@ -80,7 +89,11 @@ def test_cached_chunks_equal_one_pass(config: ModelConfig, batch: int, chunks: l
         positions_BS = torch.arange(start, start + size).expand(batch, -1)
         visible = start + size + number % 3
         chunk_BS = tokens_BS[:, start : start + size]
-        found.append(model.cached_states(chunk_BS, positions_BS, cache_LBTW[:, :, :visible]))
+        # Both forms, whatever would be the cheaper; the expanded one reads a single sequence, and nothing behind it.
+        expand = batch == 1 and number % 2 == 0
+        seen = start + size if expand else visible
+        rows = rows_of_a_cache(positions_BS, cache_LBTW, seen, expand)
+        found.append(model.cached_states(chunk_BS.flatten(), rows).unflatten(0, (batch, size)))
         start += size
     assert relative_error(torch.cat(found, dim=1), model.hidden(tokens_BS)) <= 1e-9
 
@@ -93,9 +106,12 @@ def test_rows_of_a_batch_may_stand_at_different_positions() -> None:
     cache_LBTW = poisoned_cache(config, 3, 9)
     for row, length in enumerate(used):
         positions_BS = torch.arange(length)[None]
-        model.cached_states(tokens_BS[row : row + 1, :length], positions_BS, cache_LBTW[:, row : row + 1])
+        own = rows_of_a_cache(positions_BS, cache_LBTW[:, row : row + 1].contiguous())
+        model.cached_states(tokens_BS[row, :length], own)
+        cache_LBTW[:, row : row + 1] = own.cache_LMW.unflatten(1, (1, 9))
     positions_BS = torch.tensor(used)[:, None] + torch.arange(2)
-    found_BSD = model.cached_states(tokens_BS.gather(1, positions_BS), positions_BS, cache_LBTW)
+    new_BS = tokens_BS.gather(1, positions_BS)
+    found_BSD = model.cached_states(new_BS.flatten(), rows_of_a_cache(positions_BS, cache_LBTW)).unflatten(0, (3, 2))
     whole_BSD = model.hidden(tokens_BS)
     expected_BSD = torch.stack([whole_BSD[row, start : start + 2] for row, start in enumerate(used)])
     assert relative_error(found_BSD, expected_BSD) <= 1e-9
@@ -108,12 +124,12 @@ def test_a_rejected_draft_leaves_no_trace() -> None:
     tokens_BS = random_tokens(config, 1, 6)
     cache_LBTW = poisoned_cache(config, 1, 8)
     positions_BS = torch.arange(8)[None]
-    model.cached_states(tokens_BS[:, :4], positions_BS[:, :4], cache_LBTW[:, :, :4])
+    model.cached_states(tokens_BS[0, :4], rows_of_a_cache(positions_BS[:, :4], cache_LBTW, 4))
     draft_BS = (tokens_BS[:, 4:] + 1) % config.vocab_size
-    model.cached_states(draft_BS, positions_BS[:, 4:6], cache_LBTW[:, :, :6])
+    model.cached_states(draft_BS[0], rows_of_a_cache(positions_BS[:, 4:6], cache_LBTW, 6))
     # The draft's second token still lies in slot 5, which the view includes.
-    found_BSD = model.cached_states(tokens_BS[:, 4:5], positions_BS[:, 4:5], cache_LBTW[:, :, :6])
-    assert relative_error(found_BSD, model.hidden(tokens_BS)[:, 4:5]) <= 1e-9
+    found_ND = model.cached_states(tokens_BS[0, 4:5], rows_of_a_cache(positions_BS[:, 4:5], cache_LBTW, 6))
+    assert relative_error(found_ND, model.hidden(tokens_BS)[0, 4:5]) <= 1e-9
 
 
 @pytest.mark.parametrize("module", [0, 1])
@@ -131,11 +147,11 @@ def test_mtp_modules_decode_from_their_cache(module: int) -> None:
     cache_LBTW = poisoned_cache(config, 2, 8 - ahead, layers=config.num_hidden_layers + 2)
     found = [
         model.cached_mtp_states(
-            module, tokens_BS[:, i + ahead, None], before_BSD[:, i, None], slots_BS[:, i, None], cache_LBTW
+            module, tokens_BS[:, i + ahead], before_BSD[:, i], rows_of_a_cache(slots_BS[:, i, None], cache_LBTW)
         )
         for i in range(8 - ahead)
     ]
-    assert relative_error(torch.cat(found, dim=1), expected_BSD) <= 1e-9
+    assert relative_error(torch.stack(found, dim=1), expected_BSD) <= 1e-9
 
 
 @torch.no_grad()
@@ -145,9 +161,9 @@ def test_the_cache_is_the_latent_and_the_shared_key() -> None:
     assert config.cache_width == config.kv_lora_rank + config.qk_rope_head_dim
     cache_BTW = torch.full((2, 7, config.cache_width), GARBAGE, dtype=torch.float64)
     positions_BS = torch.tensor([[0, 1, 2, 3, 4], [2, 3, 4, 5, 6]])
-    rope = rope_table(config, positions_BS)
-    layer(x_BSD, rope, cache_BTW, positions_BS)
-    written_BSW = torch.cat(layer.latents(x_BSD, rope), dim=-1)
+    batch = rows_of_a_cache(positions_BS, cache_BTW[None])
+    layer(x_BSD.flatten(0, 1)[None], rope_table(config, batch.positions), batch.layer(0))
+    written_BSW = torch.cat(layer.latents(x_BSD, rope_table(config, positions_BS)), dim=-1)
     assert torch.equal(cache_BTW[0, :5], written_BSW[0]) and torch.equal(cache_BTW[1, 2:], written_BSW[1])
     assert (cache_BTW[0, 5:] == GARBAGE).all() and (cache_BTW[1, :2] == GARBAGE).all()
 
@@ -163,12 +179,19 @@ def test_decoding_never_expands_the_cache(monkeypatch: pytest.MonkeyPatch) -> No
     model: Model = lively_model(config)
     cache_LBTW = torch.zeros(config.num_hidden_layers, 1, 8, config.cache_width)
     tokens_BS = random_tokens(config, 1, 8)
-    model.cached_states(tokens_BS[:, :7], torch.arange(7)[None], cache_LBTW[:, :, :7])
+    model.cached_states(tokens_BS[0, :7], rows_of_a_cache(torch.arange(7)[None], cache_LBTW, 7, expand=True))
     # Taking the expanded form would now be an AttributeError.
     monkeypatch.delattr(MultiHeadLatentAttention, "expanded")
-    h_BSD = model.cached_states(tokens_BS[:, 7:], torch.tensor([[7]]), cache_LBTW)
+    h_ND = model.cached_states(tokens_BS[0, 7:], rows_of_a_cache(torch.tensor([[7]]), cache_LBTW))
     monkeypatch.undo()
-    torch.testing.assert_close(h_BSD, model.hidden(tokens_BS)[:, 7:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(h_ND, model.hidden(tokens_BS)[0, 7:], rtol=1e-4, atol=1e-5)
+
+
+def test_expanding_pays_for_many_queries_alone() -> None:
+    """A prompt is read in the expanded form, a long cache never expanded for one token."""
+    widths = (64, 32, 64, 256)
+    assert expanding_pays(512, 512, *widths) and expanding_pays(512, 2048, *widths)
+    assert not any(expanding_pays(1, keys, *widths) for keys in (2, 64, 16384))
 
 
 def poisoned_cache(config: ModelConfig, batch: int, slots: int, layers: int | None = None) -> Tensor:

@@ -1,5 +1,6 @@
 """Attention in blocks against its definition, and latent attention against a loop over queries."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -166,3 +167,29 @@ def test_latent_attention_equals_a_loop(
             for h in range(heads):
                 expected_C = (seen_TW @ q_BSHW[b, s, h] * 0.4).softmax(0) @ seen_TW[:, :latent]
                 assert torch.allclose(found_BSHC[b, s, h], expected_C, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 9), (7, 40), (300, 601), (5, 5)])
+def test_queries_may_be_the_last_of_more_keys(queries: int, keys: int, kernel: bool) -> None:
+    """As when a prompt is read in chunks: the same rows as if all had been queries."""
+    heads, nope, rotated, value = 3, 6, 4, 5
+    q_BTHX = random(2, keys, heads, nope + rotated, dtype=torch.float32)
+    kv_BTHY = random(2, keys, heads, nope + value, dtype=torch.float32)
+    k_rope_BTR = random(2, keys, rotated, dtype=torch.float32)
+    angles_TJ = torch.arange(keys)[:, None] * torch.tensor([1.0, 0.1])
+    whole, late = (Rope(a.cos(), a.sin()) for a in (angles_TJ, angles_TJ[-queries:]))
+    expected_BSHV = expanded_attention_reference(q_BTHX, kv_BTHY, k_rope_BTR, whole, 0.3)[:, -queries:]
+    inputs = (q_BTHX[:, -queries:], kv_BTHY, k_rope_BTR, late, 0.3)
+    with nullcontext() if kernel else build.disabled():
+        torch.testing.assert_close(expanded_attention(*inputs), expected_BSHV, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(expanded_attention_reference(*inputs), expected_BSHV, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not build.available(), reason="the kernels are not built here")
+def test_gradients_with_fewer_queries_than_keys_are_refused() -> None:
+    q_BSHX, kv_BTHY = random(1, 2, 1, 6, dtype=torch.float32), random(1, 5, 1, 7, dtype=torch.float32)
+    rope = Rope(torch.ones(2, 1), torch.zeros(2, 1))
+    out_BSHV = expanded_attention(q_BSHX.requires_grad_(), kv_BTHY, random(1, 5, 2, dtype=torch.float32), rope, 1.0)
+    with pytest.raises(NotImplementedError, match="as many queries as keys"):
+        out_BSHV.sum().backward()

@@ -14,7 +14,7 @@ from transformers.modeling_layers import MtpModel
 from fathom.checkpoint.huggingface import save_model
 from fathom.model.config import ModelConfig
 from fathom.model.transformer import Model
-from tests.model.configs import lively_model, model_configs, random_tokens, relative_error, tiny
+from tests.model.configs import lively_model, model_configs, random_tokens, relative_error, rows_of_a_cache, tiny
 from tests.oracle.peers import SMALLEST_MARGIN, load_peer, mtp_layers_known, noted_choices
 
 pytestmark = pytest.mark.oracle
@@ -101,7 +101,7 @@ def greedy(model: Model, prompt_BS: Tensor, count: int) -> Tensor:
     for _ in range(count):
         used = tokens_BS.shape[1]
         positions_BS = torch.arange(used - new_BS.shape[1], used)[None]
-        h_BSD = model.cached_states(new_BS, positions_BS, cache_LBTW[:, :, :used])
-        new_BS = model.logits(h_BSD[:, -1:]).argmax(-1)
+        h_ND = model.cached_states(new_BS[0], rows_of_a_cache(positions_BS, cache_LBTW, used))
+        new_BS = model.logits(h_ND[-1:]).argmax(-1)[None]
         tokens_BS = torch.cat((tokens_BS, new_BS), dim=1)
     return tokens_BS
