@@ -60,6 +60,7 @@ class Runner:
         weight = model.embed_tokens.weight
         self.model = model
         self.cache = LatentCache(model.config, pages, page_size, weight.dtype, weight.device)
+        self._compute = _compute_dtype(weight)
         self.native = None
         if not eager and native.usable(model):
             self.native = native.NativeModel(model, self.cache.latents_LMW, page_size, positions)
@@ -83,10 +84,10 @@ class Runner:
         weight = self.model.embed_tokens.weight
         ids_N = _indices(token for stretch in stretches for token in stretch.tokens).to(weight.device)
         if before_ND is None or module is None:
-            h_ND = self.model.cached_states(ids_N, self._batch(stretches, 0))
+            h_ND = self.model.cached_states(ids_N, self._batch(stretches, 0), self._compute)
         else:
             # No pair of a state and the token after it ends in a sequence's first token: slot 0 is never written.
-            h_ND = self.model.cached_mtp_states(module, ids_N, before_ND.to(weight.dtype), self._batch(stretches, 1))
+            h_ND = self.model.cached_mtp_states(module, ids_N, before_ND.to(self._compute), self._batch(stretches, 1))
         logits_NO = self.model.logits(h_ND[_indices(wanted).to(weight.device)])
         return Output(at_least_float32(h_ND), at_least_float32(logits_NO))
 
@@ -149,6 +150,15 @@ class Runner:
         slots = self._slots(stretch, stretch.start)
         slots[: max(stretch.write_from - stretch.start, 0)] = self.cache.nowhere
         return slots
+
+
+def _compute_dtype(weight: Tensor) -> torch.dtype:
+    """The activations' type: the weights', but where a processor has no bfloat16 products, float32.
+
+    Emulated, they take several times as long as widening the weights at every use.
+    """
+    emulated = weight.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.float32 if emulated and weight.dtype == torch.bfloat16 else weight.dtype
 
 
 def _indices(numbers: Iterable[int]) -> Tensor:

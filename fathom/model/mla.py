@@ -48,7 +48,8 @@ class MultiHeadLatentAttention(nn.Module):
         if cache is None:
             heads_BSHV = self.expanded(q_BSHX, c_BSC, k_rope_BSR, rope)
         else:
-            cache.latents_MW[cache.writes_N] = torch.cat((c_BSC, k_rope_BSR), dim=-1)[0]
+            latents_NW = torch.cat((c_BSC, k_rope_BSR), dim=-1)[0]
+            cache.latents_MW[cache.writes_N] = latents_NW.to(cache.latents_MW.dtype)
             heads_BSHV = self.cached(q_BSHX, rope, cache)
         out_BSD: Tensor = self.o_proj(heads_BSHV.flatten(2))
         return out_BSD
@@ -62,7 +63,7 @@ class MultiHeadLatentAttention(nn.Module):
             first = here.stop
             q_BSHX = q_1NHX[0, here].unflatten(0, shape)
             piece_rope = Rope(rope.cos[0, here].unflatten(0, shape), rope.sin[0, here].unflatten(0, shape))
-            latents_BTW = cache.latents_MW[piece.slots_BT]
+            latents_BTW = cache.latents_MW[piece.slots_BT].to(q_1NHX.dtype)
             if piece.expand:
                 c_BTC, k_rope_BTR = latents_BTW.split((self.config.kv_lora_rank, self.config.qk_rope_head_dim), dim=-1)
                 heads_BSHV = self.expanded(q_BSHX, c_BTC, k_rope_BTR, piece_rope)

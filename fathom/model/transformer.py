@@ -141,13 +141,13 @@ class Model(nn.Module):
 
     # ------------------------------------------------------------------------------------- with a latent cache
 
-    def cached_states(self, tokens_N: Tensor, batch: Batch) -> Tensor:
+    def cached_states(self, tokens_N: Tensor, batch: Batch, compute_dtype: torch.dtype | None = None) -> Tensor:
         """Continue sequences: write the tokens' latents into the cache and return the final states (N, D).
 
-        Tokens come in the order of `batch.writes_N`. The activations have the cache's type.
+        Tokens come in the order of `batch.writes_N`. `compute_dtype` is the activations' type; None means the cache's.
         """
         rope = rope_table(self.config, batch.positions)
-        x_1ND = self._embed(tokens_N[None], batch.cache_LMW.dtype)
+        x_1ND = self._embed(tokens_N[None], compute_dtype or batch.cache_LMW.dtype)
         for index, layer in enumerate(self.layers):
             x_1ND, _ = layer(x_1ND, rope, batch.layer(index))
         h_1ND: Tensor = self.norm(x_1ND)
@@ -156,11 +156,13 @@ class Model(nn.Module):
     def cached_mtp_states(self, module: int, tokens_N: Tensor, h_ND: Tensor, batch: Batch) -> Tensor:
         """Continue MTP module number `module` (from 0): token t_{i+1} with state h_i, at the slot of token i+1.
 
+        The activations have the states' type.
+
         Positions count as the caller likes (rotary positions are relative), but slots the module never wrote must not
         be among those it sees.
         """
         rope = rope_table(self.config, batch.positions)
-        embedded_1ND = self._embed(tokens_N[None], batch.cache_LMW.dtype)
+        embedded_1ND = self._embed(tokens_N[None], h_ND.dtype)
         cache = batch.layer(len(self.layers) + module)
         out_1ND, _ = cast(MTPModule, self.mtp[module]).predict(embedded_1ND, h_ND[None], rope, cache)
         return out_1ND[0]
