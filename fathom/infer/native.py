@@ -26,7 +26,6 @@ _FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 class _Weight(Structure):
     _fields_ = (
         ("data", c_void_p),
-        ("scale", c_void_p),
         ("format", c_int64),
         ("rows", c_int64),
         ("columns", c_int64),
@@ -192,11 +191,11 @@ class NativeModel:
     def _weight(self, weight: Tensor) -> _Weight:
         """A matrix, or a stack of matrices of this many rows and columns each, where it lies."""
         rows, columns = weight.shape[-2:]
-        return _Weight(self._keep(weight), None, _FORMATS[weight.dtype], rows, columns)
+        return _Weight(self._keep(weight), _FORMATS[weight.dtype], rows, columns)
 
     def _floats(self, numbers: Tensor) -> _Weight:
         """A vector in float32."""
-        return _Weight(self._keep(numbers.float()), None, _FORMATS[torch.float32], 1, len(numbers))
+        return _Weight(self._keep(numbers.float()), _FORMATS[torch.float32], 1, len(numbers))
 
     def _keep(self, tensor: Tensor) -> int:
         tensor = tensor.detach().contiguous()

@@ -113,7 +113,7 @@ void rotate(const float* x, const float* cosines, const float* sines, float* y, 
     }
 }
 
-// One row of a matrix in any format, as float32.
+// One row of a matrix, as float32.
 void read_row(const Weight& weight, int64_t row, float* to) {
     if (weight.format == kFloat32)
         convert(static_cast<const float*>(weight.data) + row * weight.columns, to, weight.columns);
@@ -269,7 +269,7 @@ class Pass {
             float* const* queries = b_.queries.all() + token * heads;
             each_run(pages, from, end, [&](int64_t slot, int64_t at, int64_t count) {
                 for (int64_t h = 0; h < heads; h++) rows[h] = powers.data() + h * kStretch + at - from;
-                const Weight keys{cache + slot * width_, nullptr, sizeof(T) == 4 ? kFloat32 : kBfloat16, count, width_};
+                const Weight keys{cache + slot * width_, sizeof(T) == 4 ? kFloat32 : kBfloat16, count, width_};
                 rows_times(keys, 0, count, queries, rows.data(), heads);
             });
             for (int64_t h = 0; h < heads; h++)

@@ -8,22 +8,17 @@
 
 #include "vectors.h"
 
-// A matrix as it lies in memory: rows one after another, in one of four formats (fathom/ops/quantized.py).
-enum Format : int64_t { kFloat32, kBfloat16, kInt8, kInt4 };
+// A matrix as it lies in memory, rows one after another; or the first of a stack of them.
+enum Format : int64_t { kFloat32, kBfloat16 };
 
 struct Weight {
     const void* data;
-    const void* scale;  // kInt8: one float32 per row; kInt4: one bfloat16 per 32 columns of a row
     int64_t format, rows, columns;
 
-    // Matrix number `index` of a stack, from row `from` on.
+    // `count` rows of matrix number `index` of a stack, from row `from` on.
     Weight part(int64_t index, int64_t from, int64_t count) const {
         Weight one = *this;
-        const int64_t skipped = index * rows + from;
-        const int64_t bytes[] = {4 * columns, 2 * columns, columns, columns / 2};
-        one.data = static_cast<const char*>(data) + skipped * bytes[format];
-        if (format == kInt8) one.scale = static_cast<const float*>(scale) + skipped;
-        if (format == kInt4) one.scale = static_cast<const bf16*>(scale) + skipped * (columns / 32);
+        one.data = static_cast<const char*>(data) + (index * rows + from) * columns * (format == kFloat32 ? 4 : 2);
         one.rows = count;
         return one;
     }
@@ -33,15 +28,14 @@ namespace {
 
 constexpr int64_t kVectors = 4;    // vectors multiplied at a time
 constexpr int64_t kRowsAtOnce = 4;
-constexpr int64_t kColumns = 32;  // between two looks at what to fetch next; what shares a scale in kInt4
+constexpr int64_t kColumns = 32;  // between two looks at what to fetch next
 #ifdef __AVX512F__
 constexpr int kSums = 16;  // running sums that fit the registers beside what is multiplied
 #else
 constexpr int kSums = 8;
 #endif
 
-// A format reads one vector of a row's weights at column i + place, i being a multiple of kColumns, as float32. A scale of
-// the whole row is applied to its sums.
+// Reads one vector of a row's weights at column i + place, i being a multiple of kColumns, as float32.
 template <class T>
 struct Plain {
     const T* data;
@@ -49,84 +43,10 @@ struct Plain {
     explicit Plain(const Weight& w) : data(static_cast<const T*>(w.data)), columns(w.columns) {}
     Floats at(int64_t row, int64_t i, int64_t place) const { return load(data + row * columns + i + place); }
     Floats some(int64_t row, int64_t i, int64_t count) const { return load(data + row * columns + i, count); }
-    float scale(int64_t) const { return 1.0f; }
     void prefetch(int64_t row, int64_t i) const {
         for (int64_t byte = 0; byte < int64_t(kColumns * sizeof(T)); byte += 64)
             __builtin_prefetch(reinterpret_cast<const char*>(data + row * columns + i) + byte);
     }
-    static constexpr bool scaled = false;
-};
-
-// A vector's worth of bytes as integers. Compilers widen so short a vector one byte at a time unless told how.
-inline Ints widened(const int8_t* from) {
-#if defined(__AVX512F__)
-    return (Ints)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-#elif defined(__AVX2__)
-    return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
-#else
-    Ints whole;
-    for (int i = 0; i < kLanes; i++) whole[i] = from[i];
-    return whole;
-#endif
-}
-
-struct Int8 {
-    const int8_t* data;
-    const float* scales;
-    int64_t columns;
-    explicit Int8(const Weight& w)
-        : data(static_cast<const int8_t*>(w.data)), scales(static_cast<const float*>(w.scale)), columns(w.columns) {}
-    Floats at(int64_t row, int64_t i, int64_t place) const {
-        return __builtin_convertvector(widened(data + row * columns + i + place), Floats);
-    }
-    Floats some(int64_t row, int64_t i, int64_t count) const {
-        float part[kLanes] = {};
-        for (int64_t j = 0; j < count; j++) part[j] = data[row * columns + i + j];
-        return load(part);
-    }
-    float scale(int64_t row) const { return scales[row]; }
-    void prefetch(int64_t row, int64_t i) const { __builtin_prefetch(data + row * columns + i); }
-    static constexpr bool scaled = true;
-};
-
-// Four words, again and again.
-inline Words repeated(const uint32_t* from) {
-#if defined(__AVX512F__)
-    return (Words)_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-#elif defined(__AVX2__)
-    return (Words)_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-#else
-    Words words;
-    for (int i = 0; i < kLanes; i++) words[i] = from[i % 4];
-    return words;
-#endif
-}
-
-#if defined(__AVX512F__)
-constexpr Words kShifts = {0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12};
-#elif defined(__AVX__)
-constexpr Words kShifts = {0, 0, 0, 0, 4, 4, 4, 4};
-#else
-constexpr Words kShifts = {0, 0, 0, 0};
-#endif
-
-// 32 columns are four words: column 4k + l is the k-th half byte of word l, plus 8. Shifting whole vectors of words then
-// brings columns out in their order, whatever the width of a vector.
-struct Int4 {
-    const uint32_t* data;
-    const bf16* scales;
-    int64_t columns;
-    explicit Int4(const Weight& w)
-        : data(static_cast<const uint32_t*>(w.data)), scales(static_cast<const bf16*>(w.scale)), columns(w.columns) {}
-    Floats at(int64_t row, int64_t i, int64_t place) const {
-        const int64_t group = (row * columns + i) / kColumns;
-        Ints whole = (Ints)((repeated(data + 4 * group) >> (kShifts + uint32_t(place))) & 15) - 8;
-        return __builtin_convertvector(whole, Floats) * wide(scales[group]);
-    }
-    Floats some(int64_t, int64_t, int64_t) const { return Floats{}; }  // columns are a multiple of 32
-    float scale(int64_t) const { return 1.0f; }
-    void prefetch(int64_t row, int64_t i) const { __builtin_prefetch(data + (row * columns + i) / 8); }
-    static constexpr bool scaled = false;
 };
 
 // ys[v][row] (+)= dot(row, xs[v]) for kR rows and kV vectors. Meanwhile the rows after the next ones are fetched.
@@ -157,7 +77,6 @@ inline void block(const W& weight, int64_t row, const float* const* xs, float* c
     for (int r = 0; r < kR; r++) {
         for (int v = 0; v < kV; v++) {
             float value = sum(sums[r][v]);
-            if (W::scaled) value *= weight.scale(row + r);
             float* y = ys[v] + row + r;
             *y = add ? *y + value : value;
         }
@@ -193,12 +112,10 @@ void rows_times_as(const W& weight, int64_t first, int64_t last, const float* co
 // ys[v][row] = (or +=) dot(row, xs[v]) for the rows first … last − 1.
 inline void rows_times(const Weight& weight, int64_t first, int64_t last, const float* const* xs, float* const* ys,
                        int64_t vectors, bool add = false) {
-    switch (weight.format) {
-        case kFloat32: return rows_times_as(Plain<float>(weight), first, last, xs, ys, vectors, add);
-        case kBfloat16: return rows_times_as(Plain<bf16>(weight), first, last, xs, ys, vectors, add);
-        case kInt8: return rows_times_as(Int8(weight), first, last, xs, ys, vectors, add);
-        default: return rows_times_as(Int4(weight), first, last, xs, ys, vectors, add);
-    }
+    if (weight.format == kFloat32)
+        rows_times_as(Plain<float>(weight), first, last, xs, ys, vectors, add);
+    else
+        rows_times_as(Plain<bf16>(weight), first, last, xs, ys, vectors, add);
 }
 
 template <int kV, class T>

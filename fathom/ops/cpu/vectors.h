@@ -8,7 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#ifdef __AVX2__
+#ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
 
