@@ -1,0 +1,62 @@
+"""The command line: `fathom COMMAND …`, one file per command. Flags derive from dataclasses.
+
+tyro builds them: nested dataclasses become dotted flags (`--model.hidden-size`), and the docstrings under the fields
+become `--help`. typer and click would want every one of the hundred fields written down a second time.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+import fathom
+from fathom import presets
+from fathom.config import ConfigError
+from fathom.train.loop import TrainingError
+
+_COMMANDS = {
+    "train": ("PRESET --out DIR", f"train a model, or --resume a run; presets: {', '.join(presets.ALL)}"),
+    "generate": ("PATH --prompt …", "continue a text with any DeepSeek-V3 model directory"),
+    "demo": ("", "train a small model in six minutes and show what it learned"),
+}
+"""The file of that name has `run(words)`. They are imported when called: the others' libraries are not needed then."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `fathom` command; exits with 2 and one line where the user's input is wrong."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage())
+        return
+    if words[0] == "--version":
+        print(fathom.__version__)
+        return
+    try:
+        if words[0] not in _COMMANDS:
+            raise ConfigError(f"there is no command {words[0]!r}; there are {', '.join(_COMMANDS)}")
+        importlib.import_module(f"fathom.cli.{words[0]}").run(words[1:])
+    except BrokenPipeError:
+        # The reader of our output has gone (`… | head`): nothing is left to say, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError, ImportError, TrainingError) as error:
+        # Every room raises these with a message made for the user.
+        Console(stderr=True).print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
+        sys.exit(2)
+
+
+def _usage() -> str:
+    calls = {name: f"fathom {name} {takes}".rstrip() for name, (takes, _) in _COMMANDS.items()}
+    width = max(map(len, calls.values()))
+    lines = [f"  {calls[name]:{width}}   {does}" for name, (_, does) in _COMMANDS.items()]
+    return "\n".join(
+        [
+            f"fathom {fathom.__version__}: the DeepSeek-V3 recipe, from a laptop to a cluster",
+            "",
+            *lines,
+            "",
+            "Each command explains its flags with --help.",
+            "Several processes: torchrun --nproc-per-node N -m fathom train …",
+        ]
+    )

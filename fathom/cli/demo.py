@@ -1,0 +1,9 @@
+"""`fathom demo`: the whole life of a small model in minutes."""
+
+import tyro
+
+from fathom.study.demo import DemoCommand, run_demo
+
+
+def run(words: list[str]) -> None:
+    run_demo(tyro.cli(DemoCommand, args=words, prog="fathom demo"))

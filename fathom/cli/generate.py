@@ -1,0 +1,63 @@
+"""`fathom generate`: continue one text."""
+
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import torch
+import tyro
+from rich.console import Console
+
+from fathom.checkpoint.huggingface import load_model, model_directory
+from fathom.config import ConfigError
+from fathom.data.tokenizer import load_tokenizer
+from fathom.infer.engine import Engine, Request, TextStream
+from fathom.infer.sampler import SamplingParams
+
+
+@dataclass(frozen=True)
+class GenerateCommand:
+    """Continue a text with any DeepSeek-V3-architecture model directory."""
+
+    path: tyro.conf.Positional[str]
+    """A Hugging Face model directory, or a name on the hub."""
+    prompt: str
+    """Text to continue; «-» reads it from standard input."""
+    sampling: Annotated[SamplingParams, tyro.conf.arg(name="")] = field(default_factory=SamplingParams)
+    speculative: bool = True
+    """Let the MTP module draft where it pays (the text is the same, or of the same distribution)."""
+    eager: bool = False
+    """Plain torch alone, without compiled kernels."""
+    dtype: str = "float32"
+    """float32 or bfloat16."""
+
+
+def run(words: list[str]) -> None:
+    command = tyro.cli(GenerateCommand, args=words, prog="fathom generate")
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if command.dtype not in dtypes:
+        raise ConfigError(f"--dtype is {command.dtype!r}; it must be {' or '.join(dtypes)}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    directory = model_directory(command.path)
+    model = load_model(directory, dtypes[command.dtype], device)
+    tokenizer = load_tokenizer(directory)
+    prompt = sys.stdin.read() if command.prompt == "-" else command.prompt
+    engine = Engine(model, tokenizer, command.speculative, max_batch=1, eager=command.eager)
+    handle = engine.submit(Request(prompt, command.sampling))
+    text = TextStream(tokenizer)
+    began = time.perf_counter()
+    print(prompt, end="", flush=True)
+    while engine.has_work:
+        for update in engine.step():
+            print(text.add(update.tokens), end="", flush=True)
+    print(text.rest())
+    seconds = time.perf_counter() - began
+    tokens, accepted = len(handle.token_ids), ""
+    if handle.drafted:
+        accepted = f", {handle.accepted / handle.drafted:.0%} of drafts accepted"
+    Console(stderr=True).print(
+        f"{tokens} tokens in {seconds:.1f} s, {handle.tokens_per_forward:.2f} per forward pass{accepted}",
+        style="dim",
+        highlight=False,
+    )
