@@ -13,6 +13,7 @@ from fathom import presets
 from fathom.checkpoint.huggingface import load_model, save_model
 from fathom.data.tokenizer import load_tokenizer
 from fathom.infer.engine import Completion, Engine, Request, generate
+from fathom.infer.quantize import quantized
 from fathom.infer.sampler import SamplingParams
 from fathom.model.config import ModelConfig
 from fathom.model.transformer import Model
@@ -28,6 +29,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "presets",
+    "quantized",
     "save_model",
 ]
 __version__ = "0.1.0"

@@ -13,7 +13,9 @@ from fathom.checkpoint.huggingface import load_model, model_directory
 from fathom.config import ConfigError
 from fathom.data.tokenizer import load_tokenizer
 from fathom.infer.engine import Engine, Request, TextStream
+from fathom.infer.quantize import quantized
 from fathom.infer.sampler import SamplingParams
+from fathom.ops.quantized import Precision
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class GenerateCommand:
     """Plain torch alone, without compiled kernels."""
     dtype: str = "float32"
     """float32 or bfloat16."""
+    quantize: Precision | None = None
+    """Keep the matrices in 8 or 4 bits: faster where reading weights takes the time, a little less exact."""
 
 
 def run(words: list[str]) -> None:
@@ -41,6 +45,8 @@ def run(words: list[str]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     directory = model_directory(command.path)
     model = load_model(directory, dtypes[command.dtype], device)
+    if command.quantize is not None:
+        model = quantized(model, command.quantize)
     tokenizer = load_tokenizer(directory)
     prompt = sys.stdin.read() if command.prompt == "-" else command.prompt
     engine = Engine(model, tokenizer, command.speculative, max_batch=1, eager=command.eager)

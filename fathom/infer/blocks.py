@@ -50,6 +50,11 @@ class BlockManager:
         return len(self._blank) + len(self._idle)
 
     @property
+    def idle(self) -> int:
+        """Pages that nobody holds, kept in case their content is asked for again."""
+        return len(self._idle)
+
+    @property
     def slots(self) -> int:
         """Tokens that all pages together have room for."""
         return self.pages * self.page_size

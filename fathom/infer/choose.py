@@ -8,9 +8,10 @@ without drafts take the same way. The usual step, all greedy and nothing adjuste
 Shapes: B requests, N positions of all requests, T positions of one, M drafts, S prompt tokens, O vocabulary.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +23,19 @@ from fathom.model.layers import at_least_float32
 
 _CHUNK = 256
 """Prompt positions whose log-probabilities are held at a time."""
+
+
+class Constraint(Protocol):
+    """Says what a request may generate, for example by a grammar."""
+
+    def allowed(self, drafts: Sequence[int]) -> Tensor:
+        """The ids that may follow the output so far, and those that may follow each draft: bool (M + 1, O).
+
+        Rows behind a draft that is not allowed itself may say anything. Nothing is remembered.
+        """
+
+    def take(self, tokens: Sequence[int]) -> None:
+        """These tokens were generated."""
 
 
 @dataclass
@@ -40,6 +54,8 @@ class Row:
     """Tokens that may follow, to be verified in this step."""
     draft_probs: Tensor | None = None
     """The distributions that sampled drafts were drawn from, (M, O); None for greedy rows and without drafts."""
+    allowed_TO: Tensor | None = None
+    """What may be chosen after the tokens and after each draft, where that is constrained."""
 
 
 class TokenLogprob(NamedTuple):
@@ -140,11 +156,16 @@ def _places(rows: Sequence[Row], positions: int) -> list[slice]:
 def _is_adjusted(row: Row) -> bool:
     """Whether its logits are anything but the model's own."""
     params = row.params
-    return params.adjusts or len(row.tokens) - row.prompt_length < params.min_tokens
+    return row.allowed_TO is not None or params.adjusts or len(row.tokens) - row.prompt_length < params.min_tokens
 
 
 def _adjusted(logits_TO: Tensor, row: Row) -> Tensor:
-    return adjust(logits_TO, row.params, row.tokens, row.prompt_length, row.drafts, row.banned_until_min)
+    adjusted_TO = adjust(logits_TO, row.params, row.tokens, row.prompt_length, row.drafts, row.banned_until_min)
+    if row.allowed_TO is None:
+        return adjusted_TO
+    # A drafting module has logits for the last place alone.
+    allowed_TO = row.allowed_TO[-len(logits_TO) :].to(logits_TO.device)
+    return adjusted_TO.masked_fill(~allowed_TO, -math.inf)
 
 
 def _distributions(sampled: Sequence[tuple[Row, Tensor]]) -> list[Tensor]:

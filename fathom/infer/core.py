@@ -13,23 +13,27 @@ Shapes: N tokens, D hidden, M drafts, O vocabulary.
 
 import math
 import time
+from collections.abc import Iterable
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from fathom.infer.blocks import BlockManager
-from fathom.infer.choose import Decision, Row, TokenLogprob, choose, draft, prompt_logprobs
+from fathom.infer.choose import Constraint, Decision, Row, TokenLogprob, choose, draft, prompt_logprobs
 from fathom.infer.runner import Output, Runner, Stretch
 from fathom.infer.sampler import SamplingParams, check_against
 from fathom.infer.scheduler import Chunk, Scheduler, Sequence
 from fathom.infer.speculative import DraftLength
+from fathom.model.block import Block
+from fathom.model.cached import Routed
 from fathom.model.config import ModelConfig
+from fathom.model.moe import MoE
 from fathom.model.transformer import Model
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 _MOST_DRAFTS = 4
 """Drafts per step that adapting goes up to."""
@@ -41,6 +45,13 @@ _USUAL_LENGTH = 4096
 """Tokens per sequence the cache has room for unless its size is given; longer ones take the room of others."""
 
 
+class TokenRouting(NamedTuple):
+    """Which experts the main model chose for one token: the MoE layers' choices, first layer first."""
+
+    experts: list[list[int]]
+    weights: list[list[float]]
+
+
 @dataclass(eq=False)
 class Generation:
     """A request's continuation as it grows, and what it took; also the handle to cancel it by."""
@@ -50,7 +61,10 @@ class Generation:
     token_ids: list[int] = field(default_factory=list)
     """The generated tokens; a token that ended it is the last."""
     finish_reason: FinishReason | None = None
-    """Why it ended: an end-of-text or stop token, max_tokens or the model's length, `cancel`; None before."""
+    """Why it ended: an end-of-text or stop token, max_tokens or the model's length, `cancel`, its constraint's failure;
+    None before."""
+    error: str | None = None
+    """What went wrong."""
     logprobs: list[TokenLogprob] | None = None
     """One for each of `token_ids`, where asked for."""
     prompt_logprobs: list[TokenLogprob] | None = None
@@ -65,6 +79,9 @@ class Generation:
     """Forward passes of the main model after the prompt's, which yields the first token."""
     cached_tokens: int = 0
     """Tokens of the prompt whose latents were found in the cache."""
+    routing: list[TokenRouting | None] | None = None
+    """Where asked for, one for each token of the prompt and the output that the model has read, which it does one step
+    after it chose a token; the last one of a finished output is never read. None for those found in the cache."""
 
     @property
     def finished(self) -> bool:
@@ -99,6 +116,40 @@ class Update(NamedTuple):
     """Its new tokens, which are in `generation.token_ids` already."""
 
 
+@dataclass(frozen=True)
+class Stats:
+    """What an engine does now, and what it has done since it was made."""
+
+    waiting: int
+    """Requests without pages, those that were preempted among them."""
+    running: int
+    """Requests that read their prompt or decode."""
+    steps: int
+    prompt_tokens: int
+    """Tokens read, not counting those found in the cache; after a preemption tokens are read again."""
+    cached_prompt_tokens: int
+    """Tokens found in the cache instead."""
+    generated_tokens: int
+    drafted: int
+    """Drafts put before the main model."""
+    accepted: int
+    preempted: int
+    """How often a request had to give back its pages and wait."""
+    pages: int
+    pages_used: int
+    """Pages that requests hold."""
+    pages_reusable: int
+    """Pages that nobody holds, kept in case their content is asked for again."""
+    page_size: int
+    """Tokens per page."""
+    bytes_per_token: int
+    """Of the latent cache, all layers together."""
+    cache_bytes: int
+    """Allocated for the cache."""
+    load_LE: Tensor
+    """How many tokens, rejected drafts included, each expert of each MoE layer of the main model has served, int64."""
+
+
 @dataclass(eq=False)
 class _Active:
     """A request on its way."""
@@ -108,6 +159,7 @@ class _Active:
     stream: int
     ending: tuple[int, ...]
     """Ids that end it."""
+    constraint: Constraint | None
     drafts: list[int] = field(default_factory=list)
     draft_probs: list[Tensor | None] = field(default_factory=list)
     pending_ND: list[Tensor] = field(default_factory=list)
@@ -116,9 +168,32 @@ class _Active:
     def row(self) -> Row:
         drawn = [probs_O for probs_O in self.draft_probs if probs_O is not None]
         probs_MO = torch.stack(drawn) if drawn else None
-        sequence = self.sequence
-        params = self.generation.params
-        return Row(params, self.stream, sequence.tokens, sequence.prompt_length, self.ending, self.drafts, probs_MO)
+        sequence, params = self.sequence, self.generation.params
+        allowed_TO = self._allowed()
+        prompt = sequence.prompt_length
+        return Row(params, self.stream, sequence.tokens, prompt, self.ending, self.drafts, probs_MO, allowed_TO)
+
+    def _allowed(self) -> Tensor | None:
+        """What the constraint says. Its failure is this request's alone, and ends it when the step is done."""
+        if self.constraint is None or self.generation.error:
+            return None
+        try:
+            allowed_TO = self.constraint.allowed(self.drafts)
+            if not allowed_TO[0].any():
+                raise ValueError("the constraint allows no token after the output so far")
+        except Exception as error:
+            self.generation.error = f"{type(error).__name__}: {error}"
+            return None
+        # A draft that is not allowed ends what matters.
+        return allowed_TO | ~allowed_TO.any(-1, keepdim=True)
+
+    def taken(self, tokens: list[int]) -> None:
+        """Tell the constraint."""
+        if self.constraint is not None and not self.generation.error:
+            try:
+                self.constraint.take(tokens)
+            except Exception as error:
+                self.generation.error = f"{type(error).__name__}: {error}"
 
     @property
     def pending(self) -> int:
@@ -158,6 +233,10 @@ class Core:
         self.scheduler = Scheduler(self.blocks, max_batch, prefill_budget, self.drafting, max_waiting)
         self.runner = Runner(model, pages, page_size, self.max_length + most + 2, eager)
         self.lengths = DraftLength(most if self.drafting else 0)
+        self._steps = self._prompt_tokens = self._generated_tokens = self._drafted = self._accepted = 0
+        layers = sum(isinstance(layer.mlp, MoE) for layer in cast(Iterable[Block], model.layers))
+        device = model.embed_tokens.weight.device
+        self._load_LE = torch.zeros(layers, config.n_routed_experts, dtype=torch.int64, device=device)
         self._active: dict[Sequence, _Active] = {}
         self._of: dict[Generation, _Active] = {}
 
@@ -166,20 +245,32 @@ class Core:
         """Whether any request is not finished."""
         return bool(self._active)
 
-    def submit(self, prompt: Ordered[int], params: SamplingParams, priority: int = 0, stream: int = 0) -> Generation:
-        """Queue a request. Requests of one seed draw differently if their `stream` differs.
+    def submit(
+        self,
+        prompt: Ordered[int],
+        params: SamplingParams,
+        priority: int = 0,
+        stream: int = 0,
+        trace: bool = False,
+        constraint: Constraint | None = None,
+    ) -> Generation:
+        """Queue a request; see `engine.Request` for what is asked of it.
 
         Raises ValueError for a prompt or parameters that cannot be served, scheduler.QueueFull when too many wait.
         """
         prompt = list(prompt)
         self._check(prompt, params)
+        if constraint is not None and params.min_tokens:
+            raise ValueError(
+                f"min_tokens is {params.min_tokens}; with a constraint it must be 0, for that may allow the end alone"
+            )
         # The list of tokens is the sequence's own: it grows.
         limit = min(len(prompt) + params.max_tokens, self.max_length, self.blocks.slots)
         sequence = Sequence(list(prompt), limit, priority, reuse=params.prompt_logprobs is None)
         self.scheduler.add(sequence)
         ending = params.stop_ids if params.ignore_eos else (*params.stop_ids, *self.eos_ids)
-        generation = Generation(prompt, params)
-        active = _Active(generation, sequence, stream, ending)
+        generation = Generation(prompt, params, routing=[] if trace else None)
+        active = _Active(generation, sequence, stream, ending, constraint)
         self._active[sequence] = self._of[generation] = active
         return generation
 
@@ -194,11 +285,34 @@ class Core:
         decoding = sum(sequence.computed >= sequence.to_read for sequence in self.scheduler.running)
         plan = self.scheduler.schedule(self._wanted_drafts(decoding))
         updates = []
+        self._steps += bool(plan.decode or plan.prefill)
         if plan.decode:
             updates += self._decode([self._active[sequence] for sequence in plan.decode], plan.drafts)
         if plan.prefill:
             updates += self._prefill(plan.prefill)
         return updates
+
+    def stats(self) -> Stats:
+        """Counts and sizes, as they are now."""
+        blocks, latents_LMW = self.blocks, self.runner.cache.latents_LMW
+        return Stats(
+            waiting=len(self.scheduler.waiting),
+            running=len(self.scheduler.running),
+            steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            cached_prompt_tokens=blocks.matched_tokens,
+            generated_tokens=self._generated_tokens,
+            drafted=self._drafted,
+            accepted=self._accepted,
+            preempted=self.scheduler.preemptions,
+            pages=blocks.pages,
+            pages_used=blocks.pages - blocks.free,
+            pages_reusable=blocks.idle,
+            page_size=blocks.page_size,
+            bytes_per_token=latents_LMW[:, 0].numel() * latents_LMW.element_size(),
+            cache_bytes=latents_LMW.numel() * latents_LMW.element_size(),
+            load_LE=self._load_LE.clone(),
+        )
 
     # ------------------------------------------------------------------------------------------------- decoding
 
@@ -217,12 +331,13 @@ class Core:
             tokens = active.sequence.tokens
             stretches.append(Stretch([tokens[-1], *active.drafts], len(tokens) - 1, active.sequence.pages))
         fed = drafts + 1
-        output = self.runner.main(stretches, range(fed * len(batch)))
+        output = self._main(stretches, range(fed * len(batch)))
         decisions = choose(output.logits_NO, [active.row() for active in batch])
         updates = []
         for place, (active, decision) in enumerate(zip(batch, decisions, strict=True)):
             self._count(active.generation, drafts, decision.accepted)
             first = place * fed
+            self._trace(active.generation, len(active.sequence.tokens) - 1, output.routed, first, decision.accepted + 1)
             updates.append(self._take(active, decision, output.h_ND[first : first + decision.accepted + 1]))
         if self.drafting and self._fixed_drafts is None and (caught_up or not drafts):
             accepted_at = [sum(decision.accepted > place for decision in decisions) for place in range(drafts)]
@@ -261,8 +376,26 @@ class Core:
                 output = self.runner.draft(stretches, h_BD, range(len(batch)))
                 h_BD = output.h_ND
 
+    def _main(self, stretches: list[Stretch], wanted: Ordered[int]) -> Output:
+        output = self.runner.main(stretches, wanted)
+        experts_LX = output.routed.experts_LNK.flatten(1)
+        self._load_LE.scatter_add_(1, experts_LX, torch.ones_like(experts_LX))
+        return output
+
     @staticmethod
-    def _count(generation: Generation, drafts: int, accepted: int) -> None:
+    def _trace(generation: Generation, start: int, routed: Routed, first: int, count: int) -> None:
+        """Note what `count` tokens took, the first of which is the sequence's token `start` and the pass's `first`."""
+        if generation.routing is None:
+            return
+        missing = start + count - len(generation.routing)
+        generation.routing += [None] * missing
+        experts_NLK = routed.experts_LNK[:, first : first + count].transpose(0, 1).tolist()
+        weights_NLK = routed.weights_LNK[:, first : first + count].transpose(0, 1).tolist()
+        found = [TokenRouting(*facts) for facts in zip(experts_NLK, weights_NLK, strict=True)]
+        generation.routing[start : start + count] = found
+
+    def _count(self, generation: Generation, drafts: int, accepted: int) -> None:
+        self._drafted, self._accepted = self._drafted + drafts, self._accepted + accepted
         generation.forwards += 1
         for counts, reached in ((generation.offered_at, drafts), (generation.accepted_at, accepted)):
             counts += [0] * (drafts - len(counts))
@@ -283,7 +416,8 @@ class Core:
                 wanted += range(seen - count, seen)
             elif start + count == len(sequence.tokens):
                 wanted.append(seen - 1)
-        output = self.runner.main(stretches, wanted)
+        self._prompt_tokens += seen
+        output = self._main(stretches, wanted)
         return self._after_reading(chunks, output)
 
     def _after_reading(self, chunks: list[Chunk], output: Output) -> list[Update]:
@@ -297,6 +431,7 @@ class Core:
                 if sequence.preemptions == 0:
                     active.generation.cached_tokens = sequence.matched
             end = start + count
+            self._trace(active.generation, start, output.routed, seen, count)
             h_ND = output.h_ND[seen : seen + count]
             seen += count
             whole = end == len(sequence.tokens)
@@ -347,8 +482,9 @@ class Core:
         generation, sequence = active.generation, active.sequence
         active.drafts, active.draft_probs = [], []
         taken: list[int] = []
-        reason: FinishReason | None = None
-        for token in decision.tokens:
+        # A row whose constraint failed was decided without it.
+        reason: FinishReason | None = "error" if generation.error else None
+        for token in [] if generation.error else decision.tokens:
             taken.append(token)
             if token in active.ending:
                 reason = "stop"
@@ -356,12 +492,19 @@ class Core:
                 reason = "length"
             if reason:
                 break
+        active.taken(taken)
+        if generation.error:
+            reason = "error"
         sequence.tokens += taken
         generation.token_ids += taken
+        self._generated_tokens += len(taken)
         generation.accepted_mask += [place < decision.accepted for place in range(len(taken))]
         if decision.logprobs is not None:
             generation.logprobs = (generation.logprobs or []) + decision.logprobs[: len(taken)]
         sequence.computed = len(sequence.tokens) - 1
+        if generation.routing is not None:
+            # The pass read accepted drafts that an ending left out.
+            del generation.routing[sequence.computed :]
         if self.drafting:
             active.pending_ND.append(h_ND[: len(taken)])
         sequence.ready = len(sequence.tokens) - max(active.pending, 1)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from fathom.data.tokenizer import Tokenizer
-from fathom.infer.choose import TokenLogprob
+from fathom.infer.choose import Constraint, TokenLogprob
 from fathom.infer.core import Core, FinishReason, Generation, Update
 from fathom.infer.sampler import SamplingParams
 from fathom.model.transformer import Model
@@ -23,6 +23,10 @@ class Request:
     """Larger goes first."""
     stream: int = 0
     """Requests of one seed draw differently if their streams differ."""
+    trace: bool = False
+    """Report which experts each token took, in `Generation.routing`."""
+    constraint: Constraint | None = None
+    """Restricts what may be generated. Its failure ends the request with the finish reason "error"."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Completion:
 
     @property
     def finish_reason(self) -> FinishReason | None:
-        """stop: an end-of-text or stop token; length: max_tokens or the model's length; cancelled."""
+        """stop: an end-of-text or stop token; length: max_tokens or the model's length; cancelled; error."""
         return self.generation.finish_reason
 
     @property
@@ -116,7 +120,10 @@ class Engine:
 
         Raises ValueError for a prompt or parameters that cannot be served, scheduler.QueueFull when too many wait.
         """
-        return self.core.submit(self.encode(request.prompt), request.params, request.priority, request.stream)
+        prompt = self.encode(request.prompt)
+        return self.core.submit(
+            prompt, request.params, request.priority, request.stream, request.trace, request.constraint
+        )
 
     def cancel(self, handle: Generation) -> None:
         """End a request where it is."""

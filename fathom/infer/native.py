@@ -10,9 +10,11 @@ from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fathom.infer.quantize import stored
 from fathom.model.block import Block
+from fathom.model.cached import Routed
 from fathom.model.layers import LATENT_NORM_EPS, RMSNorm
 from fathom.model.moe import MoE
 from fathom.model.mtp import MTPModule
@@ -20,12 +22,13 @@ from fathom.model.rope import rope_table, softmax_scale
 from fathom.model.transformer import Model
 from fathom.ops.cpu import build
 
-_FORMATS = {torch.float32: 0, torch.bfloat16: 1}
+_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.int32: 3}
 
 
 class _Weight(Structure):
     _fields_ = (
         ("data", c_void_p),
+        ("scales", c_void_p),
         ("format", c_int64),
         ("rows", c_int64),
         ("columns", c_int64),
@@ -71,7 +74,7 @@ class _Step(Structure):
         *((name, c_int64) for name in ("tokens", "most_pages")),
         *((name, c_void_p) for name in ("ids", "positions", "slots", "owners", "pages", "cache", "before", "states")),
         ("wanted", c_int64),
-        *((name, c_void_p) for name in ("which", "logits")),
+        *((name, c_void_p) for name in ("which", "logits", "experts", "weights")),
     )
 
 
@@ -82,6 +85,7 @@ class NativeModel:
         config = model.config
         self._kept: list[Tensor] = []  # what the structures point to and nobody else holds
         self._hidden, self._words, self._cache_LMW = config.hidden_size, config.vocab_size, cache_LMW
+        self._sparse_layers = sum(isinstance(cast(Block, layer).mlp, MoE) for layer in model.layers)
         rope = rope_table(config, torch.arange(positions))
         layers = [self._layer(cast(Block, layer)) for layer in model.layers]
         modules = [self._module(cast(MTPModule, module)) for module in model.mtp]
@@ -105,9 +109,9 @@ class NativeModel:
             latent_eps=LATENT_NORM_EPS,
             scale=softmax_scale(config),
             routed_scale=config.routed_scaling_factor,
-            embed=self._weight(model.embed_tokens.weight),
+            embed=self._weight(model.embed_tokens),
             norm=self._floats(model.norm.weight),
-            head=self._weight(model.lm_head.weight),
+            head=self._weight(model.lm_head),
             layer_count=len(layers),
             layers=(_Layer * len(layers))(*layers),
             modules=(_Module * len(modules))(*modules),
@@ -125,14 +129,17 @@ class NativeModel:
         pages: Tensor,
         which: Tensor,
         before_ND: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Routed]:
         """States (N, D) of the main model or of MTP module number `module`, and the logits of the tokens in `which`.
 
         All indices are int64. Token n is at `positions_N[n]` of the sequence whose pages are row `owners_N[n]` of
-        `pages`, and its latent goes to `slots_N[n]`. Both results are float32.
+        `pages`, and its latent goes to `slots_N[n]`. States and logits are float32.
+        The routing is that of the main model, of no layer for a module.
         """
         states_ND = torch.empty(len(ids_N), self._hidden)
         logits = torch.empty(len(which), self._words)
+        routed = (self._sparse_layers if module is None else 0, len(ids_N), self._plan.choices)
+        experts_LNK, weights_LNK = torch.empty(routed, dtype=torch.int64), torch.empty(routed)
         step = _Step(
             tokens=len(ids_N),
             most_pages=pages.shape[1],
@@ -147,55 +154,61 @@ class NativeModel:
             wanted=len(which),
             which=which.data_ptr(),
             logits=logits.data_ptr(),
+            experts=experts_LNK.data_ptr(),
+            weights=weights_LNK.data_ptr(),
         )
         plan, step_at = ctypes.addressof(self._plan), ctypes.addressof(step)
         build.call("decode", self._cache_LMW.dtype, plan, step_at, -1 if module is None else module)
-        return states_ND, logits
+        return states_ND, logits, Routed(experts_LNK, weights_LNK)
 
     def _layer(self, block: Block) -> _Layer:
         attention = block.self_attn
         names: dict[str, _Weight] = {
             "input_norm": self._floats(block.input_layernorm.weight),
-            "kv_a": self._weight(attention.kv_a_proj_with_mqa.weight),
+            "kv_a": self._weight(attention.kv_a_proj_with_mqa),
             "kv_a_norm": self._floats(attention.kv_a_layernorm.weight),
-            "kv_b": self._weight(attention.kv_b_proj.weight),
-            "o": self._weight(attention.o_proj.weight),
+            "kv_b": self._weight(attention.kv_b_proj),
+            "o": self._weight(attention.o_proj),
             "post_norm": self._floats(block.post_attention_layernorm.weight),
         }
         if attention.config.q_lora_rank is None:
-            names["q_b"] = self._weight(attention.q_proj.weight)
+            names["q_b"] = self._weight(attention.q_proj)
         else:
-            names["q_a"] = self._weight(attention.q_a_proj.weight)
+            names["q_a"] = self._weight(attention.q_a_proj)
             names["q_a_norm"] = self._floats(attention.q_a_layernorm.weight)
-            names["q_b"] = self._weight(attention.q_b_proj.weight)
+            names["q_b"] = self._weight(attention.q_b_proj)
         if isinstance(block.mlp, MoE):
-            names["router"] = self._weight(block.mlp.gate.weight)
+            names["router"] = self._weight(block.mlp.gate)
             names["bias"] = self._floats(block.mlp.gate.e_score_correction_bias)
-            names["gate_up"] = self._weight(block.mlp.experts.gate_up_proj)
-            names["down"] = self._weight(block.mlp.experts.down_proj)
+            names["gate_up"] = self._weight(block.mlp.experts, "gate_up_proj")
+            names["down"] = self._weight(block.mlp.experts, "down_proj")
         common = block.mlp.shared_experts if isinstance(block.mlp, MoE) else block.mlp
-        names["gate"] = self._weight(common.gate_proj.weight)
-        names["up"] = self._weight(common.up_proj.weight)
-        names["out"] = self._weight(common.down_proj.weight)
+        names["gate"] = self._weight(common.gate_proj)
+        names["up"] = self._weight(common.up_proj)
+        names["out"] = self._weight(common.down_proj)
         return _Layer(**names)
 
     def _module(self, module: MTPModule) -> _Module:
         return _Module(
             embed_norm=self._floats(module.enorm.weight),
             state_norm=self._floats(module.hnorm.weight),
-            join=self._weight(module.eh_proj.weight),
+            join=self._weight(module.eh_proj),
             layer=self._layer(module),
             norm=self._floats(cast(RMSNorm, module.shared_head["norm"]).weight),
         )
 
-    def _weight(self, weight: Tensor) -> _Weight:
+    def _weight(self, module: nn.Module, parameter: str = "weight") -> _Weight:
         """A matrix, or a stack of matrices of this many rows and columns each, where it lies."""
-        rows, columns = weight.shape[-2:]
-        return _Weight(self._keep(weight), _FORMATS[weight.dtype], rows, columns)
+        numbers, scales = stored(module, parameter)
+        rows, columns = numbers.shape[-2:]
+        if numbers.dtype == torch.int32:
+            columns *= 8
+        scales_at = None if scales is None else self._keep(scales)
+        return _Weight(self._keep(numbers), scales_at, _FORMATS[numbers.dtype], rows, columns)
 
     def _floats(self, numbers: Tensor) -> _Weight:
         """A vector in float32."""
-        return _Weight(self._keep(numbers.float()), _FORMATS[torch.float32], 1, len(numbers))
+        return _Weight(self._keep(numbers.float()), None, _FORMATS[torch.float32], 1, len(numbers))
 
     def _keep(self, tensor: Tensor) -> int:
         tensor = tensor.detach().contiguous()

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from fathom.infer import native
 from fathom.infer.cache import LatentCache
-from fathom.model.cached import Batch, Piece, expanding_pays
+from fathom.model.cached import Batch, Piece, Routed, expanding_pays
 from fathom.model.layers import at_least_float32
 from fathom.model.transformer import Model
+from fathom.ops.precision import bfloat16_is_emulated
 
 _FEW = 48
 """Tokens up to which reading the weights takes longer than multiplying with them."""
@@ -50,6 +51,8 @@ class Output(NamedTuple):
     """Every token's final state, float32 at least."""
     logits_NO: Tensor
     """Logits of the tokens that were asked for, float32 at least."""
+    routed: Routed
+    """The experts that every token took in the main model; of no layer where a drafting module ran."""
 
 
 class Runner:
@@ -84,12 +87,14 @@ class Runner:
         weight = self.model.embed_tokens.weight
         ids_N = _indices(token for stretch in stretches for token in stretch.tokens).to(weight.device)
         if before_ND is None or module is None:
-            h_ND = self.model.cached_states(ids_N, self._batch(stretches, 0), self._compute)
+            h_ND, routed = self.model.cached_states(ids_N, self._batch(stretches, 0), self._compute)
         else:
             # No pair of a state and the token after it ends in a sequence's first token: slot 0 is never written.
             h_ND = self.model.cached_mtp_states(module, ids_N, before_ND.to(self._compute), self._batch(stretches, 1))
+            nothing_LNK = ids_N.new_empty(0, tokens, self.model.config.num_experts_per_tok)
+            routed = Routed(nothing_LNK, nothing_LNK.float())
         logits_NO = self.model.logits(h_ND[_indices(wanted).to(weight.device)])
-        return Output(at_least_float32(h_ND), at_least_float32(logits_NO))
+        return Output(at_least_float32(h_ND), at_least_float32(logits_NO), routed)
 
     def _flat(self, stretches: Sequence[Stretch]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Ids, positions, slots written and stretch of every token (N), and the stretches' pages, padded."""
@@ -157,8 +162,8 @@ def _compute_dtype(weight: Tensor) -> torch.dtype:
 
     Emulated, they take several times as long as widening the weights at every use.
     """
-    emulated = weight.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.float32 if emulated and weight.dtype == torch.bfloat16 else weight.dtype
+    emulated = weight.dtype == torch.bfloat16 and bfloat16_is_emulated(weight.device)
+    return torch.float32 if emulated else weight.dtype
 
 
 def _indices(numbers: Iterable[int]) -> Tensor:

@@ -4,7 +4,8 @@ A step of the engine brings tokens of several sequences, here many of one (a pro
 but attention treats tokens alone, so they pass as one row; attention takes them by the piece. Latents lie in slots that
 the caller assigns as it likes. The model remembers nothing: a rejected draft is undone by writing its slots again.
 
-Shapes: N tokens of the pass, B sequences, S new tokens of each, T tokens of each in all, M slots, L layers, W = C+R.
+Shapes: N tokens of the pass, B sequences, S new tokens of each, T tokens of each in all, M slots, L layers, W = C+R, K
+experts per token.
 """
 
 from dataclasses import dataclass
@@ -44,6 +45,13 @@ class Batch:
     def layer(self, index: int) -> "LayerCache":
         """What one layer's attention sees of it."""
         return LayerCache(self.pieces, self.writes_N, self.cache_LMW[index])
+
+
+class Routed(NamedTuple):
+    """Which experts the tokens of a pass took in each MoE layer, and with what weights."""
+
+    experts_LNK: Tensor
+    weights_LNK: Tensor
 
 
 class LayerCache(NamedTuple):

@@ -23,6 +23,8 @@ class RouterFacts(NamedTuple):
 
     topk_ids_BSK: Tensor
     """Experts each token took."""
+    weights_BSK: Tensor
+    """With what weights."""
     load_E: Tensor
     """Tokens each expert received, int64."""
     balance_loss: Tensor
@@ -40,8 +42,10 @@ class Experts(nn.Module):
 
     def forward(self, x_ND: Tensor, topk_ids_NK: Tensor, weights_NK: Tensor) -> tuple[Tensor, Tensor]:
         """The chosen experts' weighted sum (N, D), and the load (E)."""
-        order = dispatch(topk_ids_NK, self.gate_up_proj.shape[0])
-        return routed_experts(x_ND, order, weights_NK, self.gate_up_proj, self.down_proj), order.load_E
+        # Each named once: a packed weight is widened anew whenever it is asked for.
+        gate_up_EGD, down_EDF = self.gate_up_proj, self.down_proj
+        order = dispatch(topk_ids_NK, gate_up_EGD.shape[0])
+        return routed_experts(x_ND, order, weights_NK, gate_up_EGD, down_EDF), order.load_E
 
 
 class MoE(nn.Module):
@@ -60,4 +64,5 @@ class MoE(nn.Module):
         out_BSD = self.shared_experts(x_BSD) + routed_ND.view_as(x_BSD)
         shape, choices = x_BSD.shape[:2], routing.topk_ids_NK.shape[1]
         balance = sequence_balance_loss(routing.scores_NE.unflatten(0, shape), choices)
-        return out_BSD, RouterFacts(routing.topk_ids_NK.unflatten(0, shape), load_E, balance)
+        ids_BSK, weights_BSK = routing.topk_ids_NK.unflatten(0, shape), routing.weights_NK.unflatten(0, shape)
+        return out_BSD, RouterFacts(ids_BSK, weights_BSK, load_E, balance)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fathom.model.block import Block
-from fathom.model.cached import Batch
+from fathom.model.cached import Batch, Routed
 from fathom.model.config import ModelConfig
 from fathom.model.layers import Linear, RMSNorm
 from fathom.model.moe import Experts, RouterFacts
@@ -141,17 +141,22 @@ class Model(nn.Module):
 
     # ------------------------------------------------------------------------------------- with a latent cache
 
-    def cached_states(self, tokens_N: Tensor, batch: Batch, compute_dtype: torch.dtype | None = None) -> Tensor:
-        """Continue sequences: write the tokens' latents into the cache and return the final states (N, D).
+    def cached_states(
+        self, tokens_N: Tensor, batch: Batch, compute_dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Routed]:
+        """Continue sequences: write the tokens' latents into the cache. Gives final states (N, D) and the routing.
 
         Tokens come in the order of `batch.writes_N`. `compute_dtype` is the activations' type; None means the cache's.
         """
         rope = rope_table(self.config, batch.positions)
         x_1ND = self._embed(tokens_N[None], compute_dtype or batch.cache_LMW.dtype)
+        facts: list[RouterFacts] = []
         for index, layer in enumerate(self.layers):
-            x_1ND, _ = layer(x_1ND, rope, batch.layer(index))
+            x_1ND, layer_facts = layer(x_1ND, rope, batch.layer(index))
+            if layer_facts is not None:
+                facts.append(layer_facts)
         h_1ND: Tensor = self.norm(x_1ND)
-        return h_1ND[0]
+        return h_1ND[0], self._routed(facts, len(tokens_N))
 
     def cached_mtp_states(self, module: int, tokens_N: Tensor, h_ND: Tensor, batch: Batch) -> Tensor:
         """Continue MTP module number `module` (from 0): token t_{i+1} with state h_i, at the slot of token i+1.
@@ -186,6 +191,13 @@ class Model(nn.Module):
         if tokens_BS.dim() != 2 or tokens_BS.is_floating_point() or tokens_BS.numel() == 0:
             shape = tuple(tokens_BS.shape)
             raise ValueError(f"tokens must be integers of shape (batch, length), got {tokens_BS.dtype} {shape}")
+
+    def _routed(self, facts: list[RouterFacts], tokens: int) -> Routed:
+        if not facts:
+            none_LNK = self.embed_tokens.weight.new_zeros(0, tokens, self.config.num_experts_per_tok)
+            return Routed(none_LNK.long(), none_LNK.float())
+        experts_LNK = torch.stack([layer.topk_ids_BSK[0] for layer in facts])
+        return Routed(experts_LNK, torch.stack([layer.weights_BSK[0] for layer in facts]))
 
     def _summary(self, facts: list[RouterFacts]) -> RouterSummary:
         device = self.embed_tokens.weight.device

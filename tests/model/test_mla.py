@@ -93,7 +93,7 @@ def test_cached_chunks_equal_one_pass(config: ModelConfig, batch: int, chunks: l
         expand = batch == 1 and number % 2 == 0
         seen = start + size if expand else visible
         rows = rows_of_a_cache(positions_BS, cache_LBTW, seen, expand)
-        found.append(model.cached_states(chunk_BS.flatten(), rows).unflatten(0, (batch, size)))
+        found.append(model.cached_states(chunk_BS.flatten(), rows)[0].unflatten(0, (batch, size)))
         start += size
     assert relative_error(torch.cat(found, dim=1), model.hidden(tokens_BS)) <= 1e-9
 
@@ -111,7 +111,7 @@ def test_rows_of_a_batch_may_stand_at_different_positions() -> None:
         cache_LBTW[:, row : row + 1] = own.cache_LMW.unflatten(1, (1, 9))
     positions_BS = torch.tensor(used)[:, None] + torch.arange(2)
     new_BS = tokens_BS.gather(1, positions_BS)
-    found_BSD = model.cached_states(new_BS.flatten(), rows_of_a_cache(positions_BS, cache_LBTW)).unflatten(0, (3, 2))
+    found_BSD = model.cached_states(new_BS.flatten(), rows_of_a_cache(positions_BS, cache_LBTW))[0].unflatten(0, (3, 2))
     whole_BSD = model.hidden(tokens_BS)
     expected_BSD = torch.stack([whole_BSD[row, start : start + 2] for row, start in enumerate(used)])
     assert relative_error(found_BSD, expected_BSD) <= 1e-9
@@ -128,7 +128,7 @@ def test_a_rejected_draft_leaves_no_trace() -> None:
     draft_BS = (tokens_BS[:, 4:] + 1) % config.vocab_size
     model.cached_states(draft_BS[0], rows_of_a_cache(positions_BS[:, 4:6], cache_LBTW, 6))
     # The draft's second token still lies in slot 5, which the view includes.
-    found_ND = model.cached_states(tokens_BS[0, 4:5], rows_of_a_cache(positions_BS[:, 4:5], cache_LBTW, 6))
+    found_ND = model.cached_states(tokens_BS[0, 4:5], rows_of_a_cache(positions_BS[:, 4:5], cache_LBTW, 6))[0]
     assert relative_error(found_ND, model.hidden(tokens_BS)[0, 4:5]) <= 1e-9
 
 
@@ -182,7 +182,7 @@ def test_decoding_never_expands_the_cache(monkeypatch: pytest.MonkeyPatch) -> No
     model.cached_states(tokens_BS[0, :7], rows_of_a_cache(torch.arange(7)[None], cache_LBTW, 7, expand=True))
     # Taking the expanded form would now be an AttributeError.
     monkeypatch.delattr(MultiHeadLatentAttention, "expanded")
-    h_ND = model.cached_states(tokens_BS[0, 7:], rows_of_a_cache(torch.tensor([[7]]), cache_LBTW))
+    h_ND = model.cached_states(tokens_BS[0, 7:], rows_of_a_cache(torch.tensor([[7]]), cache_LBTW))[0]
     monkeypatch.undo()
     torch.testing.assert_close(h_ND, model.hidden(tokens_BS)[0, 7:], rtol=1e-4, atol=1e-5)
 

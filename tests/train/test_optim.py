@@ -30,6 +30,13 @@ def test_norms_and_gate_biases_do_not_decay(tiny_run: Run) -> None:
         assert decay[id(parameter)] == (0.0 if parameter.dim() == 1 else 0.1), name
 
 
+@pytest.fixture
+def as_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch orthogonalises in bfloat16 also where that is slow."""
+    monkeypatch.setattr("fathom.train.optim.bfloat16_is_emulated", lambda device: False)
+
+
+@pytest.mark.usefixtures("as_torch_does")
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("shape", [(3, 16, 8), (3, 8, 16), (2, 12, 12)])
 def test_batched_muon_is_torchs_muon_on_every_matrix(shape: tuple[int, int, int], parts: int) -> None:
@@ -51,6 +58,19 @@ def test_batched_muon_is_torchs_muon_on_every_matrix(shape: tuple[int, int, int]
     assert (stack - torch.stack(list(singles)).view_as(stack)).norm() < 0.01 * moved
 
 
+@pytest.mark.parametrize("emulated", [True, False])
+def test_bfloat16_is_orthogonal_enough(emulated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both types give updates whose singular values lie where Newton-Schulz leaves them."""
+    monkeypatch.setattr("fathom.train.optim.bfloat16_is_emulated", lambda device: emulated)
+    torch.manual_seed(2)
+    weight = torch.nn.Parameter(torch.zeros(24, 16))
+    weight.grad = torch.randn(24, 16)
+    BatchedMuon([{"params": [weight]}], lr=1.0, weight_decay=0.0).step()
+    values = torch.linalg.svdvals(weight.detach()) / (0.2 * 24**0.5)
+    assert values.min() > 0.5 and values.max() < 1.3
+
+
+@pytest.mark.usefixtures("as_torch_does")
 def test_matrices_of_one_shape_share_a_batch_and_nothing_else() -> None:
     """Tall, wide and stacked matrices of one shape, up to transposition, against torch's optimizer on each."""
     torch.manual_seed(1)

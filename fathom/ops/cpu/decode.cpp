@@ -54,6 +54,8 @@ struct Step {
     int64_t wanted;       // tokens whose logits are asked for
     const int64_t* which;
     float* logits;  // (wanted, vocabulary)
+    int64_t* experts;  // (MoE layers, N, K) experts taken by the main model, with their weights
+    float* weights;
 };
 }
 
@@ -131,7 +133,11 @@ class Pass {
     void main_model() {
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < tokens_; n++) read_row(plan_.embed, step_.ids[n], b_.x[n]);
-        for (int64_t l = 0; l < plan_.layer_count; l++) layer(plan_.layers[l], l);
+        int64_t sparse = 0;
+        for (int64_t l = 0; l < plan_.layer_count; l++) {
+            layer(plan_.layers[l], l, sparse);
+            sparse += plan_.layers[l].router.data != nullptr;
+        }
         finish(plan_.norm);
     }
 
@@ -148,12 +154,12 @@ class Pass {
         times(module.join, b_.gates.all(), b_.x.all(), tokens_);
         // No pair of a state and the token after it ends in the first token: slot 0 of a module is never written.
         begin_ = 1;
-        layer(module.layer, plan_.layer_count + index);
+        layer(module.layer, plan_.layer_count + index, -1);
         finish(module.norm);
     }
 
   private:
-    void layer(const Layer& layer, int64_t index) {
+    void layer(const Layer& layer, int64_t index, int64_t sparse) {
         T* cache = static_cast<T*>(step_.cache) + index * plan_.slots * width_;
         project(layer, cache);
         absorb(layer);
@@ -161,7 +167,7 @@ class Pass {
         merge(layer);
         times(layer.o, b_.heads.all(), b_.x.all(), tokens_, true);
         normalise_all(b_.x, layer.post_norm);
-        if (layer.router.data) route(layer);
+        if (layer.router.data) route(layer, sparse);
         feed_forward(layer);
     }
 
@@ -269,7 +275,7 @@ class Pass {
             float* const* queries = b_.queries.all() + token * heads;
             each_run(pages, from, end, [&](int64_t slot, int64_t at, int64_t count) {
                 for (int64_t h = 0; h < heads; h++) rows[h] = powers.data() + h * kStretch + at - from;
-                const Weight keys{cache + slot * width_, sizeof(T) == 4 ? kFloat32 : kBfloat16, count, width_};
+                const Weight keys{cache + slot * width_, nullptr, sizeof(T) == 4 ? kFloat32 : kBfloat16, count, width_};
                 rows_times(keys, 0, count, queries, rows.data(), heads);
             });
             for (int64_t h = 0; h < heads; h++)
@@ -353,8 +359,9 @@ class Pass {
         }
     }
 
-    // The experts of every token, and for each expert its places: (token, choice) pairs n·K + k.
-    void route(const Layer& layer) {
+    // The experts of every token, and for each expert its places: (token, choice) pairs n·K + k. They are reported as
+    // those of MoE layer number `sparse`, unless that is negative.
+    void route(const Layer& layer, int64_t sparse) {
         times(layer.router, b_.normed.all(), b_.router.all(), tokens_);
 #pragma omp single
         {
@@ -372,6 +379,11 @@ class Pass {
                 for (int64_t k = 0; k < choices; k++) total += scores[chosen[k]];
                 const float by = float(plan_.routed_scale) / (plan_.normalise ? total + 1e-20f : 1.0f);
                 for (int64_t k = 0; k < choices; k++) b_.weights[n * choices + k] = scores[chosen[k]] * by;
+            }
+            if (sparse >= 0) {
+                const int64_t places = tokens_ * choices;
+                std::copy_n(b_.chosen.data(), places, step_.experts + sparse * places);
+                std::copy_n(b_.weights.data(), places, step_.weights + sparse * places);
             }
             sort_places();
         }

@@ -8,17 +8,23 @@
 
 #include "vectors.h"
 
-// A matrix as it lies in memory, rows one after another; or the first of a stack of them.
-enum Format : int64_t { kFloat32, kBfloat16 };
+// A matrix as it lies in memory, rows one after another; or the first of a stack of them. The packed formats are those
+// of fathom/ops/quantized.py.
+enum Format : int64_t { kFloat32, kBfloat16, kInt8, kInt4 };
 
 struct Weight {
     const void* data;
+    const void* scales;  // kInt8: a float32 for each row; kInt4: a bfloat16 for each 32 columns of a row
     int64_t format, rows, columns;
 
     // `count` rows of matrix number `index` of a stack, from row `from` on.
     Weight part(int64_t index, int64_t from, int64_t count) const {
         Weight one = *this;
-        one.data = static_cast<const char*>(data) + (index * rows + from) * columns * (format == kFloat32 ? 4 : 2);
+        const int64_t skipped = index * rows + from;
+        const int64_t bytes[] = {4 * columns, 2 * columns, columns, columns / 2};
+        one.data = static_cast<const char*>(data) + skipped * bytes[format];
+        if (format == kInt8) one.scales = static_cast<const float*>(scales) + skipped;
+        if (format == kInt4) one.scales = static_cast<const bf16*>(scales) + skipped * (columns / 32);
         one.rows = count;
         return one;
     }
@@ -28,14 +34,15 @@ namespace {
 
 constexpr int64_t kVectors = 4;    // vectors multiplied at a time
 constexpr int64_t kRowsAtOnce = 4;
-constexpr int64_t kColumns = 32;  // between two looks at what to fetch next
+constexpr int64_t kColumns = 32;  // between two looks at what to fetch next; what shares a scale in kInt4
 #ifdef __AVX512F__
 constexpr int kSums = 16;  // running sums that fit the registers beside what is multiplied
 #else
 constexpr int kSums = 8;
 #endif
 
-// Reads one vector of a row's weights at column i + place, i being a multiple of kColumns, as float32.
+// Reads one vector of a row's weights at column i + place, i being a multiple of kColumns, as float32. A scale of the
+// whole row is applied to its sums.
 template <class T>
 struct Plain {
     const T* data;
@@ -47,6 +54,78 @@ struct Plain {
         for (int64_t byte = 0; byte < int64_t(kColumns * sizeof(T)); byte += 64)
             __builtin_prefetch(reinterpret_cast<const char*>(data + row * columns + i) + byte);
     }
+    float scale(int64_t) const { return 1.0f; }
+    static constexpr bool scaled = false;
+};
+
+// A vector's worth of bytes as whole numbers. Compilers widen so short a vector one byte at a time unless told how.
+inline Ints widened(const int8_t* from) {
+#if defined(__AVX512F__)
+    return (Ints)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif defined(__AVX2__)
+    return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#else
+    Ints whole;
+    for (int i = 0; i < kLanes; i++) whole[i] = from[i];
+    return whole;
+#endif
+}
+
+struct Int8 {
+    const int8_t* data;
+    const float* scales;
+    int64_t columns;
+    explicit Int8(const Weight& w)
+        : data(static_cast<const int8_t*>(w.data)), scales(static_cast<const float*>(w.scales)), columns(w.columns) {}
+    Floats at(int64_t row, int64_t i, int64_t place) const {
+        return __builtin_convertvector(widened(data + row * columns + i + place), Floats);
+    }
+    Floats some(int64_t row, int64_t i, int64_t count) const {
+        float part[kLanes] = {};
+        for (int64_t j = 0; j < count; j++) part[j] = data[row * columns + i + j];
+        return load(part);
+    }
+    void prefetch(int64_t row, int64_t i) const { __builtin_prefetch(data + row * columns + i); }
+    float scale(int64_t row) const { return scales[row]; }
+    static constexpr bool scaled = true;
+};
+
+// Four words, again and again.
+inline Words repeated(const uint32_t* from) {
+#if defined(__AVX512F__)
+    return (Words)_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif defined(__AVX2__)
+    return (Words)_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+    Words words;
+    for (int i = 0; i < kLanes; i++) words[i] = from[i % 4];
+    return words;
+#endif
+}
+
+inline Words shifts() {
+    Words each;
+    for (int i = 0; i < kLanes; i++) each[i] = i / 4 * 4;
+    return each;
+}
+
+// 32 columns are four words. Shifting whole vectors of words brings the columns out in their order, however wide a vector
+// is.
+struct Int4 {
+    const uint32_t* data;
+    const bf16* scales;
+    int64_t columns;
+    explicit Int4(const Weight& w)
+        : data(static_cast<const uint32_t*>(w.data)), scales(static_cast<const bf16*>(w.scales)), columns(w.columns) {}
+    Floats at(int64_t row, int64_t i, int64_t place) const {
+        const int64_t group = (row * columns + i) / kColumns;
+        Ints whole = (Ints)((repeated(data + 4 * group) >> (shifts() + uint32_t(place))) & 15) - 8;
+        return __builtin_convertvector(whole, Floats) * wide(scales[group]);
+    }
+    Floats some(int64_t, int64_t, int64_t) const { return Floats{}; }  // there is no part of a group
+    void prefetch(int64_t row, int64_t i) const { __builtin_prefetch(data + (row * columns + i) / 8); }
+    float scale(int64_t) const { return 1.0f; }
+    static constexpr bool scaled = false;
 };
 
 // ys[v][row] (+)= dot(row, xs[v]) for kR rows and kV vectors. Meanwhile the rows after the next ones are fetched.
@@ -77,6 +156,7 @@ inline void block(const W& weight, int64_t row, const float* const* xs, float* c
     for (int r = 0; r < kR; r++) {
         for (int v = 0; v < kV; v++) {
             float value = sum(sums[r][v]);
+            if (W::scaled) value *= weight.scale(row + r);
             float* y = ys[v] + row + r;
             *y = add ? *y + value : value;
         }
@@ -112,10 +192,12 @@ void rows_times_as(const W& weight, int64_t first, int64_t last, const float* co
 // ys[v][row] = (or +=) dot(row, xs[v]) for the rows first … last − 1.
 inline void rows_times(const Weight& weight, int64_t first, int64_t last, const float* const* xs, float* const* ys,
                        int64_t vectors, bool add = false) {
-    if (weight.format == kFloat32)
-        rows_times_as(Plain<float>(weight), first, last, xs, ys, vectors, add);
-    else
-        rows_times_as(Plain<bf16>(weight), first, last, xs, ys, vectors, add);
+    switch (weight.format) {
+        case kFloat32: return rows_times_as(Plain<float>(weight), first, last, xs, ys, vectors, add);
+        case kBfloat16: return rows_times_as(Plain<bf16>(weight), first, last, xs, ys, vectors, add);
+        case kInt8: return rows_times_as(Int8(weight), first, last, xs, ys, vectors, add);
+        default: return rows_times_as(Int4(weight), first, last, xs, ys, vectors, add);
+    }
 }
 
 template <int kV, class T>

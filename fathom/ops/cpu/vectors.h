@@ -8,7 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#ifdef __AVX512BF16__
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
