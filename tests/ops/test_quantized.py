@@ -44,7 +44,7 @@ def test_int4_is_half_bytes_of_four_words_and_a_scale(shape: tuple[int, int, int
         group, k, word = column // 32, column % 32 // 4, column % 4
         half = int(unsigned[matrix, row, 4 * group + word] >> (4 * k)) & 15
         assert found[matrix, row, column] == np.float32(half - 8) * factors[matrix, row, group]
-    # Half a step beside, and what rounding the step to bfloat16 moves; against the extreme's sign there are 7 steps only.
+    # Half a step beside, and what rounding the step to bfloat16 moves; against the extreme's sign only 7 steps.
     groups = weight.unflatten(-1, (-1, 32))
     step = groups.abs().amax(-1, keepdim=True) / 8
     error = (found - weight).unflatten(-1, (-1, 32)).abs()
