@@ -62,6 +62,16 @@ PIECE_LENGTH = 1 << 16
 _PIECE_END = re.compile(r"\n(?=\S)")
 
 
+def _byte_alphabet() -> dict[str, int]:
+    """What byte-level vocabularies write bytes with: printable characters themselves, others from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTES = _byte_alphabet()
+
+
 class Tokenizer:
     """Ids from text and back, over a Hugging Face tokenizer.json and tokenizer_config.json."""
 
@@ -111,6 +121,15 @@ class Tokenizer:
         """The text; special tokens and ids beyond the vocabulary leave no trace in it."""
         visible = [int(token) for token in ids if int(token) not in self._hidden_ids]
         return str(self._backend.decode(visible, skip_special_tokens=False))
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for, control tokens by their spelling; b"" for ids beyond the vocabulary."""
+        spelled = self._backend.id_to_token(token)
+        if spelled is None:
+            return b""
+        if all(character in _BYTES for character in spelled):
+            return bytes(_BYTES[character] for character in spelled)
+        return str(spelled).encode()
 
     def _named_id(self, field: str) -> int:
         named = self.config.get(field)

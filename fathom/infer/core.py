@@ -79,6 +79,8 @@ class Generation:
     """Forward passes of the main model after the prompt's, which yields the first token."""
     cached_tokens: int = 0
     """Tokens of the prompt whose latents were found in the cache."""
+    started: float | None = None
+    """When its prompt was first read, by time.monotonic; until then it waited."""
     routing: list[TokenRouting | None] | None = None
     """Where asked for, one for each token of the prompt and the output that the model has read, which it does one step
     after it chose a token; the last one of a finished output is never read. None for those found in the cache."""
@@ -412,7 +414,9 @@ class Core:
             tokens = sequence.tokens[start : start + count]
             stretches.append(Stretch(tokens, start, sequence.pages, write_from))
             seen += count
-            if self._active[sequence].generation.params.prompt_logprobs is not None:
+            generation = self._active[sequence].generation
+            generation.started = generation.started or time.monotonic()
+            if generation.params.prompt_logprobs is not None:
                 wanted += range(seen - count, seen)
             elif start + count == len(sequence.tokens):
                 wanted.append(seen - 1)

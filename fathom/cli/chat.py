@@ -1,0 +1,102 @@
+"""`fathom chat`: talk to a model in the terminal."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import torch
+import tyro
+from rich.console import Console
+
+from fathom.checkpoint.directory import model_directory
+from fathom.checkpoint.huggingface import load_model
+from fathom.config import ConfigError
+from fathom.data.tokenizer import load_tokenizer
+from fathom.infer.engine import Engine, Request, TextStream
+from fathom.infer.quantize import quantized
+from fathom.infer.sampler import SamplingParams
+from fathom.ops.quantized import Precision
+
+
+@dataclass(frozen=True)
+class ChatCommand:
+    """Talk to a model. Ctrl-C stops an answer, an empty line or Ctrl-D ends; /new begins anew."""
+
+    path: tyro.conf.Positional[str]
+    """A Hugging Face model directory, or a name on the hub."""
+    system: str | None = None
+    """What the model is told first."""
+    sampling: Annotated[SamplingParams, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: SamplingParams(temperature=0.7, top_p=0.95, max_tokens=1024)
+    )
+    speculative: bool = True
+    """Let the MTP module draft where it pays."""
+    dtype: str = "float32"
+    """float32 or bfloat16."""
+    quantize: Precision | None = None
+    """Keep the matrices in 8 or 4 bits."""
+
+
+def run(words: list[str]) -> None:
+    try:
+        from fathom.data.chat import ChatTemplate
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"fathom chat needs {error.name}: pip install 'fathom-lm[serve]'") from error
+    command = tyro.cli(ChatCommand, args=words, prog="fathom chat")
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if command.dtype not in dtypes:
+        raise ConfigError(f"--dtype is {command.dtype!r}; it must be {' or '.join(dtypes)}")
+    directory = model_directory(command.path)
+    tokenizer = load_tokenizer(directory)
+    template = ChatTemplate(tokenizer)
+    model = load_model(directory, dtypes[command.dtype], "cuda" if torch.cuda.is_available() else "cpu")
+    if command.quantize is not None:
+        model = quantized(model, command.quantize)
+    engine = Engine(model, tokenizer, command.speculative, max_batch=1)
+    console, beginning = Console(highlight=False), _beginning(command.system)
+    messages = list(beginning)
+    while (said := _ask(console)) is not None:
+        if said == "/new":
+            messages = list(beginning)
+            continue
+        messages.append({"role": "user", "content": said})
+        ids = template.encode(messages)
+        if len(ids) >= engine.core.max_length:
+            console.print(
+                f"The conversation is longer than the model's {engine.core.max_length} tokens; /new begins anew."
+            )
+            messages.pop()
+            continue
+        messages.append({"role": "assistant", "content": _answer(engine, Request(ids, command.sampling), console)})
+
+
+def _beginning(system: str | None) -> list[dict[str, Any]]:
+    return [] if system is None else [{"role": "system", "content": system}]
+
+
+def _ask(console: Console) -> str | None:
+    try:
+        return console.input("[bold]> [/bold]").strip() or None
+    except (EOFError, KeyboardInterrupt):
+        return None
+
+
+def _answer(engine: Engine, request: Request, console: Console) -> str:
+    """Print an answer as it comes, until it ends or is interrupted; returns it."""
+    assert engine.tokenizer is not None
+    handle = engine.submit(request)
+    stream, said, began = TextStream(engine.tokenizer), "", time.perf_counter()
+    try:
+        while not handle.finished:
+            for update in engine.step():
+                said += (piece := stream.add(update.tokens))
+                console.out(piece, end="", highlight=False)
+        said += (piece := stream.rest())
+        console.out(piece, highlight=False)
+    except KeyboardInterrupt:
+        engine.cancel(handle)
+        console.out("")
+    rate = len(handle.token_ids) / (time.perf_counter() - began)
+    drafts = f", {handle.acceptance:.0%} of drafts accepted" if handle.drafted else ""
+    console.print(f"{len(handle.token_ids)} tokens, {rate:.0f} tokens/s{drafts}", style="dim")
+    return said

@@ -1,0 +1,200 @@
+"""From a conversation to token ids, by the model's own chat template, in a sandbox.
+
+A template is code that came with a checkpoint, and what people say is put into it. So the template runs without
+access to Python (jinja2's immutable sandbox), with a limit on time and on the sizes it can make, and what people say
+never becomes a control token: every spelling of one inside a message is broken apart by a mark before the template
+sees it, the template's own control tokens are then found in the result, and the marks are taken out of the rest.
+"""
+
+import datetime
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Any, cast
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from fathom.data.tokenizer import Tokenizer
+
+_SECONDS = 2.0
+"""A template may run so long; real ones take milliseconds."""
+
+_LARGEST = 1 << 24
+"""Characters or elements that one operation of a template may make."""
+
+_MARKS = [chr(code) for code in range(0xE000, 0xE100)]
+"""Private code points, of which one that no message holds serves as the mark."""
+
+Message = dict[str, Any]
+"""Of OpenAI's protocol: role, content, and what belongs to calls of functions."""
+
+
+class ChatError(ValueError):
+    """The conversation cannot be put into this model's template."""
+
+
+class ChatTemplate:
+    """Turns conversations into what the model was trained to continue."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """Raises ChatError where the tokenizer has no template, or none that can be compiled."""
+        source = tokenizer.config.get("chat_template")
+        if isinstance(source, list):  # several by name
+            source = next((each.get("template") for each in source if each.get("name") == "default"), None)
+        if not isinstance(source, str):
+            raise ChatError("the model directory has no chat template; use completions, or add chat_template.jinja")
+        self._tokenizer = tokenizer
+        self._spellings = special_spellings(tokenizer)
+        self._specials = re.compile("|".join(map(re.escape, self._spellings)) or r"(?!)")
+        self.knows_tools = "tools" in source
+        """Whether functions are shown to the model by the template itself."""
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment.filters["tojson"] = _to_json
+        environment.globals.update(raise_exception=_refuse, strftime_now=_now)
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise ChatError(f"the model's chat template cannot be read: {error}") from error
+
+    def render(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None) -> str:
+        """The text that the model is to continue, control tokens spelled out, as `transformers` renders it.
+
+        Raises ChatError where the template refuses the messages, or takes too long.
+        """
+        config = self._tokenizer.config
+        spelled = {name: _spelling(config[name]) for name in config if name.endswith("_token") and config[name]}
+        with _Deadline(_SECONDS):
+            try:
+                return self._template.render(
+                    **spelled, messages=list(messages), tools=tools, documents=None, add_generation_prompt=True
+                )
+            except _TooMuchError as error:
+                raise ChatError(f"the model's chat template {error}") from None
+            except jinja2.TemplateError as error:
+                raise ChatError(f"the model's chat template does not take these messages: {error}") from error
+            except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
+                kind = type(error).__name__
+                raise ChatError(f"the model's chat template does not take these messages ({kind}: {error})") from error
+
+    def encode(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
+        """The token ids of the conversation, ready for an answer. Raises ChatError as `render` does."""
+        mark = self._free_mark(messages, tools)
+        broken_tools = None if tools is None else _mapped(tools, lambda text: self._broken(text, mark))
+        marked = self.render(_mapped(list(messages), lambda text: self._broken(text, mark)), broken_tools)
+        ids: list[int] = []
+        start = 0
+        for found in self._specials.finditer(marked):
+            ids += self._plain(marked[start : found.start()], mark)
+            ids.append(cast(int, self._tokenizer.token_id(found[0])))
+            start = found.end()
+        return ids + self._plain(marked[start:], mark)
+
+    def _plain(self, text: str, mark: str) -> list[int]:
+        text = text.replace(mark, "")
+        return self._tokenizer.encode(text, bos=False) if text else []
+
+    def _broken(self, text: str, mark: str) -> str:
+        # Also the beginning of a spelling at the end of a text, which the template's next words could complete.
+        text = self._specials.sub(lambda found: found[0][0] + mark + found[0][1:], text)
+        for spelling in self._spellings:
+            for length in range(min(len(spelling) - 1, len(text)), 0, -1):
+                if text.endswith(spelling[:length]):
+                    return text + mark
+        return text
+
+    def _free_mark(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None) -> str:
+        used = set("".join(_strings([*messages, *(tools or [])])))
+        free = next((mark for mark in _MARKS if mark not in used), None)
+        if free is None:
+            raise ChatError("the messages use all of the private characters U+E000 to U+E0FF")
+        return free
+
+
+def special_spellings(tokenizer: Tokenizer) -> list[str]:
+    """How the added tokens are spelled, longest first."""
+    added = json.loads(tokenizer.tokenizer_json)["added_tokens"]
+    return sorted((token["content"] for token in added if token["content"]), key=len, reverse=True)
+
+
+def _spelling(token: Any) -> str:
+    return str(token["content"]) if isinstance(token, dict) else str(token)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for name, content in value.items():
+            yield name
+            yield from _strings(content)
+    elif isinstance(value, list):
+        for content in value:
+            yield from _strings(content)
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        # Names of fields are asked for by the template, except where people choose them, as in schemas.
+        return {change(name): _mapped(content, change) for name, content in value.items()}
+    return [_mapped(content, change) for content in value] if isinstance(value, list) else value
+
+
+def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, sort_keys: bool = False) -> str:
+    # jinja2's own escapes what HTML needs escaped.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _now(pattern: str) -> str:
+    return datetime.datetime.now().strftime(pattern)
+
+
+class _TooMuchError(Exception):
+    """The template asked for more time or room than it gets."""
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """jinja2's sandbox, which bounds `range`, with bounds on the operators that can make something huge of little."""
+
+    intercepted_binops = frozenset({"*", "**", "%"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "*":
+            size = max(len(each) if isinstance(each, str | list | tuple) else 0 for each in (left, right))
+            times = max(each if isinstance(each, int) else 0 for each in (left, right))
+            if size * times > _LARGEST:
+                raise _TooMuchError(f"makes something of {size * times} elements")
+        if operator == "**" and not (abs(left) < 1e6 and abs(right) < 64):
+            raise _TooMuchError("raises to a large power")
+        if operator == "%" and isinstance(left, str):
+            raise _TooMuchError("formats with %, which has no bound on what it makes")
+        return super().call_binop(context, operator, left, right)
+
+
+class _Deadline:
+    """Ends the code run inside it, on this thread, by an exception at one of its lines once the time is over."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def __enter__(self) -> None:
+        self._end = time.monotonic() + self._seconds
+        self._before = sys.gettrace()
+        sys.settrace(self._trace)
+
+    def __exit__(self, *failure: object) -> None:
+        sys.settrace(self._before)
+
+    def _trace(self, frame: FrameType, event: str, argument: object) -> Any:
+        if time.monotonic() > self._end:
+            raise _TooMuchError(f"took longer than {self._seconds:g} s")
+        return self._trace

@@ -1,0 +1,83 @@
+"""What stands before the routes: API keys, the size of bodies, headers that keep the page's content its own."""
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fathom.serve.errors import ApiError
+
+_HEADERS = [
+    (
+        b"content-security-policy",
+        b"default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'",
+    ),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+]
+
+
+class Gate:
+    """ASGI middleware."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str], largest_body: int) -> None:
+        """`keys`: any of them opens; none: everything is open. Only their hashes are kept. `largest_body` in bytes."""
+        self._app = app
+        self._hashes = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self._largest = largest_body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI specifies."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *_HEADERS]
+            await send(message)
+
+        headers = dict(scope["headers"])
+        refusal = self._refusal(scope["path"], headers)
+        if refusal is not None:
+            await refusal.response()(scope, receive, send_with_headers)
+            return
+        counted = _Counted(receive, self._largest)
+        try:
+            await self._app(scope, counted.receive, send_with_headers)
+        except ApiError as error:  # the body turned out too large while it was read
+            await error.response()(scope, receive, send_with_headers)
+
+    def _refusal(self, path: str, headers: dict[bytes, bytes]) -> ApiError | None:
+        if self._hashes and not (path == "/" or path == "/health" or path.startswith("/page/")):
+            kind, _, key = headers.get(b"authorization", b"").partition(b" ")
+            found = hashlib.sha256(key.strip()).digest()
+            # All of them, so that the time tells nothing about which one nearly matched.
+            right = [hmac.compare_digest(found, known) for known in self._hashes]
+            if kind.lower() != b"bearer" or not any(right):
+                return ApiError(401, "an API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length[:19]) > self._largest:
+            return _too_large(self._largest)
+        return None
+
+
+class _Counted:
+    """Counts what a body really brings: a length in the header may be missing or wrong."""
+
+    def __init__(self, receive: Receive, largest: int) -> None:
+        self._receive = receive
+        self._left = largest
+        self._largest = largest
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._left -= len(message.get("body", b""))
+        if self._left < 0:
+            raise _too_large(self._largest)
+        return message
+
+
+def _too_large(largest: int) -> ApiError:
+    return ApiError(413, f"the body is too large; the limit is {largest} bytes", code="body_too_large")

@@ -1,0 +1,286 @@
+"""The bodies of requests: OpenAI's protocol, and ours under one key. Numbers have ranges; nothing unknown passes.
+
+A field of OpenAI's that would change the answer in a way this server does not have is refused like an unknown one.
+Those that change nothing (user, metadata, store) are taken and ignored.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, model_validator
+
+MOST_CHOICES = 16
+MOST_STOPS = 8
+LONGEST_STOP = 256
+MOST_LOGPROBS = 20
+MOST_BIASES = 1024
+MOST_MESSAGES = 4096
+MOST_PROMPTS = 64
+MOST_TOOLS = 64
+LARGEST_SCHEMA = 65536
+"""Characters of one JSON schema."""
+DEEPEST_SCHEMA = 32
+LONGEST_PATTERN = 1024
+LONGEST_TEXT = 4_000_000
+"""Characters of a text; what fits the model is far less."""
+
+_TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+_Text = Annotated[str, StringConstraints(max_length=LONGEST_TEXT)]
+_Stop = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_STOP)]
+_Name = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
+_Count = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class StreamOptions(_Body):
+    include_usage: bool = False
+
+
+class Extension(_Body):
+    """What else the answer should report, under its own `fathom` keys."""
+
+    routing: bool = Field(
+        default=False, description="For every token the experts it took in each MoE layer, with weights."
+    )
+    drafts: bool = Field(default=False, description="The tokens one by one, and which of them were accepted drafts.")
+    timing: bool = Field(default=False, description="Waiting, first token, rate, tokens per forward pass, acceptance.")
+
+
+class Sampling(_Body):
+    """What all requests for text share."""
+
+    model: Annotated[str, StringConstraints(max_length=512)] | None = Field(None, description="The served name.")
+    n: int = Field(1, ge=1, le=MOST_CHOICES, strict=True)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    temperature: float | None = Field(1.0, ge=0, le=2, description="0 always takes the likeliest token.")
+    top_p: float | None = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, lt=2**31, strict=True, description="0: no limit.")
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    presence_penalty: float | None = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=MOST_BIASES)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63, strict=True)
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=MOST_STOPS)] | None = None
+    stop_token_ids: list[_TokenId] = Field(default_factory=list, max_length=MOST_STOPS)
+    ignore_eos: bool = False
+    min_tokens: int = Field(0, ge=0, lt=2**31, strict=True)
+    user: Annotated[str, StringConstraints(max_length=512)] | None = None
+    fathom: Extension = Extension()
+
+    @model_validator(mode="after")
+    def _streams(self) -> "Sampling":
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is given, but stream is not true")
+        for token in self.logit_bias or {}:
+            if not token.isascii() or not token.isdigit() or len(token) > 9:
+                raise ValueError(f"logit_bias has {token[:20]!r}; it must map token ids to numbers")
+        return self
+
+    def stops(self) -> list[str]:
+        """The texts that end the answer."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+
+class CompletionRequest(Sampling):
+    """POST /v1/completions"""
+
+    prompt: (
+        _Text
+        | Annotated[list[_TokenId], Field(min_length=1)]
+        | Annotated[list[_Text], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[Annotated[list[_TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MOST_PROMPTS)]
+    ) = Field(description="A text, token ids, or several of either. A text is preceded by the begin token.")
+    max_tokens: int | None = Field(16, ge=0, lt=2**31, strict=True, description="0 only with echo.")
+    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS, strict=True)
+    echo: bool = Field(False, description="Give the prompt back too, with its log-probabilities where asked for.")
+
+    @model_validator(mode="after")
+    def _echoes(self) -> "CompletionRequest":
+        if self.echo and self.stream:
+            raise ValueError("echo and stream cannot both be true")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens is 0; it must be at least 1 without echo")
+        return self
+
+
+class TextPart(_Body):
+    type: Literal["text"]
+    text: _Text
+
+
+class CalledFunction(_Body):
+    name: _Name
+    arguments: _Text
+
+
+class Call(_Body):
+    id: Annotated[str, StringConstraints(max_length=128)]
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Message(_Body):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: _Text | Annotated[list[TextPart], Field(max_length=256)] | None = None
+    name: Annotated[str, StringConstraints(max_length=64)] | None = None
+    tool_calls: Annotated[list[Call], Field(max_length=MOST_TOOLS)] | None = None
+    tool_call_id: Annotated[str, StringConstraints(max_length=128)] | None = None
+    refusal: None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "Message":
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ValueError("content is missing; only an assistant's message with tool_calls may be without")
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """As templates know it: the content one text."""
+        parts = self.content if isinstance(self.content, list) else []
+        text = "".join(part.text for part in parts) if parts else self.content or ""
+        said: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        if self.name is not None:
+            said["name"] = self.name
+        if self.tool_calls:
+            said["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            said["tool_call_id"] = self.tool_call_id
+        return said
+
+
+class Function(_Body):
+    name: _Name
+    description: Annotated[str, StringConstraints(max_length=16384)] | None = None
+    parameters: dict[str, JsonValue] | None = None
+    strict: bool | None = None
+
+
+class Tool(_Body):
+    type: Literal["function"]
+    function: Function
+
+
+class ChosenFunction(_Body):
+    name: _Name
+
+
+class ToolChoice(_Body):
+    type: Literal["function"]
+    function: ChosenFunction
+
+
+class Schema(_Body):
+    name: _Name = "answer"
+    description: Annotated[str, StringConstraints(max_length=16384)] | None = None
+    schema_: dict[str, JsonValue] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(_Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: Schema | None = None
+
+    @model_validator(mode="after")
+    def _matches(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema must be given with type json_schema, and only then")
+        return self
+
+
+class ChatRequest(Sampling):
+    """POST /v1/chat/completions"""
+
+    messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
+    max_tokens: _Count | None = None
+    max_completion_tokens: _Count | None = None
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS, strict=True)
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = Field(None, min_length=1, max_length=MOST_TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool | None = Field(None, description="An answer calls one function at most.")
+    metadata: dict[str, str] | None = Field(None, max_length=16)
+    store: bool | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ChatRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs is given, but logprobs is not true")
+        if self.tool_choice not in (None, "none") and not self.tools:
+            raise ValueError("tool_choice is given without tools")
+        if isinstance(self.tool_choice, ToolChoice):
+            names = [tool.function.name for tool in self.tools or []]
+            if self.tool_choice.function.name not in names:
+                raise ValueError(f"tool_choice names {self.tool_choice.function.name!r}; tools has {', '.join(names)}")
+        constrained = self.response_format is not None and self.response_format.type != "text"
+        if constrained and self.chosen_tools():
+            raise ValueError("response_format and tools cannot both constrain the answer; set tool_choice to none")
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            raise ValueError("max_tokens and max_completion_tokens differ; give one")
+        for tool in self.tools or []:
+            check_schema(tool.function.parameters or {}, f"the parameters of {tool.function.name}")
+        if self.response_format is not None and self.response_format.json_schema is not None:
+            check_schema(self.response_format.json_schema.schema_, "json_schema")
+        return self
+
+    def chosen_tools(self) -> list[dict[str, Any]]:
+        """The functions that the answer may call."""
+        if self.tools is None or self.tool_choice == "none":
+            return []
+        wanted = self.tool_choice.function.name if isinstance(self.tool_choice, ToolChoice) else None
+        return [
+            tool.model_dump(exclude_none=True) for tool in self.tools if wanted is None or tool.function.name == wanted
+        ]
+
+
+class TokenizeRequest(_Body):
+    """POST /tokenize"""
+
+    model: Annotated[str, StringConstraints(max_length=512)] | None = None
+    prompt: _Text | None = None
+    messages: list[Message] | None = Field(None, min_length=1, max_length=MOST_MESSAGES)
+    add_special_tokens: bool = Field(True, description="Put the begin token in front of a prompt.")
+
+    @model_validator(mode="after")
+    def _one(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
+        return self
+
+
+class DetokenizeRequest(_Body):
+    """POST /detokenize"""
+
+    model: Annotated[str, StringConstraints(max_length=512)] | None = None
+    tokens: list[_TokenId] = Field(max_length=1_000_000)
+
+
+def check_schema(schema: JsonValue, name: str) -> None:
+    """Raises ValueError where a schema is too large or too deep, or holds too long a pattern."""
+    size, waiting = 0, [(schema, 1)]
+    while waiting:
+        value, depth = waiting.pop()
+        if depth > DEEPEST_SCHEMA:
+            raise ValueError(f"{name} is nested deeper than {DEEPEST_SCHEMA}")
+        size += len(value) if isinstance(value, str) else 1
+        if isinstance(value, dict):
+            for key, content in value.items():
+                size += len(key)
+                if key in ("pattern", "patternProperties"):
+                    _check_pattern(content, name)
+                if key == "$ref" and isinstance(content, str) and not content.startswith("#"):
+                    raise ValueError(f"{name} refers to {content[:80]!r}; only references within it (#…) are followed")
+                waiting.append((content, depth + 1))
+        elif isinstance(value, list):
+            waiting += [(content, depth + 1) for content in value]
+        if size > LARGEST_SCHEMA:
+            raise ValueError(f"{name} is larger than {LARGEST_SCHEMA} characters")
+
+
+def _check_pattern(content: JsonValue, name: str) -> None:
+    for pattern in [content] if isinstance(content, str) else content if isinstance(content, dict) else []:
+        if len(pattern) > LONGEST_PATTERN:
+            raise ValueError(f"{name} has a pattern of {len(pattern)} characters; the limit is {LONGEST_PATTERN}")

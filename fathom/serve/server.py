@@ -1,0 +1,181 @@
+"""`fathom serve`: load a model, open the port, and end in good order."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+import uvicorn
+from rich.console import Console
+
+from fathom.checkpoint.directory import model_directory
+from fathom.checkpoint.huggingface import load_model
+from fathom.config import ConfigError
+from fathom.data.tokenizer import Tokenizer, load_tokenizer
+from fathom.infer.engine import Engine
+from fathom.infer.quantize import quantized
+from fathom.ops.quantized import Precision
+from fathom.serve.app import make_app
+from fathom.serve.service import Service
+from fathom.serve.status import describe
+from fathom.serve.worker import Worker
+
+KEY_VARIABLE = "FATHOM_API_KEY"
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@dataclass(frozen=True)
+class ServeCommand:
+    """Serve a model by the OpenAI protocol, with a page to look at it."""
+
+    path: tyro.conf.Positional[str]
+    """Model directory, or name on the Hugging Face hub."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 lets other machines in, which then should need a key."""
+    port: int = 8000
+    """0 takes a free one."""
+    name: str | None = None
+    """The model's name in the protocol; none: that of its directory."""
+    api_key: tuple[str, ...] = ()
+    """Keys that open the server; also the words of the variable FATHOM_API_KEY, which other users cannot list."""
+    allow_origin: tuple[str, ...] = ()
+    """Web sites, such as https://example.org, whose pages may ask this server."""
+    allow_host: tuple[str, ...] = ()
+    """Further names under which the server is reached; on a loopback address it answers to that alone otherwise."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, …; none: a GPU if there is one."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Numbers the weights and the cache are held in."""
+    quantize: Precision | None = None
+    """Hold the weights in fewer bits."""
+    speculative: bool = True
+    """Let the prediction module draft where that pays."""
+    max_batch: int = 32
+    """Requests that run at one time."""
+    max_waiting: int = 256
+    """Requests that may wait for that; more are told to come back later."""
+    cache_tokens: int | None = None
+    """Tokens the cache has room for; none: 4096 for each of max_batch."""
+    prefill_budget: int = 512
+    """Tokens of prompts read per step while others decode."""
+    deadline: float = 600.0
+    """Seconds that a request may take."""
+    largest_body: int = 8 << 20
+    """Bytes of a request's body."""
+    drain: int = 60
+    """Seconds that answers may still take after SIGTERM."""
+
+
+def serve(command: ServeCommand) -> int:
+    """Serve until a signal; returns the exit status: 0, or 1 where the engine failed.
+
+    Raises ConfigError, ValueError or OSError for what cannot be loaded or opened.
+    """
+    _check(command)
+    console = Console(stderr=True, highlight=False)
+    listening = _listen(command.host, command.port)
+    directory = model_directory(command.path)
+    tokenizer = load_tokenizer(directory)
+    console.print(f"loading    {directory}", soft_wrap=True)
+    engine = _engine(command, directory, tokenizer)
+    name = command.name or Path(command.path).absolute().name
+    server: uvicorn.Server
+
+    def died(error: BaseException) -> None:
+        console.print(f"error: the engine failed ({type(error).__name__}: {error}); the server ends", style="bold red")
+        server.should_exit = True
+
+    worker = Worker(engine, died)
+    service = Service(engine, worker, name, command.deadline)
+    description = describe(engine.core.config, name, engine, service.template is not None)
+    keys = [*command.api_key, *os.environ.get(KEY_VARIABLE, "").split()]
+    app = make_app(service, description, keys, command.allow_origin, _hosts(command), command.largest_body)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            server_header=False,
+            timeout_graceful_shutdown=command.drain,
+            timeout_keep_alive=30,
+            h11_max_incomplete_event_size=1 << 16,
+            ws="none",
+        )
+    )
+    port = listening.getsockname()[1]
+    shown = f"[{command.host}]" if ":" in command.host else command.host
+    console.print(f"serving    {name} at http://{shown}:{port}{'' if keys else ' (no API key)'}", soft_wrap=True)
+    with _quiet_signals():
+        asyncio.run(server.serve(sockets=[listening]))
+    if worker.failure is None:
+        return 0
+    sys.excepthook(type(worker.failure), worker.failure, worker.failure.__traceback__)
+    return 1
+
+
+def _engine(command: ServeCommand, directory: Path, tokenizer: Tokenizer) -> Engine:
+    device = command.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"--device is {device!r}; it must be such as cpu, cuda or cuda:1") from error
+    model = load_model(directory, torch.float32 if command.dtype == "float32" else torch.bfloat16, device)
+    if command.quantize is not None:
+        model = quantized(model, command.quantize)
+    return Engine(
+        model,
+        tokenizer,
+        command.speculative,
+        command.max_batch,
+        cache_tokens=command.cache_tokens,
+        prefill_budget=command.prefill_budget,
+        max_waiting=command.max_waiting,
+    )
+
+
+def _check(command: ServeCommand) -> None:
+    if not 0 <= command.port < 65536:
+        raise ConfigError(f"--port is {command.port}; it must be from 0 to 65535")
+    for name in ("deadline", "largest_body", "drain"):
+        if getattr(command, name) <= 0:
+            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(command, name)}; it must be above 0")
+    if any(not key.isascii() or not key.isprintable() or " " in key or not key for key in command.api_key):
+        raise ConfigError("--api-key must be of printable ASCII characters without blanks")
+
+
+def _hosts(command: ServeCommand) -> list[str]:
+    """A page of a strange site could have its own name lead to this machine: a loopback server answers to its own."""
+    if command.host not in _LOOPBACK:
+        return list(command.allow_host) or ["*"]
+    return ["127.0.0.1", "[::1]", "localhost", *command.allow_host]
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
+    return listening
+
+
+@contextlib.contextmanager
+def _quiet_signals() -> Iterator[None]:
+    """uvicorn drains at a signal and afterwards raises it again; for us the drained server is the orderly end."""
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

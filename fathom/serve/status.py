@@ -1,0 +1,57 @@
+"""What the page's side panel shows: the model's shape, and what the engine does."""
+
+import time
+from typing import Any
+
+from fathom.infer.engine import Engine
+from fathom.model.config import ModelConfig
+from fathom.serve.worker import Worker
+
+
+def describe(config: ModelConfig, name: str, engine: Engine, chat: bool) -> dict[str, Any]:
+    """What does not change: sizes in numbers of parameters and in bytes."""
+    counts = config.parameter_counts()
+    per_token = engine.core.stats().bytes_per_token
+    latent = config.kv_lora_rank + config.qk_rope_head_dim
+    keys = config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
+    values = config.num_attention_heads * config.v_head_dim
+    moe_layers = [layer for layer in range(config.num_hidden_layers) if layer >= config.first_k_dense_replace]
+    return {
+        "name": name,
+        "layers": config.num_hidden_layers,
+        "moe_layers": moe_layers,
+        "experts": config.n_routed_experts,
+        "experts_per_token": config.num_experts_per_tok,
+        "shared_experts": config.n_shared_experts,
+        "groups": config.n_group,
+        "context": config.max_position_embeddings,
+        "vocabulary": config.vocab_size,
+        "parameters": counts.total + counts.mtp,
+        "active_parameters": counts.active,
+        "cache_bytes_per_token": per_token,
+        # The keys and values of all heads, in the numbers and layers that the latents are kept in.
+        "plain_cache_bytes_per_token": per_token // latent * (keys + values),
+        "drafts": engine.core.drafting,
+        "chat": chat,
+    }
+
+
+def now(worker: Worker) -> dict[str, Any]:
+    """What changes."""
+    stats = worker.stats
+    return {
+        "running": stats.running,
+        "waiting": stats.waiting,
+        "tokens_per_second": round(worker.tokens_per_second(), 2),
+        "generated_tokens": stats.generated_tokens,
+        "acceptance": round(stats.accepted / stats.drafted, 4) if stats.drafted else None,
+        "drafted": stats.drafted,
+        "accepted": stats.accepted,
+        "pages": stats.pages,
+        "pages_used": stats.pages_used,
+        "pages_reusable": stats.pages_reusable,
+        "page_size": stats.page_size,
+        "cached_tokens": stats.pages_used * stats.page_size,
+        "load": stats.load_LE.tolist(),
+        "uptime_s": round(time.monotonic() - worker.started, 1),
+    }
