@@ -1,9 +1,9 @@
 """One step's logits become tokens, for requests that each have their own parameters and their own number of drafts.
 
 A request that verifies M drafts has M + 1 consecutive positions of logits: after its last token, after draft 1, and
-so on. Each position's distribution takes the drafts before it for output: penalties and min_tokens count them. Where
-tokens are drawn, `accept` judges the drafts; greedily, a draft stays when it is the likeliest token. Requests
-without drafts take the same way. The usual step, all greedy and nothing adjusted, costs one argmax and one transfer.
+so on. Each position's distribution takes the drafts before it for output: penalties and min_tokens count them. A draft
+stays when it is what the position's own logits choose. Requests without drafts take the same way. The usual step, all
+greedy and nothing adjusted, costs one argmax and one transfer.
 
 Shapes: B requests, N positions of all requests, T positions of one, M drafts, S prompt tokens, O vocabulary.
 """
@@ -15,10 +15,9 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from fathom.infer.sampler import ACCEPT, DRAFT, TOKEN, SamplingParams, adjust, draw, probabilities, uniforms
-from fathom.infer.speculative import Accepted, accept, accept_greedy
+from fathom.infer.sampler import SamplingParams, adjust, draw, probabilities, race
+from fathom.infer.speculative import accept
 from fathom.model.layers import at_least_float32
 
 _CHUNK = 256
@@ -52,8 +51,6 @@ class Row:
     """What would end it, and so cannot be chosen before min_tokens: stop ids, and end-of-text unless ignored."""
     drafts: list[int] = field(default_factory=list)
     """Tokens that may follow, to be verified in this step."""
-    draft_probs: Tensor | None = None
-    """The distributions that sampled drafts were drawn from, (M, O); None for greedy rows and without drafts."""
     allowed_TO: Tensor | None = None
     """What may be chosen after the tokens and after each draft, where that is constrained."""
 
@@ -89,48 +86,35 @@ def choose(logits_NO: Tensor, rows: Sequence[Row]) -> list[Decision]:
     sampled = []
     for row, place in zip(rows, places, strict=True):
         if row.params.temperature > 0:
-            sampled.append((row, logits_NO[place]))
+            sampled.append((row, place))
         elif _is_adjusted(row):
             best_N[place] = _adjusted(logits_NO[place], row).argmax(-1)
     if sampled:
-        best_N = torch.cat((best_N, *_judge(sampled)))
-    # The call's one transfer, but for log-probabilities: greedy choices, then the sampled rows' counts and tokens.
-    numbers = best_N.tolist()
-    end = len(numbers) - 2 * len(sampled)
-    drawn = zip(numbers[end : end + len(sampled)], numbers[end + len(sampled) :], strict=True)
+        drawn_N = _drawn([(row, logits_NO[place], 0) for row, place in sampled])
+        best_N[torch.cat([torch.arange(place.start, place.stop) for _, place in sampled]).to(best_N.device)] = drawn_N
+    chosen = best_N.tolist()  # the call's one transfer, but for log-probabilities
     decisions = []
     for row, place in zip(rows, places, strict=True):
-        if row.params.temperature > 0:
-            count, token = next(drawn)
-            tokens = [*row.drafts[:count], token]
-        else:
-            count = accept_greedy(row.drafts, numbers[place])
-            tokens = numbers[place.start : place.start + count + 1]
-        decisions.append(Decision(tokens, count, None))
+        count = accept(row.drafts, chosen[place])
+        decisions.append(Decision(chosen[place.start : place.start + count + 1], count, None))
     if any(row.params.logprobs is not None for row in rows):
         return _with_logprobs(logits_NO, rows, places, decisions)
     return decisions
 
 
-def draft(logits_BO: Tensor, rows: Sequence[Row]) -> tuple[list[int], list[Tensor | None]]:
+def draft(logits_BO: Tensor, rows: Sequence[Row]) -> list[int]:
     """One more draft per row from a drafting module's logits at the place after `row.tokens` and `row.drafts`.
 
-    Greedy rows take the likeliest token, sampled ones draw from a distribution, which is returned beside it for
-    the acceptance rule: (O). Both are processed just as the model's own logits will be. The rows stay as they are.
+    They are processed, and drawn from, just as the model's own logits will be at that place. The rows stay as they are.
     """
     best_B = logits_BO.argmax(-1)
     sampled = [b for b, row in enumerate(rows) if row.params.temperature > 0]
-    probs: list[Tensor | None] = [None] * len(rows)
     for b, row in enumerate(rows):
         if row.params.temperature == 0 and _is_adjusted(row):
             best_B[b] = _adjusted(logits_BO[b : b + 1], row)[0].argmax()
     if sampled:
-        q_BO = torch.cat(_distributions([(rows[b], logits_BO[b : b + 1]) for b in sampled]))
-        chances = [_uniforms(rows[b], len(rows[b].drafts), 1)[0, DRAFT] for b in sampled]
-        best_B[sampled] = draw(q_BO, torch.stack(chances).to(q_BO.device))
-        for b, q_O in zip(sampled, q_BO, strict=True):
-            probs[b] = q_O
-    return best_B.tolist(), probs
+        best_B[sampled] = _drawn([(rows[b], logits_BO[b : b + 1], len(rows[b].drafts)) for b in sampled])
+    return best_B.tolist()
 
 
 def prompt_logprobs(logits_SO: Tensor, following_S: Tensor, top: int) -> list[TokenLogprob]:
@@ -182,32 +166,16 @@ def _distributions(sampled: Sequence[tuple[Row, Tensor]]) -> list[Tensor]:
     return [found[b] for b in range(len(sampled))]
 
 
-def _judge(sampled: Sequence[tuple[Row, Tensor]]) -> Accepted:
-    """`accept` for all sampled rows at once: what shorter rows lack is filled with 0."""
-    rows = [row for row, _ in sampled]
-    target_BTO = pad_sequence(_distributions(sampled), batch_first=True)
-    draft_BMO = pad_sequence([_draft_probs(row, target_BTO) for row in rows], batch_first=True)
-    ids_BM = pad_sequence([torch.tensor(row.drafts, dtype=torch.int64) for row in rows], batch_first=True)
-    chance_BTU = torch.stack([_uniforms(row, 0, target_BTO.shape[1]) for row in rows]).to(target_BTO.device)
-    return accept(
-        ids_BM.to(target_BTO.device), draft_BMO, target_BTO, chance_BTU[:, :-1, ACCEPT], chance_BTU[..., TOKEN]
-    )
-
-
-def _draft_probs(row: Row, like_BTO: Tensor) -> Tensor:
-    """The row's (M, O), checked."""
-    probs_MO = like_BTO.new_empty(0, like_BTO.shape[2]) if row.draft_probs is None else row.draft_probs
-    if len(probs_MO) != len(row.drafts):
-        raise ValueError(
-            f"draft_probs holds {len(probs_MO)} distributions for {len(row.drafts)} drafts; "
-            "each draft of a sampled row needs the one that it was drawn from"
-        )
-    return probs_MO
-
-
-def _uniforms(row: Row, ahead: int, count: int) -> Tensor:
-    """The row's random numbers for `count` positions (T, U), the first being `ahead` of its next token."""
-    return uniforms(row.params.seed, [row.stream], [len(row.tokens) + ahead], count)[0]
+def _drawn(sampled: Sequence[tuple[Row, Tensor, int]]) -> Tensor:
+    """The tokens (N) drawn at all positions of some rows: each row's logits (T, O), whose first position lies so
+    many places after its next token's."""
+    probs_NO = torch.cat(_distributions([(row, logits_TO) for row, logits_TO, _ in sampled]))
+    races = [
+        race(row.params.seed, row.stream, len(row.tokens) + ahead + place, logits_TO.shape[1])
+        for row, logits_TO, ahead in sampled
+        for place in range(len(logits_TO))
+    ]
+    return draw(probs_NO, torch.stack(races).to(probs_NO.device))
 
 
 def _with_logprobs(

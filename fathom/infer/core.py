@@ -163,17 +163,13 @@ class _Active:
     """Ids that end it."""
     constraint: Constraint | None
     drafts: list[int] = field(default_factory=list)
-    draft_probs: list[Tensor | None] = field(default_factory=list)
     pending_ND: list[Tensor] = field(default_factory=list)
     """States whose pairs with the latest tokens the drafting module has not seen."""
 
     def row(self) -> Row:
-        drawn = [probs_O for probs_O in self.draft_probs if probs_O is not None]
-        probs_MO = torch.stack(drawn) if drawn else None
         sequence, params = self.sequence, self.generation.params
-        allowed_TO = self._allowed()
         prompt = sequence.prompt_length
-        return Row(params, self.stream, sequence.tokens, prompt, self.ending, self.drafts, probs_MO, allowed_TO)
+        return Row(params, self.stream, sequence.tokens, prompt, self.ending, self.drafts, self._allowed())
 
     def _allowed(self) -> Tensor | None:
         """What the constraint says. Its failure is this request's alone, and ends it when the step is done."""
@@ -203,7 +199,7 @@ class _Active:
 
     def forget(self) -> None:
         """It was preempted: everything is read again."""
-        self.drafts, self.draft_probs, self.pending_ND = [], [], []
+        self.drafts, self.pending_ND = [], []
 
 
 class Core:
@@ -366,10 +362,9 @@ class Core:
         output = self.runner.draft(stretches, h_ND, ends if drafts else [])
         h_BD = output.h_ND[ends]
         for place in range(drafts):
-            ids, probs = draft(output.logits_NO, [active.row() for active in batch])
-            for active, token, probs_O in zip(batch, ids, probs, strict=True):
+            ids = draft(output.logits_NO, [active.row() for active in batch])
+            for active, token in zip(batch, ids, strict=True):
                 active.drafts.append(token)
-                active.draft_probs.append(probs_O)
             if place + 1 < drafts:
                 stretches = [
                     Stretch(active.drafts[-1:], len(active.sequence.tokens) + place, active.sequence.pages)
@@ -484,7 +479,7 @@ class Core:
     def _take(self, active: _Active, decision: Decision, h_ND: Tensor) -> Update:
         """Append decided tokens, up to one that ends the request; `h_ND` are the states that they pair with."""
         generation, sequence = active.generation, active.sequence
-        active.drafts, active.draft_probs = [], []
+        active.drafts = []
         taken: list[int] = []
         # A row whose constraint failed was decided without it.
         reason: FinishReason | None = "error" if generation.error else None

@@ -217,6 +217,9 @@ class NativeModel:
 
 
 def usable(model: Model) -> bool:
-    """Whether this model can run here: all of it on the CPU, in float32 or bfloat16, with the kernels built."""
+    """Whether this model can run here: all of it on the CPU, in float32 or bfloat16, with the kernels built.
+
+    The router in C++ is DeepSeek-V3's.
+    """
     weights = list(model.parameters())
-    return build.usable(*weights) and all(weight.dtype in _FORMATS for weight in weights)
+    return not model.config.is_v2 and build.usable(*weights) and all(weight.dtype in _FORMATS for weight in weights)

@@ -2,11 +2,14 @@
 
 Logits are processed in this order: logit_bias; the penalties, repetition first, then presence and frequency; the
 ban of what would end the text before min_tokens; and, where tokens are drawn, temperature, top-k, top-p and
-min-p as in `transformers`. Greedy decoding takes the largest logit after the ban. Random numbers are
-counter-based, a function of (seed, sequence, position, purpose) alone: they depend neither on the other
-sequences of a batch, nor on when they were drawn, nor on how many drafts were rejected before.
+min-p as in `transformers`. Greedy decoding takes the largest logit after the ban.
 
-Shapes: B rows, T positions of one row, O vocabulary, K likeliest tokens, X ids, U purposes of a random number.
+A token is drawn by a race: every token i of the vocabulary gets an exponential random number, and the one with the
+smallest number over its probability wins, which it does with just that probability. The numbers are counter-based, a
+function of (seed, sequence, position) alone: what is drawn depends neither on the other sequences of a batch, nor on
+when it was drawn, nor on what was drafted. A drafting module that runs the same race mostly has the same winner.
+
+Shapes: B rows, N positions, T positions of one row, O vocabulary, K likeliest tokens, X ids.
 """
 
 import math
@@ -19,12 +22,6 @@ import torch
 from torch import Tensor
 
 from fathom.model.layers import at_least_float32
-
-DRAFT, ACCEPT, TOKEN = 0, 1, 2
-"""Purposes of the random numbers at one position: draw the draft, judge it, draw the token itself."""
-
-_BLOCK = 4
-"""Numbers per position: what Philox makes for one value of its counter (the fourth serves no purpose)."""
 
 _COOLEST = 1e-5
 """Smallest temperature but 0: below it, quotients of logits would leave float32."""
@@ -215,31 +212,16 @@ def _border_among(sorted_BK: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     return sorted_BK.gather(1, short_B.clamp_max(last)[:, None])[:, 0], short_B <= last
 
 
-def draw(weights_BO: Tensor, uniforms_B: Tensor) -> Tensor:
-    """Ids (B) by inverting the cumulative distribution at numbers in (0, 1].
-
-    Weights need not sum to 1. A token of weight 0 is never drawn, whatever rounding does to the sums: it is
-    kept from being the first to reach the number, and as 0 is no possible number, some other token reaches
-    it.
-    """
-    cumulative_BO = weights_BO.cumsum(-1, dtype=torch.float64).masked_fill_(weights_BO <= 0, 0.0)
-    wanted_B1 = uniforms_B[:, None] * cumulative_BO.amax(-1, keepdim=True)
-    return (cumulative_BO >= wanted_B1).view(torch.uint8).argmax(-1)
+def draw(probs_NO: Tensor, numbers_NO: Tensor) -> Tensor:
+    """The winners (N) of the races with these numbers; probabilities need not sum to 1, and 0 never wins."""
+    return (numbers_NO / probs_NO).masked_fill_(probs_NO <= 0, torch.inf).argmin(-1)
 
 
-def uniforms(seed: int, sequences: Sequence[int], firsts: Sequence[int], count: int) -> Tensor:
-    """Numbers in (0, 1] for `count` positions of each sequence from its `firsts` on: (B, T, U) float64.
-
-    The last dimension is the purpose: DRAFT, ACCEPT or TOKEN.
-    """
-    rows = [
-        # Philox's counter is the position: neighbouring positions are neighbouring blocks of one stream.
-        np.random.Generator(np.random.Philox(key=np.array([seed, sequence], dtype=np.uint64), counter=first)).random(
-            (count, _BLOCK)
-        )
-        for sequence, first in zip(sequences, firsts, strict=True)
-    ]
-    return 1 - torch.from_numpy(np.stack(rows))[..., :-1]
+def race(seed: int, sequence: int, position: int, size: int) -> Tensor:
+    """The exponential random numbers of one position: (O) float32 for a vocabulary of `size`."""
+    # Philox's counter has four words: the lowest counts the numbers of one position.
+    generator = np.random.Philox(key=np.array([seed, sequence], dtype=np.uint64), counter=[0, position, 0, 0])
+    return torch.from_numpy(np.random.Generator(generator).standard_exponential(size, dtype=np.float32))
 
 
 def _check(right: bool, name: str, value: object, expected: str) -> None:

@@ -1,75 +1,24 @@
 """Speculative decoding: which drafts to accept, and how many to make.
 
-The acceptance rule is that of Leviathan et al. (arXiv 2211.17192) and Chen et al. (arXiv 2302.01318).
-
-A draft x, drawn from q, is accepted with probability min(1, p(x)/q(x)), p being the model's own distribution.
-At the first rejection the token is drawn from max(p − q, 0), normalised; after M accepted drafts one more is
-drawn from p. Either way every token follows exactly p. Where p and q are one-hot, this is greedy decoding.
+A draft is accepted where it is the token that the model itself chooses at that place: the likeliest one, or the winner
+of the place's race (see sampler.py). So the output is the same, token by token, whatever was drafted, and by how many.
+Drafter and model run the same race, by their own distributions q and p: they agree with a chance of at least
+(1 − d)/(1 + d), d being half the sum of |p − q| (Daliri, Musco and Suresh, arXiv 2408.07978). The rule of Leviathan et
+al. (arXiv 2211.17192) reaches 1 − d, but what it draws depends on the drafts.
 How many drafts pay depends on how often they are accepted and on what a step costs: `DraftLength` measures both.
-
-Shapes: B rows, M drafts, T = M + 1 positions, O vocabulary.
 """
 
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
-
-from fathom.infer.sampler import draw
 
 
-class Accepted(NamedTuple):
-    """What one step decided: in row b, the first counts_B[b] drafts and then next_ids_B[b]."""
-
-    counts_B: Tensor
-    """Drafts accepted, 0 to M."""
-    next_ids_B: Tensor
-    """The token after them."""
-
-
-def accept(
-    draft_ids_BM: Tensor,
-    draft_probs_BMO: Tensor,
-    target_probs_BTO: Tensor,
-    accept_uniforms_BM: Tensor,
-    token_uniforms_BT: Tensor,
-) -> Accepted:
-    """Judge M drafts against the model's distributions at their places and at the place after them.
-
-    Uniforms are numbers in (0, 1]: one to judge each draft, and one per place for the token drawn there.
-    With M = 0 this is plain sampling. Rows with fewer drafts than M fill up with zeros: q = 0 for a draft means
-    that there is none, and takes nothing off p.
-    """
-    rows, drafts = draft_ids_BM.shape
-    if drafts == 0:
-        return Accepted(draft_ids_BM.new_zeros(rows), draw(target_probs_BTO[:, 0], token_uniforms_BT[:, 0]))
-    ids_BM1 = draft_ids_BM.unsqueeze(-1)
-    p_BM = target_probs_BTO[:, :drafts].gather(2, ids_BM1).squeeze(2)
-    q_BM = draft_probs_BMO.gather(2, ids_BM1).squeeze(2)
-    # u ≤ p/q, without the division.
-    taken_BM = (accept_uniforms_BM * q_BM <= p_BM) & (p_BM > 0) & (q_BM > 0)
-    counts_B = taken_BM.long().cumprod(1).sum(1)
-
-    row_B = torch.arange(rows, device=counts_B.device)
-    p_BO = target_probs_BTO[row_B, counts_B]
-    # After the last draft there is nothing to subtract: the rest is p itself.
-    q_BO = draft_probs_BMO[row_B, counts_B.clamp_max(drafts - 1)] * (counts_B < drafts)[:, None]
-    rest_BO = (p_BO - q_BO).clamp_min(0)
-    # Where p = q no draft is rejected but by rounding; p is then as good as the empty rest is not.
-    empty_B1 = rest_BO.sum(-1, keepdim=True) == 0
-    next_ids_B = draw(torch.where(empty_B1, p_BO, rest_BO), token_uniforms_BT[row_B, counts_B])
-    return Accepted(counts_B, next_ids_B)
-
-
-def accept_greedy(drafts: Sequence[int], likeliest: Sequence[int]) -> int:
-    """How many drafts greedy decoding would have said itself: those before the first that differs."""
+def accept(drafts: Sequence[int], chosen: Sequence[int]) -> int:
+    """How many drafts are what the model chose: those before the first that differs."""
     count = 0
-    for token, best in zip(drafts, likeliest, strict=False):
-        if token != best:
+    for token, own in zip(drafts, chosen, strict=False):
+        if token != own:
             break
         count += 1
     return count

@@ -61,7 +61,7 @@ class Choice:
             return self._release(cut, whole=False)
         self.finish_reason = ended
         waiting = 0 if ended is not None else self._undecided(text)
-        return self._release(len(text) - waiting, whole=not waiting)
+        return self._release(len(text) - waiting, whole=ended is not None)
 
     def routing(self) -> list[dict[str, Any]]:
         """The routing of tokens that have gone out, so far as the model has read them and they were not given yet."""
@@ -88,7 +88,7 @@ class Choice:
     def _release(self, length: int, whole: bool) -> list[Piece]:
         """Take the pieces out of what is held that lie in the first `length` characters.
 
-        `whole`: with the last of them also those without text of their own that follow.
+        `whole`: with those that follow without text of their own, which otherwise may begin a character.
         """
         out: list[Piece] = []
         while self._held:
@@ -97,7 +97,7 @@ class Choice:
                 if self.finish_reason is not None and length > 0:
                     out.append(Piece(piece.index, piece.token, piece.text[:length]))
                 break
-            if length == 0 and not whole and (piece.text or self.finish_reason is not None):
+            if length == 0 and not whole:
                 break
             length -= len(piece.text)
             out.append(self._held.pop(0))

@@ -75,22 +75,19 @@ def continuations(model: Chain, row: Row, length: int) -> dict[tuple[int, ...], 
 
 def add_draft(drafter: Chain, rows: list[Row]) -> None:
     """One more draft for each of the rows."""
-    ids, probs = draft(drafter.after([[*row.tokens, *row.drafts][-1] for row in rows]), rows)
-    for row, token, q_O in zip(rows, ids, probs, strict=True):
+    ids = draft(drafter.after([[*row.tokens, *row.drafts][-1] for row in rows]), rows)
+    for row, token in zip(rows, ids, strict=True):
         row.drafts.append(token)
-        if q_O is not None:
-            earlier_MO = q_O.new_empty(0, SIZE) if row.draft_probs is None else row.draft_probs
-            row.draft_probs = torch.cat((earlier_MO, q_O[None]))
 
 
-def continue_rows(model: Chain, drafter: Chain, rows: list[Row], length: int) -> list[tuple[int, ...]]:
+def continue_rows(model: Chain, drafter: Chain | None, rows: list[Row], length: int) -> list[tuple[int, ...]]:
     """`length` tokens for every row, with 0, 1 or 2 drafts per step, as many as its stream and the step say."""
     said: list[list[int]] = [[] for _ in rows]
     for step in range(length):
         going = [r for r in range(len(rows)) if len(said[r]) < length]
-        now = {r: replace(rows[r], tokens=[*rows[r].tokens, *said[r]], drafts=[], draft_probs=None) for r in going}
+        now = {r: replace(rows[r], tokens=[*rows[r].tokens, *said[r]], drafts=[]) for r in going}
         for count in (1, 2):
-            if drafting := [row for row in now.values() if (row.stream + step) % 3 >= count]:
+            if drafter and (drafting := [row for row in now.values() if (row.stream + step) % 3 >= count]):
                 add_draft(drafter, drafting)
         fed = [token for row in now.values() for token in [row.tokens[-1], *row.drafts]]
         if fed:
@@ -128,6 +125,7 @@ def test_sampled_continuations_follow_plain_sampling_whatever_is_drafted() -> No
         for stream, params in enumerate(params for _ in range(copies) for params in SAMPLED)
     ]
     said = continue_rows(model, drafter, rows, 3)
+    assert said == continue_rows(model, None, rows, 3)
     for case, params in enumerate(SAMPLED):
         chances = continuations(model, rows[case], 3)
         found = Counter(said[case :: len(SAMPLED)])
@@ -245,8 +243,6 @@ def test_what_does_not_fit_together_is_refused() -> None:
     rows = [Row(SamplingParams(1.0), 0, [0], 1, drafts=[1])]
     with pytest.raises(ValueError, match=r"logits_NO has 3 positions; rows with their drafts need 2"):
         choose(torch.zeros(3, SIZE), rows)
-    with pytest.raises(ValueError, match=r"draft_probs holds 0 distributions for 1 drafts"):
-        choose(torch.zeros(2, SIZE), rows)
 
 
 def test_the_statistic_notices_a_wrong_distribution() -> None:

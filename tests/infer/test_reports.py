@@ -27,7 +27,7 @@ def finish(core: Core) -> None:
 
 @ways
 @pytest.mark.parametrize("speculative", [False, 2])
-@pytest.mark.parametrize("cache_tokens", [None, 52])
+@pytest.mark.parametrize("cache_tokens", [None, 40])
 def test_routing_is_that_of_the_whole_model(eager: bool, speculative: bool | int, cache_tokens: int | None) -> None:
     """Also after preemptions and rejected drafts, and where a stop token cuts accepted drafts off."""
     if not eager and not build.available():

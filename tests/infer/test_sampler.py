@@ -9,19 +9,15 @@ import torch
 import tyro
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from fathom.infer import sampler
 from fathom.infer.sampler import (
-    ACCEPT,
-    DRAFT,
-    TOKEN,
     SamplingParams,
     adjust,
     check_against,
     draw,
     probabilities,
-    uniforms,
+    race,
 )
 
 logits = st.lists(st.integers(-12, 12).map(lambda n: n / 2), min_size=1, max_size=9)
@@ -182,42 +178,36 @@ def test_processing_agrees_with_transformers(seed: int) -> None:
     assert torch.allclose(ours_BO, theirs_BO.softmax(-1), atol=1e-7, rtol=1e-4)
 
 
-@settings(deadline=None)
-@given(st.lists(st.integers(0, 6), min_size=1, max_size=8).filter(any))
-def test_draws_invert_the_cumulative_distribution(weights: list[int]) -> None:
-    """A fine grid of numbers hits every token exactly in proportion to its weight; 1 itself is included."""
-    cells = 8 * sum(weights)
-    grid_B = torch.arange(1, cells + 1) / cells
-    ids_B = draw(torch.tensor([weights]).float().expand(cells, -1), grid_B.double())
-    # A number on the border of two cells may fall to either side by rounding.
-    counts = ids_B.bincount(minlength=len(weights))
-    assert all(abs(count - 8 * weight) <= 1 for count, weight in zip(counts.tolist(), weights, strict=True))
-    assert all(weights[token] for token in ids_B.tolist())
-    assert ids_B.tolist() == sorted(ids_B.tolist())
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=8).filter(any), st.integers(0, 2**64 - 1))
+def test_draws_follow_the_weights(weights: list[int], seed: int) -> None:
+    """As often as each weight says, by chi-square; what has none is never drawn."""
+    draws = 4000
+    numbers_NO = torch.stack([race(seed, 3, position, len(weights)) for position in range(draws)])
+    ids_N = draw(torch.tensor(weights).float().expand(draws, -1), numbers_NO)
+    counts = ids_N.bincount(minlength=len(weights)).tolist()
+    due = [draws * weight / sum(weights) for weight in weights]
+    assert all(count == 0 for count, weight in zip(counts, weights, strict=True) if weight == 0)
+    statistic = sum((count - each) ** 2 / each for count, each in zip(counts, due, strict=True) if each)
+    # The 0.99999 quantile of chi-square with 7 degrees of freedom, 6 or fewer are below it.
+    assert statistic < 34.1
 
 
-def test_the_smallest_and_largest_numbers_draw_possible_tokens() -> None:
-    weights_BO = torch.tensor([[0.0, 0.3, 0.0, 0.1, 0.0]]).expand(2, -1)
-    assert draw(weights_BO, torch.tensor([2.0**-53, 1.0], dtype=torch.float64)).tolist() == [1, 3]
+def test_a_race_depends_on_seed_sequence_and_position_alone() -> None:
+    every = [race(seed, sequence, position, 50) for seed in (7, 8) for sequence in (0, 1) for position in (0, 1, 9)]
+    assert torch.stack(every).unique().numel() == 50 * len(every)
+    assert torch.equal(race(7, 1, 9, 50), every[5])
+    # A longer vocabulary gives the tokens that it shares the same numbers.
+    assert torch.equal(race(7, 1, 9, 80)[:50], every[5])
 
 
-def test_uniforms_depend_on_seed_sequence_position_and_purpose_alone() -> None:
-    whole_BTU = uniforms(7, [0, 1, 2], [0, 0, 0], 20)
-    assert whole_BTU.shape == (3, 20, 3)
-    part_BTU = uniforms(7, [2, 0], [5, 11], 4)
-    assert torch.equal(part_BTU[0], whole_BTU[2, 5:9]) and torch.equal(part_BTU[1], whole_BTU[0, 11:15])
-    every = torch.cat((whole_BTU.flatten(), uniforms(8, [0], [0], 20).flatten()))
-    assert every.unique().numel() == every.numel()
-    assert {DRAFT, ACCEPT, TOKEN} == {0, 1, 2}
-
-
-def test_uniforms_are_uniform_and_independent() -> None:
-    u_NU: Tensor = uniforms(2**64 - 1, range(40), [0] * 40, 500).flatten(0, 1)
-    assert u_NU.min() > 0 and u_NU.max() <= 1
-    counts_U10 = torch.stack([(u_N * 10).ceil().long().bincount(minlength=11)[1:] for u_N in u_NU.T])
+def test_races_are_exponential_and_independent() -> None:
+    numbers_NO = torch.stack([race(2**64 - 1, sequence, at, 4) for sequence in range(40) for at in range(500)])
+    shares_NO = 1 - (-numbers_NO).exp()
+    counts_O10 = torch.stack([(u_N * 10).floor().long().bincount(minlength=10) for u_N in shares_NO.T])
     # 20000 numbers, 10 cells: the 0.9999 quantile of chi-square with 9 degrees of freedom is 33.7.
-    assert (((counts_U10 - 2000) ** 2 / 2000).sum(1) < 33.7).all()
-    assert (torch.corrcoef(u_NU.T) - torch.eye(3)).abs().max() < 4 / 20000**0.5
+    assert (((counts_O10 - 2000) ** 2 / 2000).sum(1) < 33.7).all()
+    assert (torch.corrcoef(shares_NO.T) - torch.eye(4)).abs().max() < 4.5 / 20000**0.5
 
 
 @pytest.mark.parametrize(

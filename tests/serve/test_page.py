@@ -3,9 +3,6 @@
 import json
 import re
 import shutil
-import socket
-import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -15,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.serve.page_model import CONFIG, SENTENCE, save_talking_model
+from tests.serve.running import running
 
 pytest.importorskip("fastapi", reason="the server needs fastapi")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -41,34 +39,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def serve(model: Path, log: Path, *flags: str) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "fathom", "serve", str(model), "--port", str(port), *flags]
-    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
-        address = f"http://127.0.0.1:{port}"
-        try:
-            wait_for_server(address, process, log)
-            yield address
-        finally:
-            process.terminate()
-
-
-def wait_for_server(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            urllib.request.urlopen(f"{address}/health", timeout=5).close()
-            return
-        except OSError:
-            time.sleep(0.1)
-    raise RuntimeError(f"the server did not start: {log.read_text()}")
-
-
 @pytest.fixture(scope="module")
 def address(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    yield from serve(model, tmp_path_factory.mktemp("log") / "server.txt")
+    with running(model, tmp_path_factory.mktemp("log") / "server.txt") as server:
+        yield server.address
 
 
 @pytest.fixture(scope="module")
@@ -571,8 +545,8 @@ def test_markup_is_text(open_page: Callable[..., Any]) -> None:
 def test_the_key_is_asked_for(
     open_page: Callable[..., Any], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for address in serve(model, tmp_path / "server.txt", "--api-key", KEY):
-        page = open_page(address, ready=False)
+    with running(model, tmp_path / "server.txt", "--api-key", KEY) as server:
+        page = open_page(server.address, ready=False)
         page.wait_for_selector("#key[open]")
         page.fill("#key-value", "wrong")
         page.keyboard.press("Enter")

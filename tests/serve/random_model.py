@@ -1,0 +1,46 @@
+"""A small model with random weights that react to what they read, and a tokenizer whose text has several scripts."""
+
+from pathlib import Path
+
+import torch
+
+from fathom.checkpoint.huggingface import save_model
+from fathom.data.tokenizer import save_tokenizer, train_tokenizer
+from fathom.model.config import ModelConfig
+from fathom.model.transformer import Model
+
+TEXT = 'The number is {"a": 12, "name": true}, größer als 7. 数据 😀\n def f(x): return [x, "y"]\n'
+
+CONFIG = ModelConfig(
+    vocab_size=400,
+    hidden_size=64,
+    intermediate_size=96,
+    moe_intermediate_size=32,
+    num_hidden_layers=3,
+    first_k_dense_replace=1,
+    num_attention_heads=4,
+    q_lora_rank=None,
+    kv_lora_rank=32,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=8,
+    v_head_dim=16,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    n_group=1,
+    topk_group=1,
+    num_nextn_predict_layers=1,
+    max_position_embeddings=512,
+)
+
+
+@torch.no_grad()
+def save_random_model(directory: Path) -> Path:
+    """Write it; its logits spread far enough that greedy choices are clear."""
+    torch.manual_seed(5)
+    model = Model(CONFIG)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(std=0.12)
+    save_model(model, directory)
+    save_tokenizer(train_tokenizer([TEXT * 40], CONFIG.vocab_size), directory)
+    return directory
