@@ -3,26 +3,21 @@
 The tensors are ours under llama.cpp's names, except that W_kvb is cut into its key half, transposed per head, and its
 value half: llama.cpp runs the absorbed form of latent attention alone. Matrices are written in the type asked for;
 norms, routers and correction biases stay float32. What llama.cpp would compute differently is refused, not written.
-
-Shapes: E routed experts, H heads, P nope width, V value width, C latent rank, Y = P+V; in stacked matrices the last two
-letters are rows and columns.
 """
 
 import json
 import math
 import os
 import warnings
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
 
-from fathom.checkpoint.huggingface import sync
+from fathom.checkpoint.shards import check_disk, sync
+from fathom.checkpoint.weights import ModelWeights, Weights
 from fathom.config import ConfigError
 from fathom.data.tokenizer import (
     FIM_MIDDLE,
@@ -33,50 +28,20 @@ from fathom.data.tokenizer import (
     Tokenizer,
 )
 from fathom.model.config import ModelConfig, YarnScaling
-from fathom.model.layers import LATENT_NORM_EPS
 from fathom.model.rope import mscale, rope_table, softmax_scale
 from fathom.model.transformer import Model
 
 try:
     import gguf
-    from gguf import GGMLQuantizationType as Kind
+
+    from fathom.checkpoint.gguf_tensors import KINDS, DType, GGUFTensor, encoded, gguf_tensors
 except ImportError as error:
     raise ImportError("GGUF files are written with the gguf package: pip install 'fathom-lm[gguf]'") from error
 
-DType = Literal["f32", "bf16", "q8_0"]
-
-_KINDS = {"f32": Kind.F32, "bf16": Kind.BF16, "q8_0": Kind.Q8_0}
 _FILE_TYPES = {
     "f32": gguf.LlamaFileType.ALL_F32,
     "bf16": gguf.LlamaFileType.MOSTLY_BF16,
     "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
-}
-_Q8_BLOCK = 32
-
-# Our submodules of a layer and llama.cpp's names for them; W_kvb, the experts and the correction bias are cut or
-# renamed on the way.
-_LAYER_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.q_a_proj": "attn_q_a",
-    "self_attn.q_a_layernorm": "attn_q_a_norm",
-    "self_attn.q_b_proj": "attn_q_b",
-    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
-    "self_attn.kv_a_layernorm": "attn_kv_a_norm",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "mlp.gate": "ffn_gate_inp",
-    "mlp.experts.down_proj": "ffn_down_exps",
-    "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
-    "mlp.shared_experts.up_proj": "ffn_up_shexp",
-    "mlp.shared_experts.down_proj": "ffn_down_shexp",
-    "enorm": "nextn.enorm",
-    "hnorm": "nextn.hnorm",
-    "eh_proj": "nextn.eh_proj",
-    "shared_head.norm": "nextn.shared_head_norm",
 }
 
 
@@ -89,14 +54,24 @@ def save_gguf(model: Model, tokenizer: Tokenizer | None, path: str | Path, dtype
     llama.cpp drafts with one MTP module, and only when queries are compressed; modules it has no use for are left out,
     with a warning. Raises ValueError for a model or a tokenizer that it would run differently.
     """
-    target = Path(path)
-    if dtype not in _KINDS:
-        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(_KINDS)}")
+    write_gguf(ModelWeights(model), tokenizer, Path(path), dtype)
+
+
+def write_gguf(weights: Weights, tokenizer: Tokenizer | None, target: Path, dtype: DType) -> None:
+    """The same from weights wherever they are; a few rows of one tensor are in memory at a time.
+
+    Raises ValueError also where the disk is too full.
+    """
+    if dtype not in KINDS:
+        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(KINDS)}")
     if target.is_dir():
         raise ValueError(f"path is {str(target)!r}, a directory; a GGUF model is a file")
-    _check_config(model.config)
-    vocabulary = None if tokenizer is None else _vocabulary(tokenizer, model.config.vocab_size)
-    modules = _drafting_modules(model.config)
+    config = weights.config
+    _check_config(config)
+    vocabulary = None if tokenizer is None else _vocabulary(tokenizer, config.vocab_size)
+    modules = _drafting_modules(config)
+    tensors = gguf_tensors(weights, modules)
+    check_disk(target, sum(tensor.bytes(dtype) for tensor in tensors))
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
@@ -105,12 +80,12 @@ def save_gguf(model: Model, tokenizer: Tokenizer | None, path: str | Path, dtype
             writer.add_name(target.stem)
             writer.add_file_type(_FILE_TYPES[dtype])
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-            _add_config(writer, model.config, modules)
+            _add_config(writer, config, modules)
             if tokenizer is None or vocabulary is None:
                 writer.add_tokenizer_model("none")
             else:
                 _add_tokenizer(writer, tokenizer, vocabulary)
-            _write_tensors(writer, model, modules, dtype)
+            _write_tensors(writer, weights, tensors, dtype)
         sync(aside)
         os.replace(aside, target)
         sync(target.parent)
@@ -118,11 +93,29 @@ def save_gguf(model: Model, tokenizer: Tokenizer | None, path: str | Path, dtype
         aside.unlink(missing_ok=True)
 
 
+def _write_tensors(writer: gguf.GGUFWriter, weights: Weights, tensors: list[GGUFTensor], dtype: DType) -> None:
+    """Write the table of tensors, then one after the other, piece by piece, each from an aligned place on."""
+    for tensor in tensors:
+        size, kind = tensor.bytes(dtype), tensor.kind(dtype)
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    assert writer.fout is not None
+    (file,) = writer.fout
+    for tensor in tensors:
+        writer.write_padding(file, file.tell())
+        for piece in encoded(weights, tensor, dtype):
+            piece.tofile(file)
+    writer.write_padding(file, file.tell())
+
+
 # ----------------------------------------------------------------------------------- what llama.cpp can run
 
 
 def _check_config(config: ModelConfig) -> None:
     """Refuse what llama.cpp has no words for, or would compute differently."""
+    _check(not config.is_v2, "scoring_func", config.scoring_func, "'sigmoid': what llama.cpp makes of V2 is not tested")
     depth, vocabulary = config.num_hidden_layers, config.vocab_size
     # It recognises three released models without query compression by these numbers, and then ignores q_lora_rank.
     lite = depth in (26, 27) or (depth == 48 and vocabulary == 128256)
@@ -156,13 +149,13 @@ def _drafting_modules(config: ModelConfig) -> int:
         warnings.warn(
             f"num_nextn_predict_layers is {modules}, but llama.cpp drafts only with models that compress queries "
             "(q_lora_rank is null): the file holds no MTP module",
-            stacklevel=3,
+            stacklevel=4,
         )
         return 0
     if modules > 1:
         warnings.warn(
             f"num_nextn_predict_layers is {modules}, but llama.cpp drafts with one module: the file holds the first",
-            stacklevel=3,
+            stacklevel=4,
         )
     return min(modules, 1)
 
@@ -306,93 +299,3 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, vocabulary: _V
             writer.add_uint32(key, number)
     if (template := tokenizer.config.get("chat_template")) is not None:
         writer.add_chat_template(template)
-
-
-# -------------------------------------------------------------------------------------------------- tensors
-
-
-class _Entry(NamedTuple):
-    """One tensor of the file."""
-
-    name: str
-    tensor: Tensor
-    exact: bool = False
-    """Stays float32 whatever the file's type."""
-
-    def kind(self, dtype: DType) -> Kind:
-        if self.exact or self.tensor.dim() == 1:
-            return Kind.F32
-        if dtype == "q8_0" and self.tensor.shape[-1] % _Q8_BLOCK:
-            return Kind.BF16
-        return _KINDS[dtype]
-
-
-def _write_tensors(writer: gguf.GGUFWriter, model: Model, modules: int, dtype: DType) -> None:
-    """Write the table of tensors, then one after the other: no second model is ever in memory."""
-    for entry in _entries(model, modules):
-        kind, shape = entry.kind(dtype), tuple(entry.tensor.shape)
-        block, bytes_ = gguf.GGML_QUANT_SIZES[kind]
-        writer.add_tensor_info(entry.name, shape, np.dtype(np.float32), math.prod(shape) // block * bytes_, kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for entry in _entries(model, modules):
-        writer.write_tensor_data(_encode(entry.tensor.detach(), entry.kind(dtype)))
-
-
-def _encode(tensor: Tensor, kind: Kind) -> NDArray[Any]:
-    """The tensor's numbers as they lie in the file; a stack of experts one by one."""
-    if kind is Kind.Q8_0:
-        shape = gguf.quants.quant_shape_to_byte_shape(tensor.shape, kind)
-        stack = tensor if tensor.dim() == 3 else tensor[None]
-        blocks = np.empty((len(stack), *shape[-2:]), dtype=np.uint8)
-        for number, matrix in enumerate(stack):
-            blocks[number] = gguf.quants.quantize(matrix.float().cpu().numpy(), kind)
-        return blocks
-    if kind is Kind.BF16:
-        return tensor.to(torch.bfloat16).contiguous().view(torch.int16).cpu().numpy()  # NumPy has no bfloat16
-    return tensor.float().contiguous().cpu().numpy()
-
-
-def _entries(model: Model, modules: int) -> Iterator[_Entry]:
-    """Every tensor of the file, in order."""
-    yield _Entry("token_embd.weight", model.embed_tokens.weight)
-    yield _Entry("output_norm.weight", model.norm.weight)
-    if not model.config.tie_word_embeddings:  # where it is missing, llama.cpp takes the embedding
-        yield _Entry("output.weight", model.lm_head.weight)
-    for number, layer in enumerate([*model.layers, *model.mtp[:modules]]):
-        for entry in _layer_entries(layer, model.config):
-            yield entry._replace(name=f"blk.{number}.{entry.name}")
-
-
-def _layer_entries(layer: nn.Module, config: ModelConfig) -> Iterator[_Entry]:
-    for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
-        part = name.removesuffix(".weight")
-        if part == "self_attn.kv_b_proj":
-            up_HYC = tensor.unflatten(0, (config.num_attention_heads, -1))
-            key_HPC, value_HVC = up_HYC.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
-            yield _Entry("attn_k_b.weight", key_HPC.transpose(1, 2))
-            yield _Entry("attn_v_b.weight", value_HVC)
-        elif part == "mlp.experts.gate_up_proj":
-            gate, up = tensor.chunk(2, dim=1)
-            yield _Entry("ffn_gate_exps.weight", gate)
-            yield _Entry("ffn_up_exps.weight", up)
-        elif part == "mlp.gate.e_score_correction_bias":
-            yield _Entry("exp_probs_b.bias", tensor)
-        elif part in ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa") and config.rms_norm_eps != LATENT_NORM_EPS:
-            yield _Entry(f"{_LAYER_NAMES[part]}.weight", _rescaled(tensor, part, config), exact=True)
-        else:
-            yield _Entry(f"{_LAYER_NAMES[part]}.weight", tensor, exact=part == "mlp.gate")
-
-
-@torch.no_grad()
-def _rescaled(weight: Tensor, part: str, config: ModelConfig) -> Tensor:
-    """The map in front of a latent norm, so scaled that rms_norm_eps acts in the norm as the latents' own epsilon.
-
-    llama.cpp has one epsilon for all norms, and x·s / sqrt(mean((x·s)²) + ε) = x / sqrt(mean(x²) + ε/s²). The rows of
-    the shared rotary key pass no norm.
-    """
-    scaled = weight.float().clone()
-    rows = config.kv_lora_rank if part == "self_attn.kv_a_proj_with_mqa" else len(scaled)
-    scaled[:rows] *= math.sqrt(config.rms_norm_eps / LATENT_NORM_EPS)
-    return scaled

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fathom.checkpoint.huggingface import CheckpointError, load_model, save_model, sync
+from fathom.checkpoint.huggingface import load_model, save_model
+from fathom.checkpoint.shards import CheckpointError, sync
 from fathom.data.tokenizer import Tokenizer
 from fathom.model.transformer import Model
 
@@ -37,10 +38,16 @@ def checkpoints(run: Path) -> list[Path]:
 
 def step_of(checkpoint: Path) -> int:
     """How many optimizer steps a checkpoint has behind it."""
-    match = _NAME.fullmatch(checkpoint.name)
-    if match is None:
+    step = checkpoint_step(checkpoint)
+    if step is None:
         raise CheckpointError(f"{checkpoint} is not named like a checkpoint (step-000200)")
-    return int(match[1])
+    return step
+
+
+def checkpoint_step(directory: Path) -> int | None:
+    """The same; None for a directory that is not named like a checkpoint."""
+    match = _NAME.fullmatch(directory.name)
+    return None if match is None else int(match[1])
 
 
 def save_checkpoint(

@@ -19,7 +19,14 @@ from fathom.train.loop import TrainingError
 _COMMANDS = {
     "train": ("PRESET --out DIR", f"train a model, or --resume a run; presets: {', '.join(presets.ALL)}"),
     "generate": ("PATH --prompt …", "continue a text with any DeepSeek-V3 model directory"),
+    "info": ("PATH", "parameters, cache and memory of a model, without loading it"),
+    "export": ("PATH --to hf|fp8|gguf --out DIR", "write a model for other programs"),
+    "import": ("PATH --out DIR", "write any model that loads in our layout"),
+    "push": ("DIR REPO", "upload a model directory to the Hugging Face hub"),
+    "serve": ("PATH", "serve a model by the OpenAI protocol, with a page to look at it"),
+    "chat": ("PATH", "talk to a model in the terminal"),
     "demo": ("", "train a small model in six minutes and show what it learned"),
+    "study": ("[CLAIM …]", "measure the architecture's claims in miniature, against baselines of the same parts"),
 }
 """The file of that name has `run(words)`. They are imported when called: the others' libraries are not needed then."""
 

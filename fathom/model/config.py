@@ -1,8 +1,9 @@
 """The architecture as data: config.json's own names, its rules, and what a model of that shape costs.
 
-A `ModelConfig` *is* a Hugging Face `config.json` of model type `deepseek_v3`: the same keys, read and written in the
-spellings that `transformers`, vLLM, SGLang and llama.cpp expect. Keys that would change the mathematics are refused,
-never dropped. Parameter and FLOP counts follow the conventions of the DeepSeek-V3 report (arXiv 2412.19437, section 4).
+A `ModelConfig` *is* a Hugging Face `config.json` of model type `deepseek_v3` (or of its older relative `deepseek_v2`):
+the same keys, read and written in the spellings that `transformers`, vLLM, SGLang and llama.cpp expect. Keys that would
+change the mathematics are refused, never dropped. Parameter and FLOP counts follow the conventions of the DeepSeek-V3
+report (arXiv 2412.19437, section 4).
 """
 
 from __future__ import annotations
@@ -10,20 +11,36 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args, get_type_hints
 
 from fathom.config import ConfigError
 
 # Keys that only one value of which is the mathematics implemented here. Absent means that value.
 _FIXED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("deepseek_v3",),
     "hidden_act": ("silu",),
-    "scoring_func": ("sigmoid",),
-    "topk_method": ("noaux_tc",),
     "moe_layer_freq": (1,),
     "attention_bias": (False,),
     "attention_dropout": (0.0,),
     "rope_interleave": (True,),
+}
+
+# What config.json may call itself. Kimi-K2 is a DeepSeek-V3 under its own name.
+_MODEL_TYPES = ("deepseek_v3", "kimi_k2", "deepseek_v2")
+_RELATIVES = {
+    "deepseek_v32": "DeepSeek-V3.2, whose indexer chooses the tokens that attention sees",
+    "deepseek_v4": "DeepSeek-V4, with hyper-connections and compressed sparse attention",
+    "kimi_k25": "Kimi-K2.5, with a vision tower around its language model",
+    "kimi_linear": "Kimi-Linear, with linear attention in most layers",
+}
+"""Models that look like this architecture and are not."""
+# What these keys of V2 mean when they are absent or null (`transformers`' DeepseekV2Config).
+_V2_DEFAULTS = {
+    "scoring_func": "softmax",
+    "topk_method": "greedy",
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0,
+    "n_group": 1,
+    "topk_group": 1,
 }
 
 # Keys that say nothing about the forward pass: bookkeeping, file formats, serving and training hints.
@@ -80,10 +97,10 @@ class YarnScaling:
         length = self.original_max_position_embeddings
         _check(length > 0, "rope_scaling.original_max_position_embeddings", length, "a positive integer")
         _check(
-            self.beta_fast > self.beta_slow > 0,
+            self.beta_fast >= self.beta_slow > 0,  # equal in Kimi-K2
             "rope_scaling.beta_fast, beta_slow",
             (self.beta_fast, self.beta_slow),
-            "two positive numbers, beta_fast the larger",
+            "two positive numbers, beta_fast the larger (or both equal)",
         )
 
 
@@ -143,6 +160,11 @@ class ModelConfig:
     """Groups G the routed experts are cut into."""
     topk_group: int = 4
     """Groups each token may choose its experts from."""
+    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    """How the router's outputs become affinities; softmax is DeepSeek-V2's."""
+    topk_method: Literal["noaux_tc", "greedy", "group_limited_greedy"] = "noaux_tc"
+    """How experts are chosen. noaux_tc: biased scores, groups by the sum of their two best. DeepSeek-V2's, without
+    bias: greedy, the best of all; group_limited_greedy, the best of the groups whose best is best."""
     norm_topk_prob: bool = True
     """Normalise the chosen experts' weights to sum 1."""
     routed_scaling_factor: float = 2.5
@@ -215,7 +237,33 @@ class ModelConfig:
             f"at most {reachable}: topk_group ({self.topk_group}) groups of {experts // groups} experts",
         )
 
+        self._check_method()
+
+    def _check_method(self) -> None:
+        """Only combinations that were released, so that other programs compute the same."""
+        for name in ("scoring_func", "topk_method"):
+            choices = get_args(get_type_hints(ModelConfig)[name])
+            _check(getattr(self, name) in choices, name, getattr(self, name), " or ".join(map(repr, choices)))
+        if not self.is_v2:
+            _check(
+                self.topk_method == "noaux_tc", "topk_method", self.topk_method, "'noaux_tc' when scores are sigmoids"
+            )
+            return
+        method = self.topk_method
+        _check(method != "noaux_tc", "scoring_func", self.scoring_func, "'sigmoid' when topk_method is 'noaux_tc'")
+        # DeepSeek's own code then leaves the scaling factor out, and `transformers` does not normalise at all.
+        _check(not self.norm_topk_prob, "norm_topk_prob", self.norm_topk_prob, "false when scores are softmax")
+        modules = self.num_nextn_predict_layers
+        _check(modules == 0, "num_nextn_predict_layers", modules, "0 when scores are softmax, as in DeepSeek-V2")
+        grouped = method == "group_limited_greedy"
+        _check(grouped or self.n_group == 1, "n_group", self.n_group, "1 when topk_method is 'greedy'")
+
     # ------------------------------------------------------------------------------------------ derived sizes
+
+    @property
+    def is_v2(self) -> bool:
+        """Whether the router is DeepSeek-V2's: softmax scores, no correction bias."""
+        return self.scoring_func == "softmax"
 
     @property
     def qk_head_dim(self) -> int:
@@ -242,7 +290,7 @@ class ModelConfig:
         dense_layer = attention + 3 * d * self.intermediate_size
         moe_active = attention + gate + shared + self.num_experts_per_tok * expert
         moe_total = attention + gate + shared + self.n_routed_experts * expert
-        bias = self.n_routed_experts
+        bias = 0 if self.is_v2 else self.n_routed_experts
         embedding = self.vocab_size * d
         head = 0 if self.tie_word_embeddings else embedding
 
@@ -288,8 +336,7 @@ class ModelConfig:
     def from_dict(cls, raw: dict[str, Any]) -> ModelConfig:
         """Read the content of a config.json; raises ConfigError for a key whose meaning is not implemented here."""
         raw = dict(raw)
-        if raw.get("model_type") is None:
-            raise ConfigError("model_type is missing: a DeepSeek-V3 config.json says «deepseek_v3»")
+        _settle_model_type(raw)
         values: dict[str, Any] = {"rope_scaling": _read_rope(raw)}
         for key, allowed in _FIXED.items():
             if (value := raw.pop(key, None)) is not None:
@@ -314,7 +361,8 @@ class ModelConfig:
     def to_dict(self, dtype: str = "float32") -> dict[str, Any]:
         """The content of a config.json that `transformers` 4 and 5, vLLM, SGLang and llama.cpp's converter read."""
         raw: dict[str, Any] = {
-            "architectures": ["DeepseekV3ForCausalLM"],
+            "architectures": ["DeepseekV2ForCausalLM" if self.is_v2 else "DeepseekV3ForCausalLM"],
+            "model_type": "deepseek_v2" if self.is_v2 else "deepseek_v3",
             **{key: allowed[0] for key, allowed in _FIXED.items()},
             **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)},
             "num_key_value_heads": self.num_attention_heads,
@@ -358,6 +406,29 @@ def _check(right: bool, name: str, value: Any, expected: str) -> None:
         raise ConfigError(f"{name} is {value!r}; it must be {expected}")
 
 
+def _settle_model_type(raw: dict[str, Any]) -> None:
+    """Take model_type out of `raw`, check that the router fits it, and fill in what DeepSeek-V2 leaves out."""
+    kind = raw.pop("model_type", None)
+    if kind is None:
+        raise ConfigError("model_type is missing: a DeepSeek-V3 config.json says «deepseek_v3»")
+    known = " or ".join(map(repr, _MODEL_TYPES))
+    if isinstance(kind, str) and kind in _RELATIVES:
+        raise ConfigError(f"model_type is {kind!r}: this is {_RELATIVES[kind]}, which is not implemented; {known} are")
+    _check(kind in _MODEL_TYPES, "model_type", kind, f"{known}: nothing else is implemented")
+    if "index_topk" in raw:
+        raise ConfigError(f"index_topk is {raw['index_topk']!r}: this is {_RELATIVES['deepseek_v32']}; not implemented")
+    if kind == "deepseek_v2":
+        for key, value in _V2_DEFAULTS.items():
+            if raw.get(key) is None:
+                raw[key] = value
+        scores = raw["scoring_func"]
+        _check(scores == "softmax", "model_type", kind, f"'deepseek_v3' when scoring_func is {scores!r}")
+        return
+    for key, value in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")):
+        found = raw.pop(key, None)
+        _check(found in (value, None), key, found, f"{value!r} in a {kind}")
+
+
 def _unknown(key: str, value: Any, known: set[str]) -> str:
     close = difflib.get_close_matches(key, sorted(known), n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
@@ -382,6 +453,8 @@ def _convert(key: str, value: Any) -> Any:
         return float(value)
     if annotation == "bool":
         _check(isinstance(value, bool), key, value, "true or false")
+    elif str(annotation).startswith("Literal"):
+        _check(isinstance(value, str), key, value, "a string")
     else:
         _check(isinstance(value, int) and number, key, value, "an integer")
     return value

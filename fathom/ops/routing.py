@@ -9,15 +9,15 @@ from torch import Tensor
 from fathom.ops.cpu import build
 
 
-def select_experts_reference(scores_NE: Tensor, choices: int, groups: int, open_groups: int) -> Tensor:
+def select_experts_reference(scores_NE: Tensor, choices: int, groups: int, open_groups: int, best: int = 2) -> Tensor:
     """Ids (N, K) of the `choices` best scores within the `open_groups` best of `groups` groups, in any order.
 
-    A group is as good as the sum of its two best experts. Groups that are not chosen are masked with −inf, so that a
-    negative score cannot let a masked expert in.
+    A group is as good as the sum of its `best` highest scores. Groups that are not chosen are masked with −inf, so that
+    a negative score cannot let a masked expert in.
     """
     if open_groups < groups:
         grouped_NGe = scores_NE.unflatten(1, (groups, -1))
-        group_scores_NG = grouped_NGe.topk(2, dim=-1).values.sum(-1)
+        group_scores_NG = grouped_NGe.topk(best, dim=-1).values.sum(-1)
         chosen_Ng = group_scores_NG.topk(open_groups, dim=-1, sorted=False).indices
         closed_NG = torch.ones_like(group_scores_NG, dtype=torch.bool).scatter(1, chosen_Ng, False)
         scores_NE = grouped_NGe.masked_fill(closed_NG.unsqueeze(-1), float("-inf")).flatten(1)

@@ -145,6 +145,10 @@ class Run:
     """Start from this model directory or hub name (weights, tokenizer); MTP modules it lacks start fresh."""
 
     def __post_init__(self) -> None:
+        method = self.model.topk_method
+        _check(
+            method == "noaux_tc", "model.topk_method", method, "'noaux_tc': balancing moves the biases of that method"
+        )
         longest = self.model.max_position_embeddings
         length = self.train.sequence_length
         _check(length <= longest, "train.sequence_length", length, f"at most model.max_position_embeddings ({longest})")

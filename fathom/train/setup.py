@@ -87,13 +87,13 @@ def build_state(run: Run, ranks: Ranks) -> TrainState:
     """Fresh weights (or those of `run.init`), fresh optimizers."""
     torch.manual_seed(run.train.seed)
     model = (Model(run.model) if run.init is None else _initial_model(run.init, run.model)).to(ranks.device)
-    return _around(model.train(), run, ranks)
+    return state_around(model.train(), run, ranks)
 
 
 def restore_state(run: Run, checkpoint: Path, ranks: Ranks) -> TrainState:
     """The state exactly as `checkpoint` holds it."""
     model = load_model(checkpoint, device=ranks.device)
-    state = _around(model.train(), run, ranks)
+    state = state_around(model.train(), run, ranks)
     saved = load_state(checkpoint)
     for optimizer, content in zip(state.optimizers, saved["optimizers"], strict=True):
         optimizer.load_state_dict(content)
@@ -112,7 +112,8 @@ def rows_of(prepared: Prepared, run: Run, split: str) -> TokenRows:
     return TokenRows(path, prepared.token_dtype, run.train.sequence_length, modules, eos, run.train.seed)
 
 
-def _around(model: Model, run: Run, ranks: Ranks) -> TrainState:
+def state_around(model: Model, run: Run, ranks: Ranks) -> TrainState:
+    """`model`, on its device, with the objective and fresh optimizers that `run` asks for."""
     if run.train.compile == "on":
         # Layers of one kind share one compilation; the whole model would be compiled layer by layer.
         for block in (*model.layers, *model.mtp):

@@ -1,0 +1,93 @@
+"""`fathom info`: what a model is and what it needs, without loading it."""
+
+from dataclasses import dataclass
+
+import tyro
+
+from fathom.checkpoint.info import Info, model_info
+
+
+@dataclass(frozen=True)
+class InfoCommand:
+    """Show a model's architecture, parameters, cache and memory, from config.json and the files' headers alone."""
+
+    path: tyro.conf.Positional[str]
+    """A Hugging Face model directory, or a name on the hub (offline: what was downloaded before)."""
+
+
+def run(words: list[str]) -> None:
+    command = tyro.cli(InfoCommand, args=words, prog="fathom info")
+    rows = _rows(model_info(command.path))
+    width = max(len(name) for name, _ in rows)
+    print(command.path)
+    for name, value in rows:
+        print(f"  {name:{width}}  {value}")
+
+
+def _rows(info: Info) -> list[tuple[str, str]]:
+    counts = info.parameters
+    rows = [
+        *_architecture(info),
+        ("parameters", f"{_count(counts.total)} ({counts.total:,})"),
+        ("active per token", f"{_count(counts.active)} ({counts.active:,})"),
+    ]
+    cache = f"{info.cache_bytes:,} bytes per token in bf16"
+    if counts.mtp:
+        rows.append(("MTP modules", f"{_count(counts.mtp)} ({counts.mtp:,}) more"))
+        cache += f"; {info.cache_bytes_mtp:,} with the MTP modules' own"
+    rows.append(("cache", cache))
+    for precision, size in info.memory.items():
+        rows.append(
+            (
+                f"weights in {precision}",
+                "not possible: 32 does not divide every matrix's width" if size is None else _size(size),
+            )
+        )
+    rows.append(("stored", _stored(info)))
+    return rows
+
+
+def _architecture(info: Info) -> list[tuple[str, str]]:
+    config = info.config
+    query = "none" if config.q_lora_rank is None else f"rank {config.q_lora_rank}"
+    groups = f" in {config.topk_group} of {config.n_group} groups" if config.n_group > 1 else ""
+    return [
+        (
+            "layers",
+            f"{config.num_hidden_layers} ({config.first_k_dense_replace} dense, then {config.num_moe_layers} MoE), "
+            f"width {config.hidden_size}, {config.num_nextn_predict_layers} MTP modules",
+        ),
+        (
+            "attention",
+            f"{config.num_attention_heads} heads; latent {config.kv_lora_rank} + {config.qk_rope_head_dim}, query "
+            f"compression {query}",
+        ),
+        (
+            "experts",
+            f"{config.num_experts_per_tok} of {config.n_routed_experts}{groups} and {config.n_shared_experts} shared, "
+            f"width {config.moe_intermediate_size}",
+        ),
+        ("vocabulary", f"{config.vocab_size:,}; context {config.max_position_embeddings:,}"),
+    ]
+
+
+def _stored(info: Info) -> str:
+    if info.stored is None:
+        return "no weights here"
+    total = sum(info.stored.numbers.values())
+    types = ", ".join(f"{dtype} {count / total:.2%}" for dtype, count in info.stored.numbers.items())
+    return f"{_size(info.stored.bytes)} in {info.stored.files} files: {types}"
+
+
+def _count(number: int) -> str:
+    for unit, factor in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if number >= factor:
+            return f"{number / factor:.2f}{unit}"
+    return str(number)
+
+
+def _size(bytes_: int) -> str:
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+        if bytes_ >= factor:
+            return f"{bytes_ / factor:.2f} {unit}"
+    return f"{bytes_} bytes"

@@ -1,0 +1,9 @@
+"""`fathom study`: the architecture's claims, measured in miniature."""
+
+import tyro
+
+from fathom.study.claims.command import StudyCommand, run_studies
+
+
+def run(words: list[str]) -> None:
+    run_studies(tyro.cli(StudyCommand, args=words, prog="fathom study"))

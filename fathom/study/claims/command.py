@@ -1,0 +1,90 @@
+"""`fathom study`: run the studies that are asked for, then write their summaries, pictures and page."""
+
+import json
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from fathom.config import ConfigError, atomic_write
+from fathom.data.corpus import STDLIB, DataConfig
+from fathom.study.claims.document import write_document
+from fathom.study.claims.runner import Runner, default_jobs
+from fathom.study.claims.scales import ALL
+from fathom.study.claims.statistics import t_quantile
+from fathom.study.claims.studies import STUDIES
+from fathom.study.claims.summary import Summary, path_of, summarize
+from fathom.study.claims.trial import run_trial
+
+
+@dataclass(frozen=True)
+class StudyCommand:
+    """Measure the architecture's claims in miniature; an interrupted command goes on where it stopped."""
+
+    claims: tyro.conf.Positional[tuple[str, ...]] = ()
+    """attention, experts, balancing, prediction, routing, together; none: all of them."""
+    scale: str = "minutes"
+    """minutes: all claims in under twenty minutes on two cores. hours: larger models. gpu: larger still."""
+    out: Path = Path("runs/study")
+    """Where finished runs are kept, so that none is made twice."""
+    docs: Path | None = None
+    """Where claims.md, claims/ and images/ are written; none: --out."""
+    seeds: int | None = None
+    """How many seeds; none: the scale's own number."""
+    jobs: int = field(default_factory=default_jobs)
+    """Runs side by side, each of one thread on a CPU."""
+    corpus: str = STDLIB
+    """Text to train on, as --data.corpus of `fathom train`."""
+    page_only: bool = False
+    """Run nothing: write the page from the summaries that lie in --docs."""
+
+
+def run_studies(command: StudyCommand) -> None:
+    """Run, summarise, write. Raises ConfigError for names and numbers that do not exist."""
+    console = Console()
+    docs = command.docs or command.out
+    _check(command)
+    # What is missing should show now, not after the runs.
+    t_quantile(1)
+    if not command.page_only:
+        summaries = _run(command, docs, console)
+        console.print(_table(summaries))
+    console.print(f"page      {write_document(docs)}", highlight=False)
+
+
+def _run(command: StudyCommand, docs: Path, console: Console) -> list[Summary]:
+    scale, data = ALL[command.scale], DataConfig(corpus=command.corpus)
+    seeds = range(command.seeds or scale.seeds)
+    line = shlex.join(["--scale", scale.name, "--seeds", str(len(seeds)), "--corpus", data.corpus])
+    runner = Runner(command.out, command.jobs, console, run_trial)
+    studies = [study for name, study in STUDIES.items() if name in (command.claims or STUDIES)]
+    finished = runner.studies(studies, scale, data, seeds)
+    prepared = runner.prepare(scale, data)
+    summaries = [
+        summarize(study, scale, *finished[study.name], prepared, f"fathom study {study.name} {line}")
+        for study in studies
+    ]
+    (docs / "claims").mkdir(parents=True, exist_ok=True)
+    for summary in summaries:
+        atomic_write(path_of(docs, summary["name"]), json.dumps(summary, indent=1) + "\n")
+    return summaries
+
+
+def _check(command: StudyCommand) -> None:
+    for name in command.claims:
+        if name not in STUDIES:
+            raise ConfigError(f"there is no claim {name!r}; there are {', '.join(STUDIES)}")
+    if command.scale not in ALL:
+        raise ConfigError(f"--scale is {command.scale!r}; it must be one of {', '.join(ALL)}")
+    if command.seeds is not None and command.seeds < 1:
+        raise ConfigError(f"--seeds is {command.seeds}; it must be at least 1")
+
+
+def _table(summaries: list[Summary]) -> Table:
+    table = Table("claim", "verdict", title_justify="left", width=100)
+    for summary in summaries:
+        table.add_row(summary["claim"], summary["verdict"], end_section=True)
+    return table
