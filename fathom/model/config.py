@@ -23,6 +23,8 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "attention_dropout": (0.0,),
     "rope_interleave": (True,),
 }
+_FIXED_ELSEWHERE: dict[str, tuple[Any, ...]] = {"mlp_bias": (False,)}
+"""The same, of keys that only other programs write."""
 
 # What config.json may call itself. Kimi-K2 is a DeepSeek-V3 under its own name.
 _MODEL_TYPES = ("deepseek_v3", "kimi_k2", "deepseek_v2")
@@ -338,7 +340,7 @@ class ModelConfig:
         raw = dict(raw)
         _settle_model_type(raw)
         values: dict[str, Any] = {"rope_scaling": _read_rope(raw)}
-        for key, allowed in _FIXED.items():
+        for key, allowed in (_FIXED | _FIXED_ELSEWHERE).items():
             if (value := raw.pop(key, None)) is not None:
                 choices = " or ".join(map(repr, allowed))
                 _check(value in allowed, key, value, f"{choices}: nothing else is implemented")

@@ -44,10 +44,15 @@ class Gate:
             await refusal.response()(scope, receive, send_with_headers)
             return
         counted = _Counted(receive, self._largest)
-        try:
-            await self._app(scope, counted.receive, send_with_headers)
-        except ApiError as error:  # the body turned out too large while it was read
-            await error.response()(scope, receive, send_with_headers)
+
+        async def send_unless_exceeded(message: Message) -> None:
+            # FastAPI answers for whatever goes wrong while it reads a body; this is ours to say.
+            if not counted.exceeded:
+                await send_with_headers(message)
+
+        await self._app(scope, counted.receive, send_unless_exceeded)
+        if counted.exceeded:
+            await _too_large(self._largest).response()(scope, receive, send_with_headers)
 
     def _refusal(self, path: str, headers: dict[bytes, bytes]) -> ApiError | None:
         if self._hashes and not (path == "/" or path == "/health" or path.startswith("/page/")):
@@ -69,13 +74,14 @@ class _Counted:
     def __init__(self, receive: Receive, largest: int) -> None:
         self._receive = receive
         self._left = largest
-        self._largest = largest
+        self.exceeded = False
 
     async def receive(self) -> Message:
         message = await self._receive()
         self._left -= len(message.get("body", b""))
         if self._left < 0:
-            raise _too_large(self._largest)
+            self.exceeded = True
+            raise ValueError("the body is too large")
         return message
 
 

@@ -187,6 +187,6 @@ def _origin(summary: Summary) -> str:
         f"Made by `{summary['command']}` with torch {machine['torch']} and Python {machine['python']}; text sha256 "
         f"{corpus['sha256'][:12]}…, vocabulary {scale['vocabulary']}. Hidden size {scale['hidden']}, {scale['layers']} "
         f"layers, {scale['heads']} heads of {scale['head_width']}, latent {scale['latent']} + {scale['rope_width']}, "
-        f"experts of {scale['expert_width']}; {tokens:,} tokens a run in steps of {scale['batch']} x {scale['length']}; "
+        f"experts of {scale['expert_width']}; {tokens:,} tokens a run, {scale['batch']} x {scale['length']} a step; "
         f"seeds {', '.join(map(str, summary['seeds']))}."
     )

@@ -259,7 +259,7 @@ BALANCING = Study(
     equal="the model and its parameters, tokens and their order, optimizer",
     papers="Loss-Free Balancing (arXiv 2408.15664), Table 2: validation perplexity 9.50 and 7.92 with the bias at 1B "
     "and 3B parameters, 9.56 and 7.97 with an auxiliary loss of 0.001; global MaxVio 0.04 and 0.04 against 0.72 and "
-    "0.52. It finds the bias speed 0.001 best, for runs of far more steps: a bias of speed γ moves by at most γ a step. "
+    "0.52. It finds the bias speed 0.001 best, for runs of far more steps: a bias moves by at most its speed a step. "
     "The DeepSeek-V3 report (arXiv 2412.19437), Table 5, finds the bias better on most benchmarks at 15.7B and 228.7B "
     "parameters.",
     columns=("bits_per_byte", "max_vio_global", "max_vio_batch", "last_max_vio"),

@@ -82,7 +82,8 @@ def _draw_weights(model: Model, seed: int) -> None:
     """Normal(0, initializer_range) for whatever `initialize` draws (matrices, stacks, embedding), each by its name."""
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
-            generator = torch.Generator().manual_seed(seed << 32 | zlib.crc32(name.encode()))
+            # The generator looks at 32 bits of its seed alone.
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             drawn = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(drawn * model.config.initializer_range)
 

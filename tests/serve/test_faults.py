@@ -1,0 +1,237 @@
+"""What goes wrong around a server, and what may not follow from it."""
+
+import asyncio
+import json
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.serve.random_model import save_random_model
+from tests.serve.running import Running, running
+
+pytest.importorskip("fastapi", reason="the server needs fastapi")
+pytest.importorskip("llguidance", reason="the server needs llguidance")
+pytestmark = pytest.mark.slow
+
+FLAGS = ("--dtype", "float32", "--name", "small")
+LONG = {"prompt": "f", "max_tokens": 480, "temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random_model(tmp_path_factory.mktemp("random"))
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Narrow in every way: two requests run, two wait, bodies are small."""
+    log = tmp_path_factory.mktemp("log") / "server.txt"
+    narrow = ("--max-batch", "2", "--max-waiting", "2", "--largest-body", "20000")
+    with running(model, log, *FLAGS, *narrow) as server:
+        yield server
+
+
+SLOW = """
+import sys, time
+from fathom.infer.engine import Engine
+step, count = Engine.step, 0
+def slow(self):
+    global count
+    count += 1
+    if FAIL and count > 5:
+        raise RuntimeError("made to fail by a test")
+    time.sleep(0.02)
+    return step(self)
+Engine.step = slow
+from fathom.cli import main
+main()
+"""
+"""A server whose steps take their time, so that a test can act in the middle of an answer."""
+
+
+def slow_start(fail: bool = False) -> list[str]:
+    return [sys.executable, "-c", SLOW.replace("FAIL", str(fail)), "serve"]
+
+
+def now(server: Running) -> Any:
+    return httpx.get(f"{server.address}/fathom/status").json()["now"]
+
+
+def until_idle(server: Running, seconds: float = 5) -> None:
+    deadline = time.monotonic() + seconds
+    while (status := now(server))["running"] or status["waiting"] or status["pages_used"]:
+        assert time.monotonic() < deadline, status
+        time.sleep(0.02)
+
+
+async def post(client: httpx.AsyncClient, server: Running, **body: object) -> httpx.Response:
+    return await client.post(f"{server.address}/v1/completions", json=body, timeout=60)
+
+
+def test_a_full_queue_says_when_to_come_back(server: Running) -> None:
+    async def ask() -> list[httpx.Response]:
+        async with httpx.AsyncClient() as client:
+            return list(await asyncio.gather(*(post(client, server, **LONG) for _ in range(10))))
+
+    replies = asyncio.run(ask())
+    assert {reply.status_code for reply in replies} == {200, 429}
+    for reply in replies:
+        if reply.status_code == 429:
+            assert int(reply.headers["Retry-After"]) > 0
+            assert reply.json()["error"]["type"] == "rate_limit_error"
+    until_idle(server)
+
+
+def test_all_choices_wait_or_none(server: Running) -> None:
+    """Five choices do not fit into two running and two waiting: nothing of them stays behind."""
+    reply = httpx.post(f"{server.address}/v1/completions", json={**LONG, "n": 5})
+    assert reply.status_code == 429
+    until_idle(server)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_pages(model: Path, tmp_path: Path, stream: bool) -> None:
+    with running(model, tmp_path / "log.txt", *FLAGS, start=slow_start()) as server:
+        host, port = server.address.removeprefix("http://").split(":")
+        body = json.dumps({**LONG, "stream": stream}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            deadline = time.monotonic() + 5
+            while not now(server)["running"]:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        until_idle(server, 2)  # the answer itself takes ten seconds
+
+
+def test_a_reader_that_reads_nothing_stalls_nobody(server: Running) -> None:
+    host, port = server.address.removeprefix("http://").split(":")
+    facts = {"routing": True, "drafts": True}
+    body = json.dumps({**LONG, "stream": True, "logprobs": 20, "fathom": facts}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect((host, int(port)))
+        connection.sendall(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        for _ in range(3):
+            reply = httpx.post(f"{server.address}/v1/completions", json={"prompt": "g", "max_tokens": 20}, timeout=10)
+            assert reply.status_code == 200
+        until_idle(server)
+
+
+def test_bodies_have_a_limit_whatever_their_header_says(server: Running) -> None:
+    url = f"{server.address}/v1/completions"
+    large = b'{"prompt": "' + b"a" * 30000 + b'"}'
+    kind = {"Content-Type": "application/json"}
+    assert httpx.post(url, content=large, headers=kind).status_code == 413
+
+    def pieces() -> Iterator[bytes]:
+        for start in range(0, len(large), 1000):
+            yield large[start : start + 1000]
+
+    reply = httpx.post(url, content=pieces(), headers=kind)  # chunked: no length is told
+    assert reply.status_code == 413 and reply.json()["error"]["code"] == "body_too_large"
+
+
+def test_strange_hosts_and_origins_get_nothing(server: Running) -> None:
+    assert httpx.get(f"{server.address}/fathom/status", headers={"Host": "evil.example"}).status_code == 400
+    reply = httpx.get(f"{server.address}/fathom/status", headers={"Origin": "https://evil.example"})
+    assert "access-control-allow-origin" not in reply.headers
+    assert "default-src 'self'" in reply.headers["content-security-policy"]
+    for path in ("/page/../server.py", "/page/%2e%2e%2fserver.py", "/page//etc/passwd"):
+        assert httpx.get(server.address + path).status_code == 404
+
+
+def test_keys(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FATHOM_API_KEY", "second")
+    with running(model, tmp_path / "log.txt", *FLAGS, "--api-key", "first") as server:
+        url = f"{server.address}/v1/models"
+        for wrong in ({}, {"Authorization": "Bearer no"}, {"Authorization": "first"}, {"Authorization": "Basic first"}):
+            reply = httpx.get(url, headers=wrong)
+            assert reply.status_code == 401 and reply.json()["error"]["type"] == "authentication_error"
+        for key in ("first", "second"):
+            assert httpx.get(url, headers={"Authorization": f"Bearer {key}"}).status_code == 200
+        for path in ("/metrics", "/fathom/status", "/openapi.json"):
+            assert httpx.get(server.address + path).status_code == 401
+        for path in ("/", "/health", "/page/main.js"):
+            assert httpx.get(server.address + path).status_code == 200
+        assert "first" not in (tmp_path / "log.txt").read_text()
+
+
+def test_a_deadline_ends_a_request(model: Path, tmp_path: Path) -> None:
+    with running(model, tmp_path / "log.txt", *FLAGS, "--deadline", "0.5", start=slow_start()) as server:
+        reply = httpx.post(f"{server.address}/v1/completions", json=LONG, timeout=30)
+        assert reply.status_code == 408 and "0.5 s" in reply.json()["error"]["message"]
+        until_idle(server)
+        with httpx.stream("POST", f"{server.address}/v1/completions", json={**LONG, "stream": True}) as streamed:
+            lines = [line for line in streamed.iter_lines() if line]
+        assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "deadline"
+        until_idle(server)
+
+
+def test_a_signal_drains_and_the_end_is_orderly(model: Path, tmp_path: Path) -> None:
+    with running(model, tmp_path / "log.txt", *FLAGS, start=slow_start()) as server:
+        body = {**LONG, "max_tokens": 60, "stream": True}
+        with httpx.stream("POST", f"{server.address}/v1/completions", json=body, timeout=30) as streamed:
+            lines = streamed.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+        assert server.process.wait(10) == 0
+
+
+def test_an_engine_that_fails_ends_the_server_with_a_message(model: Path, tmp_path: Path) -> None:
+    with running(model, tmp_path / "log.txt", *FLAGS, start=slow_start(fail=True)) as server:
+        reply = httpx.post(f"{server.address}/v1/completions", json=LONG, timeout=30)
+        assert reply.status_code == 503 and "made to fail" not in reply.text
+        assert server.process.wait(10) == 1
+        log = server.log.read_text()
+        assert "the engine failed (RuntimeError: made to fail by a test)" in log
+
+
+def test_a_port_in_use_is_named(model: Path, server: Running, tmp_path: Path) -> None:
+    port = server.address.rpartition(":")[2]
+    with (
+        pytest.raises(RuntimeError, match=f"cannot listen on 127.0.0.1 port {port}"),
+        running(model, tmp_path / "log.txt", "--port", port),
+    ):
+        pass
+
+
+@pytest.mark.oracle
+def test_the_openapi_document_holds_under_generated_requests(server: Running) -> None:
+    """schemathesis makes requests from the document, valid ones and others; no answer may break it."""
+    schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
+    from hypothesis import HealthCheck, given, settings
+    from schemathesis.checks import not_a_server_error
+    from schemathesis.specs.openapi.checks import (
+        content_type_conformance,
+        response_schema_conformance,
+        status_code_conformance,
+    )
+
+    checks = [not_a_server_error, content_type_conformance, response_schema_conformance, status_code_conformance]
+    schema = schemathesis.openapi.from_url(f"{server.address}/openapi.json")
+    asked = 0
+    for result in schema.get_all_operations():
+        operation = result.ok()
+
+        @settings(max_examples=12, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @given(case=operation.as_strategy())
+        def ask(case: Any) -> None:
+            nonlocal asked
+            asked += 1
+            case.call_and_validate(base_url=server.address, checks=checks, timeout=60)
+
+        ask()
+    assert asked > 60
+    until_idle(server)

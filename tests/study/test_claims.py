@@ -1,0 +1,233 @@
+"""The studies: statistics with known answers, baselines against other programs, runs that repeat and are kept."""
+
+import io
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from fathom.config import ConfigError
+from fathom.data.corpus import DataConfig
+from fathom.model.config import ModelConfig
+from fathom.model.moe import MoE
+from fathom.ops.rope import Rope
+from fathom.study.claims.attention import GroupedQueryAttention
+from fathom.study.claims.command import StudyCommand, run_studies
+from fathom.study.claims.document import write_document
+from fathom.study.claims.experts import without_best_experts
+from fathom.study.claims.runner import Runner, Task
+from fathom.study.claims.scales import MINUTES, base
+from fathom.study.claims.statistics import Interval, interval, judge, paired_difference, together
+from fathom.study.claims.studies import STUDIES
+from fathom.study.claims.trial import run_trial
+from fathom.study.claims.variants import Variant, build_model, costs, fitted
+from tests.model.configs import lively_model, tiny
+
+CORPUS = Path(__file__).parent.parent.parent / "fathom" / "study"
+
+
+def test_an_interval_with_a_known_answer() -> None:
+    """Student's own table: 2.776 for 4 degrees of freedom."""
+    found = interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    half = 2.776 * math.sqrt(2.5 / 5)
+    assert (
+        found.mean == 3
+        and found.low == pytest.approx(3 - half, abs=1e-3)
+        and found.high == pytest.approx(3 + half, abs=1e-3)
+    )
+    assert interval([2.0]) == Interval(2.0, -math.inf, math.inf)
+    with pytest.raises(ValueError, match="at least one"):
+        interval([math.nan])
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
+    rng = random.Random(0)
+    covered = 0
+    for _ in range(2000):
+        found = interval([rng.gauss(0.3, 2.0) for _ in range(4)])
+        covered += found.low <= 0.3 <= found.high
+    assert 0.93 < covered / 2000 < 0.97
+
+
+def test_pairing_removes_what_the_seeds_share() -> None:
+    rng = random.Random(1)
+    noise = {seed: rng.gauss(0, 1) for seed in range(5)}
+    baseline = {seed: 2 + noise[seed] for seed in noise}
+    variant = {seed: 1.9 + noise[seed] + rng.gauss(0, 0.01) for seed in noise}
+    found = paired_difference(variant, baseline)
+    assert found.low < -0.1 < found.high and judge(found, "lower") == "holds"
+    assert judge(found, "higher") == "does not hold at this scale"
+    with pytest.raises(ValueError, match="seeds are"):
+        paired_difference(variant, {0: 1.0})
+
+
+@given(st.floats(-1, 1), st.floats(0, 1), st.floats(0, 0.5))
+def test_the_rule(mean: float, half: float, margin: float) -> None:
+    found = Interval(mean, mean - half, mean + half)
+    mirrored = Interval(-mean, -found.high, -found.low)
+    assert judge(found, "higher") == judge(mirrored, "lower")
+    close = judge(found, "close", margin)
+    assert (close == "holds") == (found.high < margin)
+    assert (close == "does not hold at this scale") == (found.low > margin)
+    assert together(["holds", close]) == close
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_grouped_query_attention_is_llamas(kv_heads: int) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
+
+    torch.manual_seed(kv_heads)
+    config = tiny(num_attention_heads=4, v_head_dim=8, qk_rope_head_dim=8)
+    ours = GroupedQueryAttention(config, kv_heads)
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    theirs_config = LlamaConfig(
+        hidden_size=config.hidden_size,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        head_dim=8,
+        attn_implementation="eager",
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+    )
+    theirs = LlamaAttention(theirs_config, 0)
+    # Their halves turn against each other, our neighbours do: rows of q and k change places.
+    order = torch.arange(8).reshape(4, 2).T.flatten()
+    state = {}
+    for name, weight in ours.state_dict().items():
+        heads = {"q_proj.weight": 4, "k_proj.weight": kv_heads}.get(name)
+        state[name] = weight if heads is None else weight.unflatten(0, (heads, 8))[:, order].flatten(0, 1)
+    theirs.load_state_dict(state)
+    x_BSD = torch.randn(2, 9, config.hidden_size)
+    positions = torch.arange(9)[None].expand(2, -1)
+    cosine, sine = LlamaRotaryEmbedding(theirs_config)(x_BSD, positions)
+    mask = torch.full((9, 9), -torch.inf).triu(1)[None, None]
+    with torch.no_grad():
+        expected, _ = theirs(x_BSD, (cosine, sine), mask)
+        found = ours(x_BSD, Rope(cosine[0, :, :4], sine[0, :, :4]))
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_kv_heads_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(ConfigError, match="kv_heads is 3"):
+        GroupedQueryAttention(tiny(num_attention_heads=4, v_head_dim=8, qk_rope_head_dim=8), 3)
+
+
+def test_a_denied_token_takes_its_next_best_experts() -> None:
+    model = lively_model(tiny(), seed=3)
+    gate = next(module for module in model.modules() if isinstance(module, MoE)).gate
+    ids = torch.randint(0, model.config.vocab_size, (2, 6))
+    with torch.no_grad():
+        before = model(ids).logits_BSO
+        scores_NE = torch.rand(20, model.config.n_routed_experts)
+        best_NK = scores_NE.argsort(descending=True)[:, : model.config.num_experts_per_tok]
+        with without_best_experts(model, 1):
+            denied = next(module for module in model.modules() if isinstance(module, MoE)).gate
+            denied.e_score_correction_bias.zero_()
+            chosen_NK = denied.select(scores_NE)
+            assert not torch.equal(model(ids).logits_BSO, before)
+        assert not (chosen_NK == best_NK[:, :1]).any()
+        assert torch.equal(model(ids).logits_BSO, before)
+    assert next(module for module in model.modules() if isinstance(module, MoE)).gate is gate
+
+
+def variants() -> list[Variant]:
+    plain = base(MINUTES, DataConfig(corpus=str(CORPUS)))
+    dense = replace(plain.run.model, first_k_dense_replace=plain.run.model.num_hidden_layers)
+    wide = replace(dense, qk_rope_head_dim=dense.v_head_dim)
+    return [
+        plain,
+        replace(plain, shared_experts=False),
+        replace(plain, run=replace(plain.run, model=dense)),
+        replace(plain, run=replace(plain.run, model=wide), kv_heads=2),
+    ]
+
+
+def test_costs_are_those_of_the_model() -> None:
+    for variant in variants():
+        model = build_model(variant)
+        counted = costs(variant)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        biases = sum(buffer.numel() for name, buffer in model.named_buffers() if "correction_bias" in name)
+        assert counted.parameters == parameters + biases
+    fit = fitted(variants()[3], lambda found: found.parameters, costs(variants()[2]).parameters)
+    assert costs(fit).parameters == pytest.approx(costs(variants()[2]).parameters, rel=0.02)
+
+
+def test_variants_of_a_seed_share_their_weights() -> None:
+    first, second = (dict(build_model(variant.with_seed(5)).named_parameters()) for variant in variants()[:2])
+    shared = [name for name in first if name in second and first[name].shape == second[name].shape]
+    assert len(shared) > 10 and all(torch.equal(first[name], second[name]) for name in shared)
+    other = dict(build_model(variants()[0].with_seed(6)).named_parameters())
+    assert not torch.equal(first["embed_tokens.weight"], other["embed_tokens.weight"])
+
+
+def small(variant: Variant) -> Variant:
+    run = variant.run
+    model: ModelConfig = replace(run.model, hidden_size=32, num_hidden_layers=2, kv_lora_rank=16)
+    train = replace(run.train, steps=4, batch_size=2, micro_batch_size=2, sequence_length=32, eval_sequences=4)
+    return replace(variant, run=replace(run, model=model, train=train))
+
+
+@pytest.mark.slow
+def test_runs_repeat_and_are_not_made_twice(tmp_path: Path) -> None:
+    data = DataConfig(corpus=str(CORPUS))
+    calls: list[Variant] = []
+
+    def counted(variant: Variant, directory: Path) -> dict[str, Any]:
+        calls.append(variant)
+        return run_trial(variant, directory)
+
+    console = Console(file=io.StringIO())
+    scale = replace(MINUTES, vocabulary=320)
+    runner = Runner(tmp_path, 1, console, counted)
+    prepared = runner.prepare(scale, data)
+    tasks = [Task("a", small(variant).with_seed(seed)) for variant in variants()[:2] for seed in (0, 1)]
+    tasks = [replace(task, variant=_vocabulary(task.variant, 320)) for task in tasks]
+    first = runner.records(tasks, prepared)
+    assert len(calls) == 4 and len({record["results"]["bits_per_byte"] for record in first}) == 4
+    assert Runner(tmp_path, 1, console, counted).records(tasks, prepared) == first and len(calls) == 4
+    again = Runner(tmp_path / "again", 1, console, counted)
+    repeated = again.records(tasks, again.prepare(scale, data))
+    assert [record["results"] for record in repeated] == [record["results"] for record in first]
+
+
+def _vocabulary(variant: Variant, size: int) -> Variant:
+    return replace(variant, run=replace(variant.run, model=replace(variant.run.model, vocab_size=size)))
+
+
+def test_every_study_names_what_it_compares() -> None:
+    assert len(STUDIES) == 6
+    for study in STUDIES.values():
+        assert any(comparison.decides for comparison in study.comparisons), study.name
+
+
+def test_the_committed_page_is_the_one_the_figures_make(tmp_path: Path) -> None:
+    """docs/claims.md was not edited by hand, and its verdicts follow from the values that lie beside it."""
+    pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
+    docs = Path(__file__).parent.parent.parent / "docs"
+    (tmp_path / "claims").mkdir()
+    for file in (docs / "claims").glob("*.json"):
+        (tmp_path / "claims" / file.name).write_text(file.read_text())
+    assert write_document(tmp_path).read_text() == (docs / "claims.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (StudyCommand(claims=("magic",)), "no claim 'magic'"),
+        (StudyCommand(scale="eons"), "--scale is 'eons'"),
+        (StudyCommand(seeds=0), "--seeds is 0"),
+    ],
+)
+def test_wrong_names_are_named(command: StudyCommand, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        run_studies(command)
