@@ -8,7 +8,7 @@ PY := .venv/bin/python
 LINT_SOURCES := fathom tests $(wildcard benchmarks examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo test check lint clean
+.PHONY: help setup setup-test demo test check lint soak clean
 
 help: ## List the targets and options
 	@echo "Targets:"
@@ -33,6 +33,9 @@ test: setup-test lint ## Run every check: format, lint, types, layers, all tests
 
 check: setup-test lint ## Run the checks that take under a minute: a contributor's loop
 	@$(PY) -m pytest -x -n 2 -m "not slow and not oracle and not distributed"
+
+soak: setup-test ## Ten minutes of a badly behaved crowd against the server
+	@SOAK_SECONDS=600 $(PY) -m pytest -s tests/serve/test_soak.py
 
 lint: setup-test
 	@$(PY) -m ruff format --check $(LINT_SOURCES)
