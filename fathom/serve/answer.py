@@ -34,6 +34,9 @@ class Choice:
         """stop or length once it is over; cancelled or error where it failed."""
         self.sent = 0
         """How many tokens have gone out."""
+        self.made = 0
+        """How many tokens the answer took, those included that end it without being shown; not what a step brought
+        beyond a stop string."""
         self._tokenizer = tokenizer
         self._stops = stops
         self._text = TextStream(tokenizer)
@@ -47,6 +50,7 @@ class Choice:
             return []
         ids = self.generation.token_ids[self._seen : tokens]
         ended = self.generation.finish_reason if finished else None
+        self.made = self._seen + len(ids)
         if ended == "stop":
             ids = ids[:-1]  # the token that says so is no part of the answer
         for token in ids:
@@ -55,9 +59,12 @@ class Choice:
         if ended is not None and (rest := self._text.rest()):
             self._held[-1].text += rest
         text = "".join(piece.text for piece in self._held)
-        cut = min((place for stop in self._stops if (place := text.find(stop)) >= 0), default=None)
-        if cut is not None:
+        # The one that was complete first, so that it does not matter how many tokens came at once.
+        found = [(place + len(stop), place) for stop in self._stops if (place := text.find(stop)) >= 0]
+        if found:
+            end, cut = min(found)
             self.finish_reason = "stop"
+            self.made = self._held[self._piece_at(end)].index + 1
             return self._release(cut, whole=False)
         self.finish_reason = ended
         waiting = 0 if ended is not None else self._undecided(text)
@@ -103,6 +110,15 @@ class Choice:
             out.append(self._held.pop(0))
         self.sent += len(out)
         return out
+
+    def _piece_at(self, length: int) -> int:
+        """Which of the held pieces completes the first `length` characters."""
+        read = 0
+        for place, piece in enumerate(self._held):
+            read += len(piece.text)
+            if read >= length:
+                return place
+        raise AssertionError(f"{length} characters of {read}")
 
     def _undecided(self, text: str) -> int:
         """The length of the text's longest end that a stop string begins with."""

@@ -135,7 +135,7 @@ class Service:
             self._whole_choice(plan, number, choice, pieces[number], routing[number])
             for number, choice in enumerate(choices)
         ]
-        answer["usage"] = self._usage(plan, job)
+        answer["usage"] = self._usage(plan, job, choices)
         return answer | self._timing(plan, job)
 
     async def chunks(self, plan: Plan, job: Job) -> AsyncIterator[dict[str, Any]]:
@@ -169,7 +169,7 @@ class Service:
             yield self._chunk(plan, number, text, choice.finish_reason, extra)
         last = self._timing(plan, job)
         if plan.body.stream_options is not None and plan.body.stream_options.include_usage:
-            last["usage"] = self._usage(plan, job)
+            last["usage"] = self._usage(plan, job, choices)
         if last:
             yield self._frame(plan, ".chunk" if plan.chat else "") | {"choices": []} | last
 
@@ -320,10 +320,10 @@ class Service:
             choice["text"] = said
         return self._frame(plan, ".chunk") | {"choices": [choice | (extra or {})]}
 
-    def _usage(self, plan: Plan, job: Job) -> dict[str, Any]:
+    def _usage(self, plan: Plan, job: Job, choices: Sequence[Choice]) -> dict[str, Any]:
         prompts = job.handles[:: plan.body.n]
         read = sum(len(handle.prompt_ids) for handle in prompts)
-        made = 0 if plan.silent else sum(len(handle.token_ids) for handle in job.handles)
+        made = 0 if plan.silent else sum(choice.made for choice in choices)
         return {
             "prompt_tokens": read,
             "completion_tokens": made,

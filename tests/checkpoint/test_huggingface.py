@@ -72,7 +72,7 @@ def edit_json(file: Path, **changes: Any) -> None:
 # ---------------------------------------------------------------------------------------------- round trips
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(model_configs(), st.sampled_from([1, 2000, 10**9]), st.booleans(), st.integers(0, 2**32 - 1))
 def test_what_is_saved_is_loaded_bit_by_bit(
     tmp_path_factory: pytest.TempPathFactory,
