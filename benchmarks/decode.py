@@ -1,256 +1,411 @@
 """Decoding against the programs one would use instead, on the same weights and tokens.
 
-    python benchmarks/decode.py                     # bench-small and bench-medium (4 GB of disk, 14 GB of memory)
-    python benchmarks/decode.py --quick             # bench-small alone
-    python benchmarks/decode.py --json FILE         # rows {name, ours, peer, ratio, floor, goal} as well
+    python benchmarks/decode.py                     # everything: 10 GB of disk, 16 GB of memory
+    python benchmarks/decode.py --quick             # bench-small and the demo's model
+    python benchmarks/decode.py --json FILE         # rows {name, ours, peer, ratio, floor, goal}, too
 
 One process holds all programs, with the same allocator setting, and lets them take their steps in turn, so that a
-drifting machine meets all alike; figures are medians. llama.cpp is measured where llama-cpp-python is installed, one
-sequence at a time. Weights are random: nothing is drafted here.
+drifting machine meets all alike; figures are medians. Memory's bandwidth is measured in the same turns. llama.cpp is
+measured where llama-cpp-python is installed. Presets have random weights; what depends on trained ones (drafts that are
+accepted, bits per byte) is measured on the model that `make demo` leaves in runs/demo, or whatever --demo names.
 """
 
 import argparse
 import json
+import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 import transformers
+from decoders import Asked, Fathom, LlamaCpp, Steps, Transformers, llama_cpp, random_prompts
 from rich.console import Console
 from rich.table import Table
+from side import cpu_model
 
 from fathom import presets
+from fathom.checkpoint.gguf import save_gguf
 from fathom.checkpoint.huggingface import load_model, save_model
+from fathom.config import atomic_write, from_json
+from fathom.data.pack import open_prepared
+from fathom.eval.bits import evaluate
 from fathom.infer.core import Core
+from fathom.infer.quantize import quantized
 from fathom.infer.sampler import SamplingParams
 from fathom.model.config import ModelConfig
 from fathom.model.transformer import Model
-from fathom.train.hardware import keep_freed_memory
+from fathom.train.hardware import keep_freed_memory, matmul_flops
+from fathom.train.run import Run
+from fathom.train.setup import rows_of
 
-try:
-    import llama_cpp
+PROMPT, LONG, LONGEST = 512, 2048, 16384
+STEPS, ROUNDS = 8, 5
+"""Steps per turn, and turns per program; the first turn is not counted."""
 
-    from fathom.checkpoint.gguf import save_gguf
-except ImportError:
-    llama_cpp = None
-
-PROMPT, LONG = 512, 2048
-STEPS, ROUNDS = 8, 4
-"""Steps per turn, and turns per program."""
-
-Steps = Iterator[float]
-"""Seconds of one step after another."""
+DRAFTED = 128
+"""Tokens that every sequence goes on by where drafting is measured."""
 
 
-class Goal(NamedTuple):
-    """What a row should reach."""
+class Row(NamedTuple):
+    """One comparison. Where the goal lies below the floor, less is better."""
 
-    floor: float
-    goal: float
-
-
-GOALS = {
-    ("bench-medium", "transformers", 1): Goal(3.3, 5),
-    ("bench-medium", "transformers", 8): Goal(3.5, 5.5),
-    ("bench-medium", "llama.cpp bf16", 1): Goal(1.0, 1.5),
-    ("bench-medium", "the bound", 1): Goal(0.55, 0.8),
-    ("bench-medium", "the bound", 8): Goal(0.46, 0.7),
-    ("bench-small", "transformers", 1): Goal(5, 10),
-    ("bench-small", "transformers", 8): Goal(5, 12),
-    ("bench-medium", "prefill, transformers", 1): Goal(1.3, 2.5),
-    ("bench-medium", "prefill, llama.cpp bf16", 1): Goal(2, 4),
-}
+    name: str
+    ours: float
+    peer: float
+    ratio: float
+    floor: float | None = None
+    goal: float | None = None
 
 
-def prompts(config: ModelConfig, count: int, length: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(0)
-    ids: list[list[int]] = torch.randint(2, config.vocab_size, (count, length), generator=generator).tolist()
-    return ids
-
-
-# ---------------------------------------------------------------------------------------------- the three programs
-
-
-def our_steps(model: Model, batch: int) -> Steps:
-    core = Core(model, speculative=False, max_batch=batch)
-    params = SamplingParams(max_tokens=1000, ignore_eos=True)
-    handles = [core.submit(prompt, params) for prompt in prompts(model.config, batch, PROMPT)]
-    while not all(handle.token_ids for handle in handles):
-        core.step()
-    while True:
-        began = time.perf_counter()
-        core.step()
-        yield time.perf_counter() - began
-
-
-def our_prefill(model: Model) -> float:
-    core = Core(model, speculative=False, max_batch=1)
-    handle = core.submit(prompts(model.config, 1, LONG)[0], SamplingParams(max_tokens=2, ignore_eos=True))
-    began = time.perf_counter()
-    while not handle.token_ids:
-        core.step()
-    return time.perf_counter() - began
-
-
-@torch.no_grad()
-def their_steps(model: Any, config: ModelConfig, batch: int) -> Steps:
-    ids_BS = torch.tensor(prompts(config, batch, PROMPT))
-    output = model(ids_BS, use_cache=True, logits_to_keep=1)
-    while True:
-        began = time.perf_counter()
-        next_B1 = output.logits[:, -1:].argmax(-1)
-        output = model(next_B1, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
-        yield time.perf_counter() - began
-
-
-@torch.no_grad()
-def their_prefill(model: Any, config: ModelConfig) -> float:
-    ids_BS = torch.tensor(prompts(config, 1, LONG))
-    began = time.perf_counter()
-    model(ids_BS, use_cache=True, logits_to_keep=1).logits.argmax(-1).item()
-    return time.perf_counter() - began
-
-
-def llama_steps(program: Any, config: ModelConfig) -> Steps:
-    program.reset()
-    program.eval(prompts(config, 1, PROMPT)[0])
-    token = 5
-    while True:
-        began = time.perf_counter()
-        program.eval([token])
-        token = int(program.scores[0].argmax())
-        yield time.perf_counter() - began
-
-
-def llama_prefill(program: Any, config: ModelConfig) -> float:
-    program.reset()
-    began = time.perf_counter()
-    program.eval(prompts(config, 1, LONG)[0])
-    return time.perf_counter() - began
+def against(name: str, ours: float, peer: float, floor: float | None = None, goal: float | None = None) -> Row:
+    return Row(name, ours, peer, ours / peer, floor, goal)
 
 
 # ------------------------------------------------------------------------------------------------------ measuring
 
 
 def in_turn(sides: dict[str, Steps]) -> dict[str, float]:
-    """Median seconds of each side's steps, the first turn not counted."""
+    """Median seconds of each side's steps."""
     found: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(ROUNDS + 1):
+    for turn in range(ROUNDS):
         for name, steps in sides.items():
             seconds = [next(steps) for _ in range(STEPS)]
             # The first step of a turn finds the caches full of another program's weights and its threads asleep.
             found[name] += seconds[1:] if turn else []
+    for steps in sides.values():
+        steps.close()  # type: ignore[attr-defined]
     return {name: median(seconds) for name, seconds in found.items()}
 
 
-def once_each(sides: dict[str, Callable[[], float]]) -> dict[str, float]:
+def whole(sides: dict[str, Callable[[], float]], rounds: int = 3) -> dict[str, float]:
+    """Median seconds of each side's whole runs, the first not counted where there are several."""
     found: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(3):
+    for turn in range(rounds):
         for name, side in sides.items():
             seconds = side()
-            found[name] += [seconds] if turn else []
+            found[name] += [seconds] if turn or rounds == 1 else []
     return {name: median(seconds) for name, seconds in found.items()}
 
 
-def bandwidth() -> float:
-    """Bytes per second at which a gigabyte is read (a sum by all threads), the best of several."""
+def reading() -> Steps:
+    """Seconds in which all threads together read a gibibyte (a sum)."""
     numbers = torch.ones(1 << 28)
-    best = float("inf")
-    for _ in range(8):
+    while True:
         began = time.perf_counter()
         numbers.sum()
-        best = min(best, time.perf_counter() - began)
-    return 4 * len(numbers) / best
+        yield time.perf_counter() - began
 
 
-def bound(config: ModelConfig, batch: int, speed: float) -> float:
-    """Least seconds of a step: the weights it needs in bfloat16 and the cache, each read once."""
-    counts = config.parameter_counts()
+def needed_bytes(config: ModelConfig, batch: int) -> float:
+    """What a step must read: the weights that are expected to be taken, in bfloat16, and the cache, each once."""
     expert = 3 * config.hidden_size * config.moe_intermediate_size
-    layers = config.num_hidden_layers - config.first_k_dense_replace
+    layers = config.num_moe_layers
     share = 1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** batch
     routed = layers * expert * config.n_routed_experts * share
-    others = counts.active_matrices - layers * expert * config.num_experts_per_tok
+    others = config.parameter_counts().active_matrices - layers * expert * config.num_experts_per_tok
     cache = batch * PROMPT * config.num_hidden_layers * config.cache_width
-    return 2 * (routed + others + cache) / speed
+    return 2 * (routed + others + cache)
 
 
-def measure(name: str, folder: Path) -> list[dict[str, Any]]:
-    config = presets.ALL[name]().model
+# -------------------------------------------------------------------------------------------------- random weights
+
+
+def random_model(config: ModelConfig) -> Model:
+    """In bfloat16."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    save_model(Model(config), folder / name)
-    torch.set_default_dtype(torch.float32)
-    model = load_model(folder / name, torch.bfloat16)
-    peer = transformers.AutoModelForCausalLM.from_pretrained(
-        folder / name, dtype=torch.bfloat16, experts_implementation="grouped_mm"
-    ).eval()
-    program: Any = None
-    if llama_cpp is not None:
-        save_gguf(model, None, folder / f"{name}.gguf", "bf16")
-        program = llama_cpp.Llama(
-            str(folder / f"{name}.gguf"), n_ctx=4096, n_batch=LONG, n_threads=torch.get_num_threads(), verbose=False
-        )
-    rows = []
-    for batch in (1, 8):
-        sides = {"fathom": our_steps(model, batch), "transformers": their_steps(peer, config, batch)}
-        if program is not None and batch == 1:
-            sides["llama.cpp bf16"] = llama_steps(program, config)
-        seconds = in_turn(sides)
-        seconds["the bound"] = bound(config, batch, bandwidth())
-        ours = batch / seconds.pop("fathom")
-        rows += [row(name, f"decode, batch {batch}", key, batch, ours, batch / s) for key, s in seconds.items()]
-    prefills = {"fathom": lambda: our_prefill(model), "transformers": lambda: their_prefill(peer, config)}
-    if program is not None:
-        prefills["llama.cpp bf16"] = lambda: llama_prefill(program, config)
-    seconds = once_each(prefills)
+    try:
+        return Model(config).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+class Programs(NamedTuple):
+    """Every program with one preset's weights."""
+
+    config: ModelConfig
+    model: Model
+    fathom: Fathom
+    transformers: Transformers
+    llama: LlamaCpp | None
+
+    @classmethod
+    def around(cls, name: str, folder: Path) -> "Programs":
+        config = presets.ALL[name]().model
+        save_model(random_model(config), folder / name)
+        model = load_model(folder / name, torch.bfloat16)
+        return cls(config, model, Fathom(model), Transformers(folder / name), llama(model, folder, "bf16"))
+
+
+def llama(model: Model, folder: Path, kind: Any) -> LlamaCpp | None:
+    """llama.cpp with the model's weights, where it is installed."""
+    if llama_cpp is None:
+        return None
+    save_gguf(model, None, folder / f"{kind}.gguf", kind)
+    return LlamaCpp(folder / f"{kind}.gguf", f"llama.cpp {kind}")
+
+
+def decoding(name: str, programs: Programs, batch: int, wanted: dict[str, tuple[float, float]]) -> Iterator[Row]:
+    """Steps of `batch` sequences against the peers and the bound; `wanted` has floor and goal by peer."""
+    prompts = random_prompts(programs.config.vocab_size, [PROMPT] * batch)
+    peers = [side for side in (programs.transformers, programs.llama) if side is not None]
+    sides = {side.name: side.steps(prompts) for side in (programs.fathom, *peers)} | {"the bound": reading()}
+    seconds = in_turn(sides)
+    seconds["the bound"] *= needed_bytes(programs.config, batch) / 2**30
+    ours = batch / seconds.pop("fathom")
+    for peer, took in seconds.items():
+        row = f"{name}, decode, batch {batch}, against {peer}"
+        yield against(row, ours, batch / took, *wanted.get(peer, (None, None)))
+
+
+def reading_prompts(name: str, programs: Programs, wanted: dict[str, tuple[float, float]]) -> Iterator[Row]:
+    [prompt] = random_prompts(programs.config.vocab_size, [LONG])
+    peers = [side for side in (programs.transformers, programs.llama) if side is not None]
+    seconds = whole({side.name: lambda side=side: side.prefill(prompt) for side in (programs.fathom, *peers)})
     ours = LONG / seconds.pop("fathom")
-    rows += [row(name, f"prefill {LONG}", f"prefill, {key}", 1, ours, LONG / s) for key, s in seconds.items()]
-    return rows
+    for peer, took in seconds.items():
+        yield against(f"{name}, prefill {LONG}, against {peer}", ours, LONG / took, *wanted.get(peer, (None, None)))
 
 
-def row(model: str, what: str, peer: str, batch: int, ours: float, theirs: float) -> dict[str, Any]:
-    wanted = GOALS.get((model, peer, batch))
-    return {
-        "name": f"{model}, {what}, against {peer.removeprefix('prefill, ')}",
-        "ours": ours,
-        "peer": theirs,
-        "ratio": ours / theirs,
-        "floor": wanted.floor if wanted else None,
-        "goal": wanted.goal if wanted else None,
+def eight_bits(programs: Programs, folder: Path) -> Iterator[Row]:
+    peer = llama(programs.model, folder, "q8_0")
+    if peer is None:
+        return
+    prompts = random_prompts(programs.config.vocab_size, [PROMPT])
+    packed = Fathom(quantized(programs.model, "int8"))
+    seconds = in_turn({"ours": packed.steps(prompts), "peer": peer.steps(prompts)})
+    yield against(
+        "bench-medium, int8, batch 1, against llama.cpp q8_0", 1 / seconds["ours"], 1 / seconds["peer"], 1, 1.8
+    )
+
+
+def crowd(programs: Programs) -> Iterator[Row]:
+    """32 requests of 32 to 256 tokens that want 16 to 64 more, all at once."""
+    lengths = torch.randint(32, 257, (32,), generator=torch.Generator().manual_seed(1)).tolist()
+    wanted = torch.randint(16, 65, (32,), generator=torch.Generator().manual_seed(2)).tolist()
+    prompts = random_prompts(programs.config.vocab_size, lengths)
+    requests = [Asked(prompt, tokens) for prompt, tokens in zip(prompts, wanted, strict=True)]
+    tokens = sum(wanted)
+    sides: dict[str, Callable[[], float]] = {"fathom": lambda: programs.fathom.serve(requests)}
+    if programs.llama is not None:
+        several = programs.llama
+        sides["llama.cpp bf16"] = lambda: several.serve(requests)
+    seconds = whole(sides)
+    statics = whole({str(size): lambda size=size: programs.transformers.serve(requests, size) for size in (16, 32)}, 1)
+    best = min(statics, key=lambda size: statics[size])
+    ours = tokens / seconds.pop("fathom")
+    name = "bench-medium, 32 requests, against"
+    yield against(f"{name} transformers in batches of {best}", ours, tokens / statics[best], 5, 10)
+    for peer, took in seconds.items():
+        yield against(f"{name} {peer}", ours, tokens / took, 1.2, 2)
+
+
+def longer_contexts(programs: Programs) -> Iterator[Row]:
+    """Milliseconds that {LONGEST} tokens of context add, over the least that reading or multiplying them takes."""
+    config = programs.config
+    sides = {
+        str(length): programs.fathom.steps(random_prompts(config.vocab_size, [length])) for length in (PROMPT, LONGEST)
     }
+    seconds = in_turn(sides | {"read": reading()})
+    added = LONGEST - PROMPT
+    numbers = added * config.num_hidden_layers * config.cache_width
+    per_query = 2 * config.num_attention_heads * (config.cache_width + config.kv_lora_rank)
+    flops = added * config.num_hidden_layers * per_query
+    read = 2 * numbers / 2**30 * seconds["read"]
+    computed = flops / matmul_flops(torch.bfloat16, torch.device("cpu"))
+    took = seconds[str(LONGEST)] - seconds[str(PROMPT)]
+    name = f"bench-medium, ms that context {PROMPT} to {LONGEST} adds, over its bound"
+    yield against(name, took * 1e3, max(read, computed) * 1e3, 2, 1.4)
+
+
+def more_experts() -> Iterator[Row]:
+    """A step's milliseconds with 256 experts and with 32, of which a token takes four; tokens are drawn, not greedy."""
+    config = replace(
+        presets.bench_medium().model, num_hidden_layers=5, num_experts_per_tok=4, num_nextn_predict_layers=0
+    )
+    sides = {}
+    for experts in (32, 256):
+        model = random_model(replace(config, n_routed_experts=experts))
+        sides[str(experts)] = Fathom(model, temperature=1.0).steps(random_prompts(config.vocab_size, [PROMPT]))
+    seconds = in_turn(sides)
+    yield against("ms per step, 256 experts over 32", seconds["256"] * 1e3, seconds["32"] * 1e3, 1.10, 1.03)
+
+
+# -------------------------------------------------------------------------------------------------------- drafting
+
+
+class Drafting:
+    """One engine that goes on with prompt after prompt, as a server's does, and what that took after first tokens."""
+
+    def __init__(self, model: Model, speculative: bool | int, batch: int) -> None:
+        self._core = Core(model, speculative=speculative, max_batch=batch)
+        self._clock = self.seconds = self.passes = 0.0
+        """Passes: seconds inside the model's own passes."""
+        self.tokens = self.forwards = self.drafted = 0
+        inner = self._core.runner.native
+        if inner is None:
+            raise RuntimeError("the kernels are not built here; without them decoding is not what this measures")
+        run = inner.run
+
+        def clocked(*arguments: Any, **named: Any) -> Any:
+            began = time.perf_counter()
+            found = run(*arguments, **named)
+            self._clock += time.perf_counter() - began
+            return found
+
+        inner.run = clocked  # type: ignore[method-assign]
+
+    def go_on(self, prompts: Sequence[list[int]], counted: bool) -> None:
+        params = SamplingParams(max_tokens=DRAFTED, ignore_eos=True)
+        handles = [self._core.submit(prompt, params) for prompt in prompts]
+        while not all(handle.token_ids for handle in handles):
+            self._core.step()
+        before, clock = sum(len(handle.token_ids) for handle in handles), self._clock
+        began = time.perf_counter()
+        while self._core.has_work:
+            self._core.step()
+        seconds = time.perf_counter() - began
+        if not counted:
+            return
+        self.seconds += seconds
+        self.passes += self._clock - clock
+        self.tokens += sum(len(handle.token_ids) for handle in handles) - before
+        self.forwards += sum(handle.forwards for handle in handles)
+        self.drafted += sum(handle.drafted for handle in handles)
+
+
+def drafting(name: str, model: Model, prompts: Sequence[list[int]], trained: bool) -> Iterator[Row]:
+    """One draft a step, and as many as pay, against none; 1 sequence and 8.
+
+    Tokens per step times cost(plain step) / cost(verify + draft) is what drafting could bring at best: with the same
+    tokens, the ratio of the seconds spent inside the model's passes.
+    """
+    for batch in (1, 8):
+        engines = {"none": Drafting(model, 0, batch), "one": Drafting(model, 1, batch)}
+        if trained:
+            engines["as pays"] = Drafting(model, True, batch)
+        groups = [prompts[first : first + batch] for first in range(0, len(prompts), batch)]
+        for turn, group in enumerate((*groups, *groups)):
+            for engine in engines.values():
+                # In the first round engines warm up, and the adaptive one learns what steps cost and bring.
+                engine.go_on(group, counted=turn >= len(groups))
+        plain, one = engines["none"], engines["one"]
+        row = f"{name}, one draft, batch {batch}: speed-up, of what its passes allow"
+        yield against(row, plain.seconds / one.seconds, plain.passes / one.passes, 0.85, 0.95)
+        if trained:
+            adaptive = engines["as pays"]
+            share = f"{adaptive.drafted / adaptive.forwards:.2f} drafts a step (as pays)"
+            rates = adaptive.tokens / adaptive.seconds, plain.tokens / plain.seconds
+            yield against(f"{name}, {share}, batch {batch}: tokens/s, against none", *rates, 1, 1.4)
+
+
+def trained(demo: Path) -> Iterator[Row]:
+    """Drafting on held-out code, and what fewer bits lose, with the demo's model."""
+    run = from_json(Run, json.loads((demo / "run.json").read_text()), where=str(demo / "run.json"))
+    prepared = open_prepared(demo / "data")
+    model = load_model(demo / "model", torch.bfloat16)
+    rows = rows_of(prepared, run, "valid")
+    chosen = torch.linspace(0, len(rows) - 1, 32).long().tolist()
+    prompts = [rows.sequential(row, 1).tokens_BW[0, :128].tolist() for row in chosen]
+    yield from drafting("demo's model", model, prompts, trained=True)
+    batches = [rows.sequential(row, 1) for row in range(0, len(rows), max(1, len(rows) // 64))]
+    size = round(prepared.valid_bytes * len(batches) * run.train.sequence_length / prepared.valid_tokens)
+    bits = evaluate(model, batches, size, torch.bfloat16).bits_per_byte
+    for precision in ("int8", "int4"):
+        fewer = evaluate(quantized(model, precision), batches, size, torch.bfloat16).bits_per_byte
+        yield against(f"demo's model, bits per byte in {precision}, against bfloat16", fewer, bits)
+
+
+# --------------------------------------------------------------------------------------------------------- showing
+
+
+def small(folder: Path) -> Iterator[Row]:
+    programs = Programs.around("bench-small", folder)
+    yield from decoding("bench-small", programs, 1, {"transformers": (5, 10)})
+    yield from decoding("bench-small", programs, 8, {"transformers": (5, 12)})
+    yield from reading_prompts("bench-small", programs, {})
+
+
+def medium(folder: Path) -> Iterator[Row]:
+    programs = Programs.around("bench-medium", folder)
+    single = {"transformers": (3.3, 5), "llama.cpp bf16": (1.0, 1.5), "the bound": (0.55, 0.8)}
+    eight = {"transformers": (3.5, 5.5), "llama.cpp bf16": (1.0, 1.5), "the bound": (0.46, 0.7)}
+    yield from decoding("bench-medium", programs, 1, single)
+    yield from decoding("bench-medium", programs, 8, eight)
+    yield from reading_prompts("bench-medium", programs, {"transformers": (1.3, 2.5), "llama.cpp bf16": (2, 4)})
+    yield from crowd(programs)
+    yield from eight_bits(programs, folder)
+    yield from longer_contexts(programs)
+    prompts = random_prompts(programs.config.vocab_size, [128] * 8)
+    yield from drafting("bench-medium", programs.model, prompts, trained=False)
+
+
+def measured(options: argparse.Namespace, console: Console) -> Iterator[Row]:
+    parts: dict[str, Callable[[Path], Iterator[Row]]] = {"bench-small": small}
+    if not options.quick:
+        parts |= {"bench-medium": medium, "numbers of experts": lambda _: more_experts()}
+    if options.demo.is_dir():
+        parts["the demo's model"] = lambda _: trained(options.demo)
+    else:
+        console.print(
+            f"no demo in {options.demo}: nothing about trained models is measured (make demo)", style="yellow"
+        )
+    for name, part in parts.items():
+        if options.only in name:
+            with tempfile.TemporaryDirectory() as folder:
+                for row in part(Path(folder)):
+                    console.print(f"{row.name}: {row.ratio:.2f}", style="dim", highlight=False)
+                    yield row
+
+
+def reached(row: Row) -> str:
+    if row.floor is None or row.goal is None:
+        return ""
+    sign = 1 if row.goal > row.floor else -1
+    if sign * row.ratio >= sign * row.goal:
+        return "[green]goal[/]"
+    return "[yellow]floor[/]" if sign * row.ratio >= sign * row.floor else "[red]neither[/]"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="bench-small alone")
+    parser.add_argument("--quick", action="store_true", help="bench-small and the demo's model alone")
+    parser.add_argument("--only", default="", help="the parts with this in their name: bench-small, demo, …")
+    parser.add_argument("--demo", type=Path, default=Path("runs/demo"), help="directory of a demo's run")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     options = parser.parse_args()
     keep_freed_memory()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    rows = []
-    console = Console()
-    for name in ("bench-small",) if options.quick else ("bench-small", "bench-medium"):
-        console.print(f"measuring {name} …", style="dim")
-        with tempfile.TemporaryDirectory() as folder:
-            rows += measure(name, Path(folder))
-    table = Table("tokens per second", "fathom", "peer", "ratio", "floor", "goal", box=None)
-    for found in rows:
-        wanted = [f"{found[key]:g}" if found[key] else "" for key in ("floor", "goal")]
-        table.add_row(found["name"], f"{found['ours']:.1f}", f"{found['peer']:.1f}", f"{found['ratio']:.2f}", *wanted)
+    console = Console(width=150)
+    rows = list(measured(options, console))
+    table = Table("tokens per second, unless said", *("fathom", "peer", "ratio", "floor", "goal", "reached"), box=None)
+    for row in rows:
+        targets = ["" if target is None else f"{target:g}" for target in (row.floor, row.goal)]
+        table.add_row(row.name, f"{row.ours:.4g}", f"{row.peer:.4g}", f"{row.ratio:.2f}", *targets, reached(row))
     console.print(table)
-    console.print(
-        f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads, "
-        f"{torch.backends.cpu.get_cpu_capability()}, {bandwidth() / 1e9:.0f} GB/s read; bfloat16, "
-        f"{PROMPT} tokens of context"
-    )
+    read = median([next(steps) for steps in [reading()] for _ in range(6)])
+    machine = {
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "bytes_per_second": 2**30 / read,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "llama_cpp": None if llama_cpp is None else llama_cpp.__version__,
+        "quick": options.quick,
+    }
+    console.print(", ".join(f"{name} {value}" for name, value in machine.items()), highlight=False)
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+        atomic_write(
+            options.json, json.dumps({"machine": machine, "rows": [r._asdict() for r in rows]}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

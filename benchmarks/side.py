@@ -9,6 +9,7 @@ Shapes: B rows, S inputs, W = S + 1 + M tokens of a row (M MTP modules).
 import json
 import math
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable
@@ -205,6 +206,16 @@ def _sizes(model: nn.Module) -> dict[str, int]:
 
 
 # ------------------------------------------------------------------------------------------------------- the machine
+
+
+def cpu_model() -> str:
+    """The processor's name, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 class Machine:

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rotation import WARM_UP, Group, Outcome, Result, SideError, measure
-from side import KNOWS_PEAK_MEMORY, Spec
+from side import KNOWS_PEAK_MEMORY, Spec, cpu_model
 
 from fathom.config import atomic_write
 from fathom.model.config import ModelConfig
@@ -350,7 +350,7 @@ def _machine(options: argparse.Namespace, turns: int, outcomes: dict[str, Outcom
     """Where and how the rows were measured; None for what was not."""
     bandwidths = [value for outcome in outcomes.values() for value in outcome.bandwidths]
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -362,16 +362,6 @@ def _machine(options: argparse.Namespace, turns: int, outcomes: dict[str, Outcom
         "quick": options.quick,
         "turns": turns,
     }
-
-
-def _cpu_model() -> str:
-    """The processor's name, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _entries(found: list[tuple[Row, Figures]]) -> list[dict[str, Any]]:

@@ -38,8 +38,8 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 _MOST_DRAFTS = 4
 """Drafts per step that adapting goes up to."""
 
-_MOST_PENDING = 64
-"""States a sequence keeps for the drafting module while nothing is drafted; they are then fed to it together."""
+_MOST_PENDING = 32
+"""States a sequence keeps for the drafting module while nothing is drafted; it then takes them in together."""
 
 _USUAL_LENGTH = 4096
 """Tokens per sequence the cache has room for unless its size is given; longer ones take the room of others."""
@@ -343,15 +343,18 @@ class Core:
         return updates
 
     def _draft(self, batch: list[_Active], drafts: int) -> None:
-        """Show the module what it has not seen, and have it draft; without drafts, only where much has piled up."""
+        """Show the module what it has not seen and have it draft; without drafts, only where much has piled up."""
         if not self.drafting:
             return
         if drafts == 0:
-            batch = [active for active in batch if active.pending >= _MOST_PENDING]
-        if not batch:
+            for active in batch:
+                if active.pending >= _MOST_PENDING:
+                    self._catch_up(active, 0)
             return
         stretches, ends, seen = [], [], 0
         for active in batch:
+            if active.pending > max(drafts, _MOST_DRAFTS) + 1:
+                self._catch_up(active, 1)
             tokens, pending = active.sequence.tokens, active.pending
             stretches.append(Stretch(tokens[-pending:], len(tokens) - pending, active.sequence.pages))
             seen += pending
@@ -359,7 +362,7 @@ class Core:
         h_ND = torch.cat([part_ND for active in batch for part_ND in active.pending_ND])
         for active in batch:
             active.pending_ND = []
-        output = self.runner.draft(stretches, h_ND, ends if drafts else [])
+        output = self.runner.draft(stretches, h_ND, ends)
         h_BD = output.h_ND[ends]
         for place in range(drafts):
             ids = draft(output.logits_NO, [active.row() for active in batch])
@@ -372,6 +375,15 @@ class Core:
                 ]
                 output = self.runner.draft(stretches, h_BD, range(len(batch)))
                 h_BD = output.h_ND
+
+    def _catch_up(self, active: _Active, left: int) -> None:
+        """Have the module take in the pending pairs, all but the last `left`."""
+        tokens, pending = active.sequence.tokens, active.pending
+        h_ND = torch.cat(active.pending_ND)
+        seen = pending - left
+        start = len(tokens) - pending
+        self.runner.remember([Stretch(tokens[start : start + seen], start, active.sequence.pages)], h_ND[:seen])
+        active.pending_ND = [h_ND[seen:]] if left else []
 
     def _main(self, stretches: list[Stretch], wanted: Ordered[int]) -> Output:
         output = self.runner.main(stretches, wanted)
@@ -456,7 +468,7 @@ class Core:
             else:
                 self.scheduler.publish(sequence)
         if module_stretches:
-            self.runner.draft(module_stretches, torch.cat(module_h_ND), [])
+            self.runner.remember(module_stretches, torch.cat(module_h_ND))
         if not ended:
             return []
         decisions = choose(output.logits_NO[last], [active.row() for active, _ in ended])

@@ -129,14 +129,16 @@ class NativeModel:
         pages: Tensor,
         which: Tensor,
         before_ND: Tensor | None = None,
+        remember: bool = False,
     ) -> tuple[Tensor, Tensor, Routed]:
         """States (N, D) of the main model or of MTP module number `module`, and the logits of the tokens in `which`.
 
         All indices are int64. Token n is at `positions_N[n]` of the sequence whose pages are row `owners_N[n]` of
         `pages`, and its latent goes to `slots_N[n]`. States and logits are float32.
-        The routing is that of the main model, of no layer for a module.
+        The routing is that of the main model, of no layer for a module. With `remember` a module writes its latents
+        and no more: there are no states.
         """
-        states_ND = torch.empty(len(ids_N), self._hidden)
+        states_ND = torch.empty(0 if remember else len(ids_N), self._hidden)
         logits = torch.empty(len(which), self._words)
         routed = (self._sparse_layers if module is None else 0, len(ids_N), self._plan.choices)
         experts_LNK, weights_LNK = torch.empty(routed, dtype=torch.int64), torch.empty(routed)
@@ -150,7 +152,7 @@ class NativeModel:
             pages=pages.data_ptr(),
             cache=self._cache_LMW.data_ptr(),
             before=None if before_ND is None else before_ND.data_ptr(),
-            states=states_ND.data_ptr(),
+            states=None if remember else states_ND.data_ptr(),
             wanted=len(which),
             which=which.data_ptr(),
             logits=logits.data_ptr(),

@@ -78,6 +78,16 @@ class Runner:
         """Run the first MTP module: every token with the state of the one before it."""
         return self._run(0, stretches, wanted, h_ND)
 
+    @torch.no_grad()
+    def remember(self, stretches: Sequence[Stretch], h_ND: Tensor) -> None:
+        """Let the first MTP module write its latents of every token with the state of the one before it."""
+        flat = sum(len(stretch.tokens) for stretch in stretches)
+        if self.native is not None and flat <= _FEW:
+            self.native.run(0, *self._flat(stretches), _indices(()), h_ND, remember=True)
+            return
+        ids_N = _indices(token for stretch in stretches for token in stretch.tokens).to(h_ND.device)
+        self.model.remember_mtp(0, ids_N, h_ND.to(self._compute), self._batch(stretches, 1))
+
     def _run(
         self, module: int | None, stretches: Sequence[Stretch], wanted: Sequence[int], before_ND: Tensor | None
     ) -> Output:

@@ -44,15 +44,18 @@ class MultiHeadLatentAttention(nn.Module):
     def forward(self, x_BSD: Tensor, rope: Rope, cache: LayerCache | None = None) -> Tensor:
         """Attend causally; with a cache, one row (1, N, D) of new tokens whose sequences go on from what lies there."""
         q_BSHX = self.queries(x_BSD)
-        c_BSC, k_rope_BSR = self.latents(x_BSD, rope)
         if cache is None:
-            heads_BSHV = self.expanded(q_BSHX, c_BSC, k_rope_BSR, rope)
+            heads_BSHV = self.expanded(q_BSHX, *self.latents(x_BSD, rope), rope)
         else:
-            latents_NW = torch.cat((c_BSC, k_rope_BSR), dim=-1)[0]
-            cache.latents_MW[cache.writes_N] = latents_NW.to(cache.latents_MW.dtype)
+            self.remember(x_BSD, rope, cache)
             heads_BSHV = self.cached(q_BSHX, rope, cache)
         out_BSD: Tensor = self.o_proj(heads_BSHV.flatten(2))
         return out_BSD
+
+    def remember(self, x_1ND: Tensor, rope: Rope, cache: LayerCache) -> None:
+        """Write the new tokens' latents, which is all that later ones see of them."""
+        latents_NW = torch.cat(self.latents(x_1ND, rope), dim=-1)[0]
+        cache.latents_MW[cache.writes_N] = latents_NW.to(cache.latents_MW.dtype)
 
     def cached(self, q_1NHX: Tensor, rope: Rope, cache: LayerCache) -> Tensor:
         """Each piece of the batch attends its own sequences' latents; (1, N, H, V)."""

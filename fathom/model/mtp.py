@@ -32,6 +32,10 @@ class MTPModule(Block):
         self, embedded_BSD: Tensor, h_BSD: Tensor, rope: Rope, cache: LayerCache | None = None
     ) -> tuple[Tensor, RouterFacts]:
         """The state after `shared_head.norm` (B, S, D): feed it to the head, and on to the next module."""
-        x_BSD = self.eh_proj(torch.cat((self.enorm(embedded_BSD), self.hnorm(h_BSD)), dim=-1))
-        x_BSD, facts = self(x_BSD, rope, cache)
+        x_BSD, facts = self(self.joined(embedded_BSD, h_BSD), rope, cache)
         return self.shared_head["norm"](x_BSD), facts
+
+    def joined(self, embedded_BSD: Tensor, h_BSD: Tensor) -> Tensor:
+        """h': what the layer is fed."""
+        joined_BSD: Tensor = self.eh_proj(torch.cat((self.enorm(embedded_BSD), self.hnorm(h_BSD)), dim=-1))
+        return joined_BSD

@@ -172,6 +172,13 @@ class Model(nn.Module):
         out_1ND, _ = cast(MTPModule, self.mtp[module]).predict(embedded_1ND, h_ND[None], rope, cache)
         return out_1ND[0]
 
+    def remember_mtp(self, module: int, tokens_N: Tensor, h_ND: Tensor, batch: Batch) -> None:
+        """Write the latents that `cached_mtp_states` would, and compute nothing else: nobody asks for the states."""
+        block = cast(MTPModule, self.mtp[module])
+        x_1ND = block.joined(self._embed(tokens_N[None], h_ND.dtype), h_ND[None])
+        rope = rope_table(self.config, batch.positions)
+        block.self_attn.remember(block.input_layernorm(x_1ND), rope, batch.layer(len(self.layers) + module))
+
     # ---------------------------------------------------------------------------------------------------------
 
     def tie_head(self) -> None:

@@ -173,6 +173,19 @@ def test_the_compiled_step_is_the_model(seed: int, dtype: torch.dtype) -> None:
             assert (found - expected).norm() <= tolerance * expected.norm()
 
 
+@pytest.mark.parametrize("eager", [True, pytest.param(False, marks=native)])
+def test_what_a_module_remembers_is_what_drafting_writes(eager: bool) -> None:
+    model = lively_model(small_vocabulary(), seed=3)
+    runners = [Runner(model, 40, 4, 100, eager) for _ in range(2)]
+    stretches = [Stretch([1, 2, 3, 2, 1], 1, range(5)), Stretch([0, 3], 1, range(20, 25))]
+    h_ND = torch.randn(7, model.config.hidden_size)
+    runners[0].draft(stretches, h_ND, [4])
+    runners[1].remember(stretches, h_ND)
+    drafted, remembered = (runner.cache.latents_LMW for runner in runners)
+    assert remembered[-1].any() and not remembered[:-1].any()
+    assert torch.equal(drafted, remembered)
+
+
 def test_sampling_is_reproducible_in_any_company() -> None:
     model = lively_model(small_vocabulary(), seed=2, std=0.25)
     prompts = some_prompts(model.config, 5, seed=2)

@@ -50,7 +50,7 @@ struct Step {
     const int64_t* pages;
     void* cache;          // (layers, slots, W)
     const float* before;  // (N, D) states that an MTP module joins to the tokens
-    float* states;        // (N, D) final states
+    float* states;        // (N, D) final states; null: a module only writes its latents
     int64_t wanted;       // tokens whose logits are asked for
     const int64_t* which;
     float* logits;  // (wanted, vocabulary)
@@ -154,13 +154,16 @@ class Pass {
         times(module.join, b_.gates.all(), b_.x.all(), tokens_);
         // No pair of a state and the token after it ends in the first token: slot 0 of a module is never written.
         begin_ = 1;
+        if (!step_.states) return remember(module.layer, cache_of(plan_.layer_count + index));
         layer(module.layer, plan_.layer_count + index, -1);
         finish(module.norm);
     }
 
   private:
+    T* cache_of(int64_t index) { return static_cast<T*>(step_.cache) + index * plan_.slots * width_; }
+
     void layer(const Layer& layer, int64_t index, int64_t sparse) {
-        T* cache = static_cast<T*>(step_.cache) + index * plan_.slots * width_;
+        T* cache = cache_of(index);
         project(layer, cache);
         absorb(layer);
         attend(cache);
@@ -218,16 +221,28 @@ class Pass {
         }
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < tokens_; n++) {
-            float* kv = b_.kv[n];
-            normalise(kv, layer.kv_a_norm, plan_.latent_eps, kv, plan_.latent);
-            float* rotated = b_.queries[n * plan_.heads];  // not in use yet
-            turn(kv + plan_.latent, n, rotated);
-            T* slot = cache + step_.slots[n] * width_;
-            convert(kv, slot, plan_.latent);
-            convert(rotated, slot + plan_.latent, plan_.rope);
+            write_latent(layer, cache, n);
             if (ranked) normalise(b_.q_a[n], layer.q_a_norm, plan_.latent_eps, b_.q_a[n], layer.q_a.rows);
         }
         if (ranked) times(layer.q_b, b_.q_a.all(), b_.q.all(), tokens_);
+    }
+
+    void write_latent(const Layer& layer, T* cache, int64_t n) {
+        float* kv = b_.kv[n];
+        normalise(kv, layer.kv_a_norm, plan_.latent_eps, kv, plan_.latent);
+        float* rotated = b_.queries[n * plan_.heads];  // not in use yet
+        turn(kv + plan_.latent, n, rotated);
+        T* slot = cache + step_.slots[n] * width_;
+        convert(kv, slot, plan_.latent);
+        convert(rotated, slot + plan_.latent, plan_.rope);
+    }
+
+    // The latents alone.
+    void remember(const Layer& layer, T* cache) {
+        normalise_all(b_.x, layer.input_norm);
+        times(layer.kv_a, b_.normed.all(), b_.kv.all(), tokens_);
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < tokens_; n++) write_latent(layer, cache, n);
     }
 
     void turn(const float* x, int64_t token, float* y) {
