@@ -96,8 +96,11 @@ def staged(target: Path) -> Iterator[Path]:
     """
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target} is a file; a model is a directory")
+    target = target.resolve()
+    if Path.cwd().is_relative_to(target):
+        raise CheckpointError(f"{target} is where this runs; a directory that is replaced must be another one")
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    staging = _beside(target)
     try:
         os.chmod(staging, 0o755)
         yield staging
@@ -106,17 +109,29 @@ def staged(target: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def _beside(target: Path) -> Path:
+    return Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+
+
 def _put_in_place(staging: Path, target: Path) -> None:
-    """Make the staged directory the model at `target`."""
+    """Make the staged directory the model at `target`.
+
+    Both models are whole at any moment: directories change names, and nothing of the old one is deleted before the new
+    one has its name and the files that belong to no model.
+    """
     if not target.exists():
         os.rename(staging, target)
     else:
-        stale = {p.name for p in target.glob("model*.safetensors")} | {INDEX}
-        # Without its index a half-replaced directory cannot be mistaken for the old model, or for the new one.
-        (target / INDEX).unlink(missing_ok=True)
-        files = sorted(staging.iterdir(), key=lambda p: p.name == INDEX)
-        for file in files:
-            os.replace(file, target / file.name)
-        for name in stale - {file.name for file in files}:
-            (target / name).unlink(missing_ok=True)
+        replaced = _beside(target)
+        os.rename(target, replaced)
+        try:
+            os.rename(staging, target)
+        except BaseException:
+            os.rename(replaced, target)
+            raise
+        for kept in replaced.iterdir():
+            part_of_the_model = kept.name == INDEX or kept.match("model*.safetensors")
+            if not part_of_the_model and not (target / kept.name).exists():
+                os.rename(kept, target / kept.name)
+        shutil.rmtree(replaced)
     sync(target.parent)

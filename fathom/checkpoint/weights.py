@@ -93,7 +93,8 @@ class StoredWeights:
     """The tensors of a model directory, wherever and in whatever spelling they lie; FP8 blocks come dequantised.
 
     All of them are there, each once and in its shape, or the constructor raises CheckpointError. A directory whose MTP
-    weights are absent is a model without MTP modules, with a warning.
+    weights are absent is a model without MTP modules, with a warning. MTP layers' copies of embedding and head are
+    left alone; that they are copies is checked where they begin and end.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -103,6 +104,7 @@ class StoredWeights:
         self._model = blank_model(self.config)
         self._sources = self._find_all(directory)
         self._check_tied()
+        self._check_copies()
 
     def entries(self) -> list[Entry]:
         shapes = {name: tuple(tensor.shape) for name, tensor in released_tensors(self._model, self.config)}
@@ -112,6 +114,9 @@ class StoredWeights:
     def rows(self, name: str, first: int, last: int) -> Tensor:
         """As in `Weights`; of an FP8 tensor, `first` must be a multiple of 128."""
         stored, start = self._sources[name]
+        return self._values_of(stored, start, first, last)
+
+    def _values_of(self, stored: StoredTensor, start: int, first: int, last: int) -> Tensor:
         rows = stored.rows(start + first, start + last)
         if rows.dtype != torch.float8_e4m3fn:
             return rows
@@ -130,12 +135,14 @@ class StoredWeights:
         homes = self._homes()
         sources, missing = {}, []
         for name, _ in released_tensors(self._model, self.config):
-            source = self._find(_original(name, self.config), homes)
+            original = _original(name, self.config)
+            source = self._find(original, homes)
             if source is None:
-                missing.append(name)
+                missing.append(original)
             else:
                 sources[name] = source
         if missing:
+            missing = list(dict.fromkeys(missing))
             listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
             raise CheckpointError(f"{directory}: no weights for {listed}")
         return sources
@@ -209,6 +216,23 @@ class StoredWeights:
             if not torch.equal(self.rows(_HEAD, first, last), self.rows(_EMBEDDING, first, last)):
                 raise CheckpointError(
                     f"{head.stored.file}: tensor {_HEAD} differs from {_EMBEDDING}, but config.json ties them"
+                )
+
+    def _check_copies(self) -> None:
+        """An MTP layer's own embedding or head would be another model than the one that is loaded."""
+        for name, stored in self._stored.items():
+            if name.endswith(fp8.SCALE) or place(name, self.config) is not None:
+                continue
+            original = _original(name, self.config)
+            expected = self._sources[original].stored
+            self._check_values(stored)
+            pieces = list(bands(expected.shape))
+            if stored.shape != expected.shape or not all(
+                torch.equal(self._values_of(stored, 0, *piece).float(), self.rows(original, *piece).float())
+                for piece in (pieces[0], pieces[-1])
+            ):
+                raise CheckpointError(
+                    f"{stored.file}: tensor {name} differs from {original}: MTP layers share embedding and head here"
                 )
 
 
