@@ -63,10 +63,15 @@ def whole(weights: Weights, name: str, shape: tuple[int, ...]) -> Tensor:
 
 
 class ModelWeights:
-    """The tensors of a model in memory."""
+    """The tensors of a model in memory; CheckpointError for one whose matrices are packed."""
 
     def __init__(self, model: Model) -> None:
         self.config = model.config
+        if parameters_and_buffers(model).keys() != parameters_and_buffers(blank_model(model.config)).keys():
+            raise CheckpointError(
+                "the model's matrices are packed (int8, int4, or kept in FP8), which is for running it; save the model "
+                "that it was made of"
+            )
         self._tensors = {name: tensor.detach() for name, tensor in released_tensors(model, model.config)}
 
     def entries(self) -> list[Entry]:
@@ -126,7 +131,17 @@ class StoredWeights:
     @property
     def holds_fp8(self) -> bool:
         """Whether any tensor lies in FP8."""
-        return any(source.stored.dtype == "F8_E4M3" for source in self._sources.values())
+        return any(self.is_fp8(name) for name in self._sources)
+
+    def is_fp8(self, name: str) -> bool:
+        """Whether a tensor lies in FP8."""
+        return self._sources[name].stored.dtype == "F8_E4M3"
+
+    def blocks(self, name: str) -> tuple[Tensor, Tensor]:
+        """An FP8 tensor as it lies: numbers (R, I) in E4M3, scales (r, i) in float32."""
+        stored = self._sources[name].stored
+        scales = self._stored[stored.name + fp8.SCALE]
+        return stored.rows(0, stored.shape[0]), scales.rows(0, scales.shape[0]).float()
 
     # ------------------------------------------------------------------------------------------- finding
 

@@ -1,7 +1,7 @@
-"""`transformers` as judge of `fathom export`: every form loads there, computes the same, and drafts with our MTP module.
+"""`transformers` as judge of `fathom export`: every form loads, computes the same, and drafts with our MTP module.
 
 Its reader of FP8 blocks, which a CPU has to use, takes widths that 128 divides alone (5.23: Fp8Dequantize divides rows
-by the number of scales), and so not DeepSeek-V3's own kv_a_proj_with_mqa of 576 rows; the model here is of whole blocks.
+by the number of scales), and so not DeepSeek-V3's own kv_a_proj_with_mqa of 576 rows; here all blocks are whole.
 """
 
 from pathlib import Path
