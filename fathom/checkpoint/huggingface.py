@@ -140,7 +140,7 @@ def write_config(config: ModelConfig, directory: Path, storage: Storage | None, 
     if storage == "fp8":
         raw["quantization_config"] = fp8.QUANTIZATION
     write_json(directory / "config.json", raw)
-    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": raw["eos_token_id"]}
     ids["pad_token_id"] = config.pad_token_id
     write_json(directory / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
 

@@ -67,7 +67,7 @@ class ModelWeights:
 
     def __init__(self, model: Model) -> None:
         self.config = model.config
-        if parameters_and_buffers(model).keys() != parameters_and_buffers(blank_model(model.config)).keys():
+        if not all(tensor.is_floating_point() for tensor in parameters_and_buffers(model).values()):
             raise CheckpointError(
                 "the model's matrices are packed (int8, int4, or kept in FP8), which is for running it; save the model "
                 "that it was made of"

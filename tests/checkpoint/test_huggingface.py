@@ -18,6 +18,8 @@ from torch import Tensor
 from fathom.checkpoint import writing
 from fathom.checkpoint.huggingface import CheckpointError, load_config, load_model, save_model
 from fathom.data.tokenizer import load_tokenizer, train_tokenizer
+from fathom.infer.engine import Engine
+from fathom.infer.sampler import SamplingParams
 from fathom.model.config import ModelConfig, YarnScaling
 from fathom.model.transformer import Model
 from tests.model.configs import lively_model, model_configs, tiny
@@ -199,6 +201,24 @@ def test_config_json_says_what_vllm_and_llama_cpp_need(tmp_path: Path) -> None:
     assert raw["rope_scaling"]["type"] == raw["rope_parameters"]["rope_type"] == "yarn"
     generation = json.loads((tmp_path / "model" / "generation_config.json").read_text())
     assert generation == {"bos_token_id": 0, "eos_token_id": 1}
+
+
+def test_each_of_several_end_tokens_ends_a_text(tmp_path: Path) -> None:
+    """The list is written as it was read, into both files, and the engine stops at any of it."""
+    tokenizer = train_tokenizer(["the quick brown fox"], 280)
+    model = lively_model(tiny(vocab_size=tokenizer.vocab_size))
+    params = SamplingParams(max_tokens=12)
+    [free] = Engine(model, tokenizer).generate(["the"], params)
+    last = free.token_ids[2]
+    assert free.token_ids.index(last) == 2
+    save_model(model, tmp_path / "model", tokenizer)
+    edit_json(tmp_path / "model" / "config.json", eos_token_id=[tokenizer.eos_id, last])
+    again = load_model(tmp_path / "model")
+    [ended] = Engine(again, tokenizer).generate(["the"], params)
+    assert ended.token_ids == free.token_ids[:3] and ended.finish_reason == "stop"
+    save_model(again, tmp_path / "again")
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "again" / name).read_text())["eos_token_id"] == [tokenizer.eos_id, last]
 
 
 def test_a_tokenizer_is_saved_along(tmp_path: Path) -> None:

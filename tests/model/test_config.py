@@ -219,6 +219,16 @@ def test_the_released_config_is_read() -> None:
     assert ModelConfig.from_dict(json.loads(json.dumps(released))) == expected
 
 
+def test_a_list_of_end_tokens_is_kept() -> None:
+    config = ModelConfig.from_dict({**tiny().to_dict(), "eos_token_id": [7, 3, 5]})
+    assert (config.eos_token_id, config.other_eos_token_ids) == (7, (3, 5))
+    assert config.to_dict()["eos_token_id"] == [7, 3, 5] and "other_eos_token_ids" not in config.to_dict()
+    assert ModelConfig.from_dict(config.to_dict()) == config
+    for wrong in ([7, 61], [7, -1], [7, "3"], [7, True]):
+        with pytest.raises(ConfigError, match="eos_token_id"):
+            ModelConfig.from_dict({**tiny().to_dict(), "eos_token_id": wrong})
+
+
 def test_what_newer_writers_leave_out_means_the_released_values() -> None:
     raw = tiny().to_dict()
     for key in (
