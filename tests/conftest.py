@@ -18,7 +18,13 @@ from fathom.train.run import Run
 torch.set_num_threads(1)
 
 # Where other programs judge: llama.cpp, transformers, lm-eval; openai's client, schemathesis, a browser.
-JUDGES = ("tests/oracle/", "tests/eval/test_harness.py", "tests/serve/", "tests/checkpoint/test_gguf.py")
+JUDGES = (
+    "tests/oracle/",
+    "tests/eval/test_harness.py",
+    "tests/serve/",
+    "tests/checkpoint/test_gguf.py",
+    "tests/checkpoint/test_docs.py",
+)
 
 
 def fail_absent_judge(report: pytest.CollectReport | pytest.TestReport) -> None:
