@@ -87,7 +87,7 @@ def test_every_command_of_the_page_works(
         assert program == "fathom"
         main(words)
     said = capsys.readouterr().out
-    assert said.count("relative error") == 2
+    assert said.count("relative error") == 3
     assert f"({config.parameter_counts().total:,})" in said
     for directory in ("out/bf16", "out/fp8", "in/bf16", "in/deepseek"):
         assert load_config(Path(directory)) == config
