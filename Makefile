@@ -5,15 +5,17 @@
 export PYTHON TORCH_INDEX TORCH_VERSION
 
 PY := .venv/bin/python
+BENCHMARKS ?= ops train decode convert
 LINT_SOURCES := fathom tests $(wildcard benchmarks examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo test check lint soak clean
+.PHONY: help setup setup-test demo test check lint soak bench clean
 
 help: ## List the targets and options
 	@echo "Targets:"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
-	@echo "Options (all of them for the set-up, which the other targets run first):"
+	@echo "Options (most of them for the set-up, which the other targets run first):"
+	@echo "  BENCHMARKS=convert    which of benchmarks/ 'make bench' runs; all of them: $(BENCHMARKS)"
 	@echo "  PYTHON=python3.12     the Python, 3.11 or newer, that .venv is made with"
 	@echo "  TORCH_VERSION=2.11.0  another torch than the one pinned in constraints.txt"
 	@echo "  TORCH_INDEX=URL       where torch's wheels are offered. On Linux plain PyPI gives the CUDA build, several"
@@ -36,6 +38,9 @@ check: setup-test lint ## Run the checks that take under a minute: a contributor
 
 soak: setup-test ## Ten minutes of a badly behaved crowd against the server
 	@SOAK_SECONDS=600 $(PY) -m pytest -s tests/serve/test_soak.py
+
+bench: setup-test ## Measure against other programs (28 GB of disk for the conversions)
+	@set -e; for name in $(BENCHMARKS); do echo "benchmarks/$$name.py"; $(PY) benchmarks/$$name.py; done
 
 lint: setup-test
 	@$(PY) -m ruff format --check $(LINT_SOURCES)

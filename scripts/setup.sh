@@ -101,6 +101,14 @@ install_fathom() {
         try another TORCH_VERSION (2.11.0 to 2.13.0) or TORCH_INDEX. Then run the same command again."
 }
 
+# llama.cpp judges GGUF files. It comes as source: building takes some minutes, and pip keeps what it built.
+install_llama() {
+    say "installing llama.cpp for the tests (the first time on this machine it is built: 3 minutes on 2 cores)"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c .venv/constraints.txt llama-cpp-python ||
+        say "llama-cpp-python could not be built (its reason is printed above); tests that need it are skipped.
+        Building takes a C++ compiler. Later: .venv/bin/python -m pip install llama-cpp-python"
+}
+
 # The CPU kernels are C++, built when first used. Without a compiler everything still runs, only slower.
 warn_without_compiler() {
     for candidate in "${CXX:-c++}" g++ clang++; do
@@ -116,5 +124,6 @@ if [ -z "$extra" ] && is_installed .installed .installed-test; then exit 0; fi
 if [ -n "$extra" ] && is_installed ".installed-$extra"; then exit 0; fi
 make_environment
 install_fathom
+if [ "$extra" = test ]; then install_llama; fi
 warn_without_compiler
 fingerprint >".venv/.installed${extra:+-$extra}"

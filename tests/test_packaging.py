@@ -1,6 +1,7 @@
 """What a newcomer touches first: make's targets, the set-up's refusals, and the floor plan they build on."""
 
 import os
+import re
 import shutil
 import subprocess
 import tomllib
@@ -51,9 +52,17 @@ def setup(checkout: Path, *arguments: str, **environment: str) -> str:
 
 def test_make_alone_lists_every_target_a_person_needs() -> None:
     text = run("make").stdout
-    for target in ("help", "setup", "demo", "test", "check", "clean"):
+    for target in ("help", "setup", "demo", "test", "check", "bench", "clean"):
         assert f"  make {target} " in text
     assert "TORCH_INDEX=https://download.pytorch.org/whl/cpu" in text
+
+
+def test_make_bench_runs_files_that_exist() -> None:
+    script = run("make", "--dry-run", "bench").stdout
+    named = re.search(r"for name in ([\w ]+);", script)
+    assert named is not None and "convert" in named[1].split()
+    for name in named[1].split():
+        assert (ROOT / "benchmarks" / f"{name}.py").is_file()
 
 
 def test_an_old_python_is_refused(checkout: Path) -> None:

@@ -7,7 +7,6 @@ after everything, the check included, went well.
 
 import math
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,7 @@ from fathom.checkpoint.directory import model_directory
 from fathom.checkpoint.huggingface import staged, write_config
 from fathom.checkpoint.shards import CheckpointError, check_disk
 from fathom.checkpoint.weights import StoredWeights, Weights, bands
-from fathom.checkpoint.writing import SHARD_BYTES, Planned, Storage, plan, write_tensors
+from fathom.checkpoint.writing import SHARD_BYTES, Planned, Storage, Verified, plan, write_tensors
 from fathom.data.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -39,15 +38,6 @@ _COMPANIONS = (
     "LICENSE*",
 )
 """Files that go along as they are. Programs (`*.py`) never do."""
-
-
-@dataclass(frozen=True)
-class Verified:
-    """What reading the result back and comparing it with its source showed."""
-
-    tensors: int
-    relative_error: float
-    """√(Σ(found − source)² / Σ source²) over all weights: 0 where nothing was rounded."""
 
 
 def convert(
@@ -81,11 +71,15 @@ def convert(
         return compare(weights, StoredWeights(staging), planned) if verify else None
 
 
-def convert_gguf(source: str | Path, out: str | Path, dtype: "DType") -> Path:
+def convert_gguf(
+    source: str | Path, out: str | Path, dtype: "DType", verify: bool = False
+) -> tuple[Path, Verified | None]:
     """Write the model at `source`, with its tokenizer, as a GGUF file in the directory `out`; returns the file.
 
-    The file is named after the source. Raises CheckpointError for a source that cannot be loaded, ValueError for what
-    llama.cpp would run differently and where the disk is too full, ImportError without the gguf package.
+    The file is named after the source; with `verify` it is read back and compared before it is called so.
+
+    Raises CheckpointError for a source that cannot be loaded, ValueError for what llama.cpp would run differently,
+    where the disk is too full and where the comparison fails, ImportError without the gguf package.
     """
     from fathom.checkpoint.gguf import write_gguf
 
@@ -93,9 +87,9 @@ def convert_gguf(source: str | Path, out: str | Path, dtype: "DType") -> Path:
     weights = StoredWeights(directory)
     tokenizer = load_tokenizer(directory) if (directory / "tokenizer.json").is_file() else None
     file = target / f"{display_name(directory)}-{dtype}.gguf"
-    write_gguf(weights, tokenizer, file, dtype)
+    verified = write_gguf(weights, tokenizer, file, dtype, verify)
     write_card(weights.config, directory, target, f"GGUF, {dtype}")
-    return file
+    return file, verified
 
 
 def compare(source: Weights, found: Weights, planned: list[Planned]) -> Verified:

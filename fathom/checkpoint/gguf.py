@@ -18,6 +18,7 @@ import torch
 
 from fathom.checkpoint.shards import check_disk, sync
 from fathom.checkpoint.weights import ModelWeights, Weights
+from fathom.checkpoint.writing import Verified
 from fathom.config import ConfigError
 from fathom.data.tokenizer import (
     FIM_MIDDLE,
@@ -34,7 +35,7 @@ from fathom.model.transformer import Model
 try:
     import gguf
 
-    from fathom.checkpoint.gguf_tensors import KINDS, DType, GGUFTensor, encoded, gguf_tensors
+    from fathom.checkpoint.gguf_tensors import KINDS, DType, GGUFTensor, compare_file, encoded, gguf_tensors
 except ImportError as error:
     raise ImportError("GGUF files are written with the gguf package: pip install 'fathom-lm[gguf]'") from error
 
@@ -57,10 +58,13 @@ def save_gguf(model: Model, tokenizer: Tokenizer | None, path: str | Path, dtype
     write_gguf(ModelWeights(model), tokenizer, Path(path), dtype)
 
 
-def write_gguf(weights: Weights, tokenizer: Tokenizer | None, target: Path, dtype: DType) -> None:
+def write_gguf(
+    weights: Weights, tokenizer: Tokenizer | None, target: Path, dtype: DType, verify: bool = False
+) -> Verified | None:
     """The same from weights wherever they are; a few rows of one tensor are in memory at a time.
 
-    Raises ValueError also where the disk is too full.
+    With `verify` the file is read back and compared with its source before it gets its name. Raises ValueError also
+    where the disk is too full, or the comparison fails.
     """
     if dtype not in KINDS:
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(KINDS)}")
@@ -87,8 +91,10 @@ def write_gguf(weights: Weights, tokenizer: Tokenizer | None, target: Path, dtyp
                 _add_tokenizer(writer, tokenizer, vocabulary)
             _write_tensors(writer, weights, tensors, dtype)
         sync(aside)
+        found = Verified(len(tensors), compare_file(weights, tensors, aside, dtype)) if verify else None
         os.replace(aside, target)
         sync(target.parent)
+        return found
     finally:
         aside.unlink(missing_ok=True)
 

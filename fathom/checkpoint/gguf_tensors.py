@@ -6,6 +6,7 @@ letters are rows and columns.
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import gguf
@@ -15,6 +16,7 @@ from gguf import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fathom.checkpoint.shards import CheckpointError
 from fathom.checkpoint.weights import Weights, bands, whole
 from fathom.model.config import ModelConfig
 from fathom.model.layers import LATENT_NORM_EPS
@@ -120,6 +122,27 @@ def encoded(weights: Weights, tensor: GGUFTensor, dtype: DType) -> Iterator[NDAr
     """The tensor's numbers as they lie in the file, a piece at a time."""
     for piece in _pieces(weights, tensor):
         yield encode(piece, tensor.kind(dtype))
+
+
+def compare_file(weights: Weights, tensors: list[GGUFTensor], file: Path, dtype: DType) -> float:
+    """Read a finished file back and compare every tensor with its source; returns √(Σ(found − source)² / Σ source²).
+
+    Raises CheckpointError for the first number that is not its source's rounding.
+    """
+    places = {tensor.name: tensor.data_offset for tensor in gguf.GGUFReader(file).tensors}
+    squares = np.zeros(2)
+    with open(file, "rb", buffering=0) as stored:
+        for tensor in tensors:
+            stored.seek(places[tensor.name])
+            for piece in _pieces(weights, tensor):
+                expected = encode(piece, tensor.kind(dtype)).view(np.uint8)
+                found = np.frombuffer(stored.read(expected.nbytes), np.uint8)
+                if found.tobytes() != expected.tobytes():
+                    raise CheckpointError(f"{file}: tensor {tensor.name} is not what was read from the source")
+                source = piece.float().numpy()
+                values = gguf.quants.dequantize(found.reshape(expected.shape), tensor.kind(dtype))
+                squares += np.square(values - source).sum(), np.square(source).sum()
+    return math.sqrt(squares[0] / squares[1]) if squares[1] else 0.0
 
 
 def _pieces(weights: Weights, tensor: GGUFTensor) -> Iterator[Tensor]:

@@ -54,6 +54,12 @@ def place(name: str, config: ModelConfig) -> Place | None:
     return Place(prefix + "mlp.experts.gate_up_proj", number, rows)
 
 
+def layer_of(name: str) -> int | None:
+    """The layer that a released tensor is part of; None for embedding, final norm and head."""
+    match = _LAYER.fullmatch(name)
+    return None if match is None else int(match[1])
+
+
 def released_tensors(model: nn.Module, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """The model's tensors under the released names, one per expert, as every other program reads them.
 

@@ -63,10 +63,15 @@ def whole(weights: Weights, name: str, shape: tuple[int, ...]) -> Tensor:
 
 
 class ModelWeights:
-    """The tensors of a model in memory."""
+    """The tensors of a model in memory; CheckpointError for one whose matrices are packed."""
 
     def __init__(self, model: Model) -> None:
         self.config = model.config
+        if not all(tensor.is_floating_point() for tensor in parameters_and_buffers(model).values()):
+            raise CheckpointError(
+                "the model's matrices are packed (int8, int4, or kept in FP8), which is for running it; save the model "
+                "that it was made of"
+            )
         self._tensors = {name: tensor.detach() for name, tensor in released_tensors(model, model.config)}
 
     def entries(self) -> list[Entry]:
@@ -93,7 +98,8 @@ class StoredWeights:
     """The tensors of a model directory, wherever and in whatever spelling they lie; FP8 blocks come dequantised.
 
     All of them are there, each once and in its shape, or the constructor raises CheckpointError. A directory whose MTP
-    weights are absent is a model without MTP modules, with a warning.
+    weights are absent is a model without MTP modules, with a warning. MTP layers' copies of embedding and head are
+    left alone; that they are copies is checked where they begin and end.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -103,6 +109,7 @@ class StoredWeights:
         self._model = blank_model(self.config)
         self._sources = self._find_all(directory)
         self._check_tied()
+        self._check_copies()
 
     def entries(self) -> list[Entry]:
         shapes = {name: tuple(tensor.shape) for name, tensor in released_tensors(self._model, self.config)}
@@ -112,6 +119,9 @@ class StoredWeights:
     def rows(self, name: str, first: int, last: int) -> Tensor:
         """As in `Weights`; of an FP8 tensor, `first` must be a multiple of 128."""
         stored, start = self._sources[name]
+        return self._values_of(stored, start, first, last)
+
+    def _values_of(self, stored: StoredTensor, start: int, first: int, last: int) -> Tensor:
         rows = stored.rows(start + first, start + last)
         if rows.dtype != torch.float8_e4m3fn:
             return rows
@@ -121,7 +131,17 @@ class StoredWeights:
     @property
     def holds_fp8(self) -> bool:
         """Whether any tensor lies in FP8."""
-        return any(source.stored.dtype == "F8_E4M3" for source in self._sources.values())
+        return any(self.is_fp8(name) for name in self._sources)
+
+    def is_fp8(self, name: str) -> bool:
+        """Whether a tensor lies in FP8."""
+        return self._sources[name].stored.dtype == "F8_E4M3"
+
+    def blocks(self, name: str) -> tuple[Tensor, Tensor]:
+        """An FP8 tensor as it lies: numbers (R, I) in E4M3, scales (r, i) in float32."""
+        stored = self._sources[name].stored
+        scales = self._stored[stored.name + fp8.SCALE]
+        return stored.rows(0, stored.shape[0]), scales.rows(0, scales.shape[0]).float()
 
     # ------------------------------------------------------------------------------------------- finding
 
@@ -130,12 +150,14 @@ class StoredWeights:
         homes = self._homes()
         sources, missing = {}, []
         for name, _ in released_tensors(self._model, self.config):
-            source = self._find(_original(name, self.config), homes)
+            original = _original(name, self.config)
+            source = self._find(original, homes)
             if source is None:
-                missing.append(name)
+                missing.append(original)
             else:
                 sources[name] = source
         if missing:
+            missing = list(dict.fromkeys(missing))
             listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
             raise CheckpointError(f"{directory}: no weights for {listed}")
         return sources
@@ -209,6 +231,23 @@ class StoredWeights:
             if not torch.equal(self.rows(_HEAD, first, last), self.rows(_EMBEDDING, first, last)):
                 raise CheckpointError(
                     f"{head.stored.file}: tensor {_HEAD} differs from {_EMBEDDING}, but config.json ties them"
+                )
+
+    def _check_copies(self) -> None:
+        """An MTP layer's own embedding or head would be another model than the one that is loaded."""
+        for name, stored in self._stored.items():
+            if name.endswith(fp8.SCALE) or place(name, self.config) is not None:
+                continue
+            original = _original(name, self.config)
+            expected = self._sources[original].stored
+            self._check_values(stored)
+            pieces = list(bands(expected.shape))
+            if stored.shape != expected.shape or not all(
+                torch.equal(self._values_of(stored, 0, *piece).float(), self.rows(original, *piece).float())
+                for piece in (pieces[0], pieces[-1])
+            ):
+                raise CheckpointError(
+                    f"{stored.file}: tensor {name} differs from {original}: MTP layers share embedding and head here"
                 )
 
 

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -44,6 +45,15 @@ class Planned(NamedTuple):
     def bytes(self) -> int:
         """Size in the file."""
         return sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in self.tensors())
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What reading the result back and comparing it with its source showed."""
+
+    tensors: int
+    relative_error: float
+    """√(Σ(found − source)² / Σ source²) over all weights: 0 where nothing was rounded."""
 
 
 def plan(entries: Sequence[Entry], storage: Storage | None) -> list[Planned]:

@@ -19,6 +19,7 @@ from fathom.train.loop import TrainingError
 _COMMANDS = {
     "train": ("PRESET --out DIR", f"train a model, or --resume a run; presets: {', '.join(presets.ALL)}"),
     "generate": ("PATH --prompt …", "continue a text with any DeepSeek-V3 model directory"),
+    "eval": ("PATH --tasks … | --text …", "run lm-eval's tasks on a model, or measure a text in bits per byte"),
     "info": ("PATH", "parameters, cache and memory of a model, without loading it"),
     "export": ("PATH --to hf|fp8|gguf --out DIR", "write a model for other programs"),
     "import": ("PATH --out DIR", "write any model that loads in our layout"),

@@ -6,7 +6,8 @@ from typing import Literal
 
 import tyro
 
-from fathom.checkpoint.convert import Verified, convert, convert_gguf
+from fathom.checkpoint.convert import convert, convert_gguf
+from fathom.checkpoint.writing import Verified
 from fathom.config import ConfigError
 
 
@@ -23,16 +24,14 @@ class ExportCommand:
     dtype: Literal["bf16", "f32", "q8_0"] | None = None
     """Type of the weights, bf16 unless said otherwise: hf takes bf16 and f32, gguf all three, fp8 none."""
     verify: bool = False
-    """Read the result back and compare every number with its source (not for gguf)."""
+    """Read the result back and compare every number with its source."""
 
 
 def run(words: list[str]) -> None:
     command = tyro.cli(ExportCommand, args=words, prog="fathom export")
     dtype = command.dtype or "bf16"
     if command.to == "gguf":
-        if command.verify:
-            raise ConfigError("--verify is for hf and fp8; a GGUF file is verified by the program that reads it")
-        print(convert_gguf(command.path, command.out, dtype))
+        report(*convert_gguf(command.path, command.out, dtype, command.verify))
         return
     if command.to == "fp8":
         if command.dtype is not None:

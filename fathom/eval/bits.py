@@ -116,7 +116,7 @@ def _measure(model: Model, batch: Batch, compute_dtype: torch.dtype | None, mtp:
     )
     wanted = [targets(batch, k + 1, modules) for k in range(1 + len(states.mtp_h_BSD))]
     heads = zip((states.h_BSD, *states.mtp_h_BSD), wanted, strict=True)
-    nats, guesses = zip(*(_score(model, h_BSD, targets_BS) for h_BSD, targets_BS in heads), strict=True)
+    nats, guesses = zip(*(score(model, h_BSD, targets_BS) for h_BSD, targets_BS in heads), strict=True)
     # Module k at position i and the main head at i+k guess the same token; the last k lack a main guess.
     compared = [wanted[k][:, : length - k] != IGNORE for k in range(1, len(wanted))]
     agreed = [(guesses[k][:, : length - k] == guesses[0][:, k:]) & compared[k - 1] for k in range(1, len(wanted))]
@@ -129,7 +129,7 @@ def _measure(model: Model, batch: Batch, compute_dtype: torch.dtype | None, mtp:
     )
 
 
-def _score(model: Model, h_BSD: Tensor, targets_BS: Tensor) -> tuple[Tensor, Tensor]:
+def score(model: Model, h_BSD: Tensor, targets_BS: Tensor) -> tuple[Tensor, Tensor]:
     """One head's summed −log p in float64, and its first guess at every position (B, S)."""
     nats = torch.zeros((), dtype=torch.float64, device=h_BSD.device)
     guesses = []

@@ -545,7 +545,7 @@ class Core:
 
 
 def _configured_eos(config: ModelConfig) -> tuple[int, ...]:
-    return () if config.eos_token_id is None else (config.eos_token_id,)
+    return () if config.eos_token_id is None else (config.eos_token_id, *config.other_eos_token_ids)
 
 
 def _pages(config: ModelConfig, max_batch: int, page_size: int, cache_tokens: int | None) -> int:

@@ -107,7 +107,7 @@ class Engine:
             prefill_budget,
             max_waiting,
             eager,
-            eos_ids=None if tokenizer is None else [tokenizer.eos_id],
+            eos_ids=None if tokenizer is None else [tokenizer.eos_id, *model.config.other_eos_token_ids],
         )
 
     @property

@@ -189,6 +189,8 @@ class ModelConfig:
     """Token that begins a document."""
     eos_token_id: int | None = 1
     """Token that ends a document."""
+    other_eos_token_ids: tuple[int, ...] = ()
+    """More tokens that end a text: config.json's eos_token_id may be a list, of which these are the rest."""
     pad_token_id: int | None = None
     """Token that fills batches up; never a target."""
 
@@ -221,6 +223,9 @@ class ModelConfig:
             value = getattr(self, name)
             inside = value is None or (isinstance(value, int) and 0 <= value < self.vocab_size)
             _check(inside, name, value, f"null or a token id below vocab_size ({self.vocab_size})")
+        others = self.other_eos_token_ids
+        inside = all(isinstance(token, int) and 0 <= token < self.vocab_size for token in others)
+        _check(inside, "eos_token_id", others, f"token ids below vocab_size ({self.vocab_size})")
 
     def _check_routing(self) -> None:
         experts, groups = self.n_routed_experts, self.n_group
@@ -348,7 +353,8 @@ class ModelConfig:
         modules = raw.pop("num_mtp_layers", 0)
         raw.setdefault("num_nextn_predict_layers", modules)
         raw.setdefault("initializer_range", 0.02)
-        known = {f.name for f in dataclasses.fields(cls)}
+        values["other_eos_token_ids"] = _split_eos(raw)
+        known = {f.name for f in dataclasses.fields(cls)} - values.keys()
         for key, value in raw.items():
             if key in known:
                 values[key] = _convert(key, value)
@@ -366,13 +372,15 @@ class ModelConfig:
             "architectures": ["DeepseekV2ForCausalLM" if self.is_v2 else "DeepseekV3ForCausalLM"],
             "model_type": "deepseek_v2" if self.is_v2 else "deepseek_v3",
             **{key: allowed[0] for key, allowed in _FIXED.items()},
-            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)},
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "other_eos_token_ids"},
             "num_key_value_heads": self.num_attention_heads,
             "ep_size": 1,
             "dtype": dtype,
             "torch_dtype": dtype,
             "use_cache": True,
         }
+        if self.other_eos_token_ids:
+            raw["eos_token_id"] = [self.eos_token_id, *self.other_eos_token_ids]
         parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": self.rope_theta}
         if (yarn := self.rope_scaling) is not None:
             # 0 is this dataclass's «not given»; other programs want the key to be absent.
@@ -446,9 +454,6 @@ def _convert(key: str, value: Any) -> Any:
     if value is None:
         _check("None" in str(annotation), key, value, f"a value of type {annotation}")
         return None
-    if key == "eos_token_id" and isinstance(value, list):
-        _check(bool(value), key, value, "a token id or a list of at least one")
-        value = value[0]
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if annotation == "float":
         _check(number, key, value, "a number")
@@ -460,6 +465,17 @@ def _convert(key: str, value: Any) -> Any:
     else:
         _check(isinstance(value, int) and number, key, value, "an integer")
     return value
+
+
+def _split_eos(raw: dict[str, Any]) -> tuple[int, ...]:
+    """Leave the first of several end tokens in `raw`; returns the others."""
+    given = raw.get("eos_token_id")
+    if not isinstance(given, list):
+        return ()
+    whole = bool(given) and all(type(token) is int for token in given)
+    _check(whole, "eos_token_id", given, "a token id or a list of at least one")
+    raw["eos_token_id"], *others = given
+    return tuple(others)
 
 
 def _read_rope(raw: dict[str, Any]) -> YarnScaling | None:

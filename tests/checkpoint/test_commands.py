@@ -67,7 +67,6 @@ def test_export_to_gguf_writes_what_save_gguf_writes(
     [
         (["--to", "hf", "--dtype", "q8_0"], "only gguf knows"),
         (["--to", "fp8", "--dtype", "f32"], "types of its own"),
-        (["--to", "gguf", "--verify"], "--verify is for hf and fp8"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(

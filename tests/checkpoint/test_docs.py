@@ -1,5 +1,6 @@
 """docs/checkpoints.md does what it says: its commands are executed, one after the other, on a small model."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -15,6 +16,17 @@ from fathom.cli import main
 from fathom.data.tokenizer import train_tokenizer
 from tests.model.configs import lively_model, tiny
 
+TASK = """
+task: choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: question
+doc_to_choice: choices
+doc_to_target: answer
+metric_list: [{{metric: acc}}]
+"""
 PAGE = Path(__file__).parents[2] / "docs" / "checkpoints.md"
 
 
@@ -36,10 +48,24 @@ class Hub:
         self.uploaded.append(options)
 
 
+def write_task_and_text() -> None:
+    """What the page's two evaluations read."""
+    Path("notes.txt").write_text("def main(x):\n")
+    Path("tasks").mkdir()
+    rows = [{"question": "def", "choices": [" main", " x"], "answer": number % 2} for number in range(4)]
+    Path("tasks/choice.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    Path("tasks/choice.yaml").write_text(TASK.format(data=Path("tasks/choice.jsonl").absolute()))
+
+
+@pytest.mark.slow
 def test_every_command_of_the_page_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("gguf", reason="the gguf package is not installed")
+    datasets = pytest.importorskip("datasets", reason="lm-eval is not installed")
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -53,6 +79,7 @@ def test_every_command_of_the_page_works(
     save_model(model, snapshot, tokenizer, storage="fp8")
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    write_task_and_text()
 
     found = commands(PAGE)
     assert len(found) >= 8
@@ -60,12 +87,14 @@ def test_every_command_of_the_page_works(
         assert program == "fathom"
         main(words)
     said = capsys.readouterr().out
-    assert said.count("relative error") == 2
+    assert said.count("relative error") == 3
     assert f"({config.parameter_counts().total:,})" in said
     for directory in ("out/bf16", "out/fp8", "in/bf16", "in/deepseek"):
         assert load_config(Path(directory)) == config
     assert [file.name for file in Path("out/gguf").glob("*.gguf")] == ["mine-bf16.gguf"]
     assert Path("out/fp8/README.md").read_text().count("# mine") == 1
+    assert 0 <= json.loads(Path("figures.json").read_text())["choice"]["acc,none"] <= 1
+    assert "bits_per_byte" in said
     assert [options["repo_id"] for options in Hub.uploaded] == ["me/model"]
 
 

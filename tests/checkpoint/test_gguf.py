@@ -2,7 +2,7 @@
 
 import json
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ gguf = pytest.importorskip("gguf", reason="the gguf package is not installed")
 
 from fathom.checkpoint import gguf as ours  # noqa: E402
 from fathom.checkpoint import gguf_tensors  # noqa: E402
-from fathom.checkpoint.gguf import save_gguf  # noqa: E402
+from fathom.checkpoint.gguf import DType, save_gguf, write_gguf  # noqa: E402
+from fathom.checkpoint.shards import CheckpointError  # noqa: E402
+from fathom.checkpoint.weights import ModelWeights  # noqa: E402
 
 ARCH = "deepseek2"
 Kind = gguf.GGMLQuantizationType
@@ -338,6 +340,29 @@ def test_what_llama_cpp_would_run_differently_is_refused(tmp_path: Path, changes
 def test_depths_of_the_lite_models_are_fine_without_query_compression(tmp_path: Path) -> None:
     save_gguf(lively_model(tiny(num_hidden_layers=27, q_lora_rank=None)), None, tmp_path / "model.gguf")
     assert (tmp_path / "model.gguf").is_file()
+
+
+@pytest.mark.parametrize(("dtype", "least", "most"), [("f32", 0, 0), ("bf16", 1e-4, 2**-8), ("q8_0", 1e-4, 0.02)])
+def test_a_file_is_verified_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: DType, least: float, most: float
+) -> None:
+    weights = ModelWeights(lively_model(tiny(hidden_size=64, num_nextn_predict_layers=1)))
+    found = write_gguf(weights, None, tmp_path / "model.gguf", dtype, verify=True)
+    assert found is not None and least <= found.relative_error <= most
+    assert found.tensors == len(gguf.GGUFReader(tmp_path / "model.gguf").tensors)
+
+    def disturbed(weights: Any, tensor: Any, dtype: DType) -> Iterator[Any]:
+        """One bit of one tensor changes on its way to the disk."""
+        for piece in gguf_tensors.encoded(weights, tensor, dtype):
+            if tensor.name == "blk.1.attn_output.weight":
+                piece = piece.copy()
+                piece.view(np.uint8).reshape(-1)[7] ^= 1
+            yield piece
+
+    monkeypatch.setattr(ours, "encoded", disturbed)
+    with pytest.raises(CheckpointError, match=r"attn_output\.weight is not what was read"):
+        write_gguf(weights, None, tmp_path / "other.gguf", dtype, verify=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf"]
 
 
 def test_bad_arguments_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch import Tensor
 from fathom.checkpoint import writing
 from fathom.checkpoint.huggingface import CheckpointError, load_config, load_model, save_model
 from fathom.data.tokenizer import load_tokenizer, train_tokenizer
+from fathom.infer.engine import Engine
+from fathom.infer.sampler import SamplingParams
 from fathom.model.config import ModelConfig, YarnScaling
 from fathom.model.transformer import Model
 from tests.model.configs import lively_model, model_configs, tiny
@@ -200,6 +203,24 @@ def test_config_json_says_what_vllm_and_llama_cpp_need(tmp_path: Path) -> None:
     assert generation == {"bos_token_id": 0, "eos_token_id": 1}
 
 
+def test_each_of_several_end_tokens_ends_a_text(tmp_path: Path) -> None:
+    """The list is written as it was read, into both files, and the engine stops at any of it."""
+    tokenizer = train_tokenizer(["the quick brown fox"], 280)
+    model = lively_model(tiny(vocab_size=tokenizer.vocab_size))
+    params = SamplingParams(max_tokens=12)
+    [free] = Engine(model, tokenizer).generate(["the"], params)
+    last = free.token_ids[2]
+    assert free.token_ids.index(last) == 2
+    save_model(model, tmp_path / "model", tokenizer)
+    edit_json(tmp_path / "model" / "config.json", eos_token_id=[tokenizer.eos_id, last])
+    again = load_model(tmp_path / "model")
+    [ended] = Engine(again, tokenizer).generate(["the"], params)
+    assert ended.token_ids == free.token_ids[:3] and ended.finish_reason == "stop"
+    save_model(again, tmp_path / "again")
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "again" / name).read_text())["eos_token_id"] == [tokenizer.eos_id, last]
+
+
 def test_a_tokenizer_is_saved_along(tmp_path: Path) -> None:
     tokenizer = train_tokenizer(["the quick brown fox", "the lazy dog"], 280)
     save_model(lively_model(tiny(vocab_size=280)), tmp_path / "model", tokenizer)
@@ -232,6 +253,68 @@ def test_saving_over_a_model_replaces_it_and_keeps_other_files(tmp_path: Path) -
             assert shards == set(index["weight_map"].values())
     assert (target / "README.md").read_text() == "mine"
     assert (target / "training_state" / "state.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("moment", range(1, 5))
+def test_a_replacement_that_stops_at_any_moment_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    """As if killed before the n-th change of names: both models are whole, under the name or beside it."""
+    target = tmp_path / "model"
+    old, new = lively_model(tiny(), seed=1), lively_model(tiny(), seed=2)
+    save_model(old, target)
+    (target / "notes.txt").write_text("mine")
+    rename, calls = os.rename, []
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*names: Any) -> None:
+        calls.append(names)
+        if len(calls) >= moment:
+            raise Killed
+        rename(*names)
+
+    monkeypatch.setattr(os, "rename", killed)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    if moment == 4:
+        save_model(new, target)
+    else:
+        with pytest.raises(Killed):
+            save_model(new, target)
+    monkeypatch.undo()
+    found = {path: load_model(path) for path in tmp_path.iterdir() if any(path.glob("*.safetensors"))}
+    if target in found:
+        assert_same_model(found[target], old if moment == 1 else new)
+    for wanted in (old, new):
+        assert any(torch.equal(wanted.lm_head.weight, model.lm_head.weight) for model in found.values())
+    assert [path.read_text() for path in tmp_path.rglob("notes.txt")] == ["mine"]
+
+
+def test_a_model_that_cannot_take_the_name_leaves_the_old_one_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = lively_model(tiny(), seed=1)
+    save_model(old, tmp_path / "model")
+    rename, calls = os.rename, []
+
+    def failing(*names: Any) -> None:
+        calls.append(names)
+        if len(calls) == 2:
+            raise OSError("not now")
+        rename(*names)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(OSError, match="not now"):
+        save_model(lively_model(tiny(), seed=2), tmp_path / "model")
+    assert_same_model(load_model(tmp_path / "model"), old)
+
+
+def test_the_directory_one_stands_in_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="where this runs"):
+        save_model(lively_model(tiny()), ".")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("existing", [True, False])
@@ -306,6 +389,20 @@ def test_a_tied_head_that_differs_is_refused(tmp_path: Path, name: str) -> None:
     save_model(lively_model(tiny(tie_word_embeddings=True)), tmp_path / "model")
     edit(tmp_path / "model", lambda tensors: tensors.update({name: tensors[name] + 1}))
     assert_refused(tmp_path / "model", SINGLE, EMBEDDING.removeprefix("model."), "lm_head.weight", "ties them")
+
+
+@pytest.mark.parametrize("name", ["embed_tokens.weight", "shared_head.head.weight"])
+def test_an_mtp_layer_with_an_embedding_or_head_of_its_own_is_refused(tmp_path: Path, name: str) -> None:
+    model = lively_model(tiny(num_nextn_predict_layers=1))
+    save_model(model, tmp_path / "model")
+    name = f"model.layers.3.{name}"
+    original = EMBEDDING if "embed" in name else "lm_head.weight"
+    edit(tmp_path / "model", lambda tensors: tensors.update({name: tensors[name] + 1}))
+    assert_refused(tmp_path / "model", SINGLE, name, original, "differs")
+    edit(tmp_path / "model", lambda tensors: tensors.update({name: tensors[name][1:]}))
+    assert_refused(tmp_path / "model", SINGLE, name, original, "differs")
+    edit(tmp_path / "model", lambda tensors: tensors.pop(name))  # `transformers` writes none
+    assert_same_model(load_model(tmp_path / "model"), model)
 
 
 def test_promised_mtp_weights_that_are_absent_are_warned_of(tmp_path: Path) -> None:

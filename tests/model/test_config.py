@@ -219,6 +219,16 @@ def test_the_released_config_is_read() -> None:
     assert ModelConfig.from_dict(json.loads(json.dumps(released))) == expected
 
 
+def test_a_list_of_end_tokens_is_kept() -> None:
+    config = ModelConfig.from_dict({**tiny().to_dict(), "eos_token_id": [7, 3, 5]})
+    assert (config.eos_token_id, config.other_eos_token_ids) == (7, (3, 5))
+    assert config.to_dict()["eos_token_id"] == [7, 3, 5] and "other_eos_token_ids" not in config.to_dict()
+    assert ModelConfig.from_dict(config.to_dict()) == config
+    for wrong in ([7, 61], [7, -1], [7, "3"], [7, True]):
+        with pytest.raises(ConfigError, match="eos_token_id"):
+            ModelConfig.from_dict({**tiny().to_dict(), "eos_token_id": wrong})
+
+
 def test_what_newer_writers_leave_out_means_the_released_values() -> None:
     raw = tiny().to_dict()
     for key in (
@@ -277,7 +287,7 @@ def test_other_programs_find_their_keys() -> None:
     scaling = {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}
     assert raw["rope_scaling"] == {"type": "yarn", **scaling}
     assert raw["rope_parameters"] == {"rope_type": "yarn", "rope_theta": 5000.0, **scaling}
-    assert set(raw) >= {field.name for field in dataclasses.fields(ModelConfig)}
+    assert set(raw) >= {field.name for field in dataclasses.fields(ModelConfig)} - {"other_eos_token_ids"}
 
 
 def test_temperatures_not_given_are_not_written() -> None:

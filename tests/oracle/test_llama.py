@@ -43,8 +43,8 @@ many = settings(
 
 @contextmanager
 def llama(path: Path, **options: Any) -> Iterator[Any]:
-    """llama-cpp-python over one file, its cache in float32."""
-    given = {"n_ctx": 256, "n_threads": 2, "logits_all": True, "verbose": False} | options
+    """llama-cpp-python over one file, its cache in float32. One thread: several wait for each other in busy loops."""
+    given = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "logits_all": True, "verbose": False} | options
     program = llama_cpp.Llama(str(path), type_k=FLOAT32, type_v=FLOAT32, **given)
     try:
         yield program
@@ -248,7 +248,7 @@ def drafting_contexts(path: Path) -> Iterator[tuple[Any, Any]]:
         options.n_ctx = options.n_batch = options.n_ubatch = 64
         options.type_k = options.type_v = FLOAT32
         options.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        options.n_threads = options.n_threads_batch = 2
+        options.n_threads = options.n_threads_batch = 1
         options.ctx_type = kind
         contexts.append(llama_cpp.llama_init_from_model(model, options))
         extension.llama_set_embeddings_nextn(contexts[-1], True, kind == llama_cpp.LLAMA_CONTEXT_TYPE_MTP)

@@ -1,0 +1,84 @@
+"""`fathom eval`: a model's figures on lm-eval's tasks, or on a text."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from fathom.checkpoint.directory import model_directory
+from fathom.checkpoint.huggingface import load_model
+from fathom.config import ConfigError, atomic_write
+from fathom.data.tokenizer import Tokenizer, load_tokenizer
+from fathom.eval.likelihood import text_bits
+from fathom.model.transformer import Model
+
+Figures = dict[str, dict[str, Any]]
+"""Of each task or text, its figures by name."""
+
+
+@dataclass(frozen=True)
+class EvalCommand:
+    """Run lm-eval's tasks on a model, or measure what a text costs in bits per byte."""
+
+    path: tyro.conf.Positional[str]
+    """A Hugging Face model directory, or a name on the hub."""
+    tasks: tuple[str, ...] = ()
+    """Names of lm-eval's tasks, or YAML files of your own. A task may name Python functions, which are then run."""
+    text: tuple[Path, ...] = ()
+    """Text files in UTF-8, each measured as one document; needs no lm-eval."""
+    few_shot: int | None = None
+    """Examples before each question of a task; else as the task says."""
+    limit: int | None = None
+    """Only the first so many questions of each task."""
+    dtype: str = "float32"
+    """float32 or bfloat16."""
+    json: Path | None = None
+    """Write the figures into this file as well."""
+
+
+def run(words: list[str]) -> None:
+    command = tyro.cli(EvalCommand, args=words, prog="fathom eval")
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if command.dtype not in dtypes:
+        raise ConfigError(f"--dtype is {command.dtype!r}; it must be {' or '.join(dtypes)}")
+    if not command.tasks and not command.text:
+        raise ConfigError("nothing to measure: give --tasks (names or YAML files) or --text (files)")
+    texts = {str(file): _read(file) for file in command.text}
+    directory = model_directory(command.path)
+    tokenizer = load_tokenizer(directory)
+    model = load_model(directory, dtypes[command.dtype], "cuda" if torch.cuda.is_available() else "cpu")
+    figures: Figures = {name: asdict(text_bits(model, tokenizer, text)) for name, text in texts.items()}
+    if command.tasks:
+        figures |= _tasks(command, model, tokenizer)
+    _show(figures)
+    if command.json is not None:
+        atomic_write(command.json, json.dumps(figures, indent=2, default=str) + "\n")
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--text: {file} is not UTF-8: {error}") from error
+
+
+def _tasks(command: EvalCommand, model: Model, tokenizer: Tokenizer) -> Figures:
+    from fathom.eval.harness import run_tasks
+
+    return run_tasks(model, tokenizer, command.tasks, command.few_shot, command.limit)
+
+
+def _show(figures: Figures) -> None:
+    table = Table("task or text", "figure", "value")
+    for name, found in figures.items():
+        for figure, value in found.items():
+            if isinstance(value, float):
+                table.add_row(name, figure, f"{value:.4f}")
+            elif isinstance(value, int) and not isinstance(value, bool):
+                table.add_row(name, figure, f"{value:,}")
+    Console().print(table)
