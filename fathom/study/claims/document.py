@@ -32,6 +32,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "accepted_2": ("second draft accepted", ".1%"),
     "tokens_per_forward": ("tokens per forward pass", ".2f"),
     "seconds_per_step": ("seconds per training step", ".3f"),
+    "optimizer_per_step": ("of which the optimizer", ".3f"),
     "train_seconds": ("seconds of training", ".1f"),
     "decode_1024": ("tokens/s at 1,024 tokens of context", ",.0f"),
     "decode_4096": ("at 4,096", ",.0f"),

@@ -30,7 +30,7 @@ from fathom.study.claims.variants import Variant, costs
 from fathom.train.loop import TrainingError, stop_signals
 from fathom.train.setup import prepare_data
 
-_FORMAT = 2
+_FORMAT = 3
 """Raised when what a run measures changes its meaning: earlier records are then not used again."""
 
 

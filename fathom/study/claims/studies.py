@@ -197,15 +197,19 @@ def _experts(scale: Scale, data: DataConfig, found: Found) -> list[Entry]:
 def _experts_by_the_clock(scale: Scale, data: DataConfig, found: Found) -> list[Entry]:
     """The dense and the coarse model with as many steps as take the fine-grained one's seconds."""
     entries = _experts(scale, data, found)[:2]
-    return [_as_long(entry, "fine-grained, 1 shared", found) for entry in entries]
+    return [_as_long(entry, "fine-grained, 1 shared", "equal seconds", found) for entry in entries]
 
 
-def _as_long(entry: Entry, model: str, found: Found) -> Entry:
-    """`entry` with as many steps as take the seconds that `model` took."""
+def _as_long(entry: Entry, model: str, label: str, found: Found) -> Entry:
+    """`entry` with about as many steps as take the seconds that `model` took.
+
+    In sixteenths of the run, which is no coarser than the clock: a study that is repeated mostly has the same lengths.
+    """
     seconds = {name: _mean(found, name, "seconds_per_step") for name in (entry.name, model)}
     steps = next(iter(found[model].values()))["variant"]["run"]["train"]["steps"]
-    longer = max(1, round(steps * seconds[model] / seconds[entry.name]))
-    return Entry(f"{entry.name}, equal seconds", _train(entry.variant, steps=longer), timed=True)
+    part = max(1, steps // 16)
+    longer = part * max(1, round(steps * seconds[model] / seconds[entry.name] / part))
+    return Entry(f"{entry.name}, {label}", replace(_train(entry.variant, steps=longer), measures=()), timed=True)
 
 
 def _mean(found: Found, name: str, metric: str) -> float:
@@ -288,8 +292,16 @@ def _mtp(scale: Scale, data: DataConfig, found: Found) -> list[Entry]:
         Entry("1 module, λ 0.3 then 0.1", one),
         Entry("1 module, λ 0.1", _schedule(one, mtp_weight=0.1, mtp_weight_late=0.1)),
         Entry("1 module, λ 0.3", _schedule(one, mtp_weight=0.3, mtp_weight_late=0.3)),
+        Entry("1 module, own embedding and head", replace(one, shared_ends=False, measures=())),
         Entry("2 modules, λ 0.3 then 0.1", _with_mtp(scale, data, 2)),
     ]
+
+
+def _mtp_by_the_clock(scale: Scale, data: DataConfig, found: Found) -> list[Entry]:
+    """The model without modules with as many steps as take the others' seconds."""
+    none = Entry("no module", _recipe(scale, data))
+    lengths = {"as long as with 1": "1 module, λ 0.3 then 0.1", "as long as with 2": "2 modules, λ 0.3 then 0.1"}
+    return [_as_long(none, model, label, found) for label, model in lengths.items()]
 
 
 PREDICTION = Study(
@@ -317,9 +329,16 @@ PREDICTION = Study(
         Comparison("1 module, λ 0.1", "no module", "bits_per_byte", "lower", decides=False),
         Comparison("1 module, λ 0.3", "no module", "bits_per_byte", "lower", decides=False),
         Comparison("2 modules, λ 0.3 then 0.1", "no module", "bits_per_byte", "lower", decides=False),
+        Comparison(
+            "1 module, own embedding and head", "1 module, λ 0.3 then 0.1", "bits_per_byte", "higher", decides=False
+        ),
+        Comparison("1 module, λ 0.3 then 0.1", "no module, as long as with 1", "bits_per_byte", "lower", decides=False),
+        Comparison(
+            "2 modules, λ 0.3 then 0.1", "no module, as long as with 2", "bits_per_byte", "lower", decides=False
+        ),
     ),
     figure=Figure("bars", "bits_per_byte", "bits per byte of the main head, minus no module's"),
-    stages=(_mtp,),
+    stages=(_mtp, _mtp_by_the_clock),
 )
 
 # -------------------------------------------------------------------------------------------------- 5: routing
@@ -381,8 +400,11 @@ def _tuned(scale: Scale, data: DataConfig, found: Found) -> dict[str, Variant]:
 
 def _together(scale: Scale, data: DataConfig, found: Found) -> list[Entry]:
     recipe, dense = _tuned(scale, data, found).values()
+    without = replace(_model(recipe, num_nextn_predict_layers=0), measures=_recipe(scale, data).measures)
     return [
         Entry("dense", dense),
+        Entry("dense with MLA", replace(_dense(without), measures=())),
+        Entry("MLA and experts", without),
         Entry("whole recipe", recipe),
         Entry("whole recipe, half the tokens", _train(recipe, steps=scale.steps // 2)),
         Entry("dense, twice the tokens", _train(dense, steps=2 * scale.steps)),
@@ -390,7 +412,8 @@ def _together(scale: Scale, data: DataConfig, found: Found) -> list[Entry]:
 
 
 def _together_by_the_clock(scale: Scale, data: DataConfig, found: Found) -> list[Entry]:
-    return [_as_long(Entry("dense", _tuned(scale, data, found)["dense"]), "whole recipe", found)]
+    dense = Entry("dense", _tuned(scale, data, found)["dense"])
+    return [_as_long(dense, "whole recipe", "equal seconds", found)]
 
 
 def _same_quality(found: Found) -> list[str]:
@@ -421,7 +444,7 @@ TOGETHER = Study(
     "finds it level with dense models of 405B parameters (Tables 1 and 3). DeepSeekMoE 16B matches a dense 7B model "
     "with 40 % of its computation (arXiv 2401.06066, section 5).",
     columns=("parameters", "mtp_parameters", "flops_per_token", "learning_rate", "tokens", "bits_per_byte"),
-    timings=("seconds_per_step", "train_seconds"),
+    timings=("seconds_per_step", "optimizer_per_step", "train_seconds"),
     comparisons=(
         Comparison("whole recipe", "dense", "bits_per_byte", "lower"),
         Comparison("whole recipe", "dense, equal seconds", "bits_per_byte", "lower"),
