@@ -260,7 +260,8 @@ def _balancing(scale: Scale, data: DataConfig, found: Found) -> list[Entry]:
 BALANCING = Study(
     name="balancing",
     claim="The bias balances the experts without hurting; the auxiliary loss hurts.",
-    equal="the model and its parameters, tokens and their order, optimizer",
+    equal="the model and its parameters, tokens and their order, optimizer; the auxiliary loss is the sequence-wise "
+    "one, with 10 and 100 times the weight that it has beside the bias",
     papers="Loss-Free Balancing (arXiv 2408.15664), Table 2: validation perplexity 9.50 and 7.92 with the bias at 1B "
     "and 3B parameters, 9.56 and 7.97 with an auxiliary loss of 0.001; global MaxVio 0.04 and 0.04 against 0.72 and "
     "0.52. It finds the bias speed 0.001 best, for runs of far more steps: a bias moves by at most its speed a step. "
@@ -307,13 +308,14 @@ def _mtp_by_the_clock(scale: Scale, data: DataConfig, found: Found) -> list[Entr
 PREDICTION = Study(
     name="prediction",
     claim="Multi-token prediction gives a better model and faster decoding.",
-    equal="the main model and its parameters, tokens and their order, optimizer; modules share embedding and head with "
-    "the main model, and their training time comes on top (see the timings)",
+    equal="the main model and its parameters, tokens and their order, optimizer; the modules' training time comes on "
+    "top, or (by the clock) the model without modules reads more in the same time",
     papers="The DeepSeek-V3 report, Table 4: with one module better on most benchmarks at 15.7B and 228.7B parameters "
     "(1.33T and 540B tokens). Section 5.4.3: 85 to 90 % of second tokens accepted, 1.8 times the tokens per second.",
     columns=(
         "mtp_parameters",
         "flops_per_token",
+        "tokens",
         "bits_per_byte",
         "mtp_agreement_1",
         "mtp_agreement_2",
@@ -416,33 +418,58 @@ def _together_by_the_clock(scale: Scale, data: DataConfig, found: Found) -> list
     return [_as_long(dense, "whole recipe", "equal seconds", found)]
 
 
-def _same_quality(found: Found) -> list[str]:
-    """What the dense model spends to get as far as the recipe, between (or beyond) its two lengths."""
-    quality = _mean(found, "whole recipe", "bits_per_byte")
+def _same_quality(found: Found, name: str) -> list[str]:
+    """What the dense model spends to get as far as another, between (or beyond) its two lengths."""
+    quality = _mean(found, name, "bits_per_byte")
     once, twice = "dense", "dense, twice the tokens"
-    first, second = (_mean(found, name, "bits_per_byte") for name in (once, twice))
-    sentences = []
-    for what, metric in (("FLOPs", "flops"), ("seconds of processor time", "train_seconds")):
-        low, high = (_mean(found, name, metric) for name in (once, twice))
-        share = (quality - first) / (second - first)
-        needed = low * (high / low) ** share
-        ratio = needed / _mean(found, "whole recipe", metric)
-        where = "between" if 0 <= share <= 1 else "extrapolated beyond"
-        sentences.append(
-            f"To reach the whole recipe's {quality:.3f} bits per byte the dense transformer takes {ratio:.2f} times "
-            f"its {what} ({where} the dense model's two lengths, on a logarithmic scale)."
-        )
-    return sentences
+    first, second = (_mean(found, length, "bits_per_byte") for length in (once, twice))
+    share = (quality - first) / (second - first)
+    ratios = []
+    for metric in ("flops", "train_seconds"):
+        low, high = (_mean(found, length, metric) for length in (once, twice))
+        ratios.append(low * (high / low) ** share / _mean(found, name, metric))
+    where = "between" if 0 <= share <= 1 else "extrapolated beyond"
+    return [
+        f"To reach the {quality:.3f} bits per byte of «{name}» the dense transformer takes {ratios[0]:.2f} times its "
+        f"FLOPs and {ratios[1]:.2f} times its seconds ({where} the dense model's two lengths, on a logarithmic scale)."
+    ]
+
+
+def _part_by_part(found: Found) -> list[str]:
+    """What each part of the recipe adds, to a step's seconds and to quality at the same tokens."""
+    rows = ("dense", "dense with MLA", "MLA and experts", "whole recipe")
+    parts = []
+    for before, after, part in zip(rows, rows[1:], ("MLA", "the experts", "the MTP module"), strict=False):
+        longer = _mean(found, after, "seconds_per_step") / _mean(found, before, "seconds_per_step") - 1
+        gained = _mean(found, after, "bits_per_byte") - _mean(found, before, "bits_per_byte")
+        parts.append(f"{part} {longer:+.0%} and {gained:+.4f}")
+    speeds = [_mean(found, n, "flops") / _mean(found, n, "train_seconds") / 1e9 for n in (rows[0], rows[2])]
+    optimizers = [_mean(found, n, "optimizer_per_step") / _mean(found, n, "seconds_per_step") for n in rows[::3]]
+    return [
+        "What each part adds to the seconds of a step, and to bits per byte after the same tokens: "
+        f"{', '.join(parts)} (the first with the recipe's learning rate).",
+        f"At equal FLOPs per token the dense transformer computes {speeds[0]:.0f} GFLOP/s and MLA with experts "
+        f"{speeds[1]:.0f}: small products of few tokens per expert, routing, and an optimizer that orthogonalises all "
+        f"experts, also those that few tokens took ({optimizers[0]:.0%} of a dense step, {optimizers[1]:.0%} of the "
+        "whole recipe's).",
+    ]
+
+
+def _costs_of_quality(found: Found) -> list[str]:
+    return _same_quality(found, "whole recipe") + _same_quality(found, "MLA and experts") + _part_by_part(found)
 
 
 TOGETHER = Study(
     name="together",
     claim="All together the recipe reaches a dense transformer's quality at a fraction of the cost.",
-    equal="tokenizer, text, layers and their width, FLOPs per token of the main model; each side at the best of the "
-    "same learning rates, tried once each; then the same tokens, and the same seconds",
+    equal="tokenizer, text, layers and their width, FLOPs per token of the main model, optimizer (Muon); the dense "
+    "side has multi-head attention, RoPE and RMSNorm; each side at the best of the same learning rates, tried once each; "
+    "then the same tokens, and the same seconds",
     papers="DeepSeek-V3 took 2.788M H800 GPU-hours for 14.8T tokens at 37B active of 671B parameters, and the report "
     "finds it level with dense models of 405B parameters (Tables 1 and 3). DeepSeekMoE 16B matches a dense 7B model "
-    "with 40 % of its computation (arXiv 2401.06066, section 5).",
+    "with 40 % of its computation (arXiv 2401.06066, section 5). nanochat's log (19 February 2026) found experts in "
+    "DeepSeek-V3's style better step by step and slower by the clock, with the share of peak FLOPs falling from 46 % "
+    "to 35 %.",
     columns=("parameters", "mtp_parameters", "flops_per_token", "learning_rate", "tokens", "bits_per_byte"),
     timings=("seconds_per_step", "optimizer_per_step", "train_seconds"),
     comparisons=(
@@ -451,7 +478,7 @@ TOGETHER = Study(
     ),
     figure=Figure("bars", "bits_per_byte", "bits per byte, minus the dense transformer's"),
     stages=(_trials, _together, _together_by_the_clock),
-    facts=_same_quality,
+    facts=_costs_of_quality,
 )
 
 STUDIES = {study.name: study for study in (ATTENTION, EXPERTS, BALANCING, PREDICTION, ROUTING, TOGETHER)}
