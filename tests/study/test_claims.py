@@ -24,13 +24,14 @@ from fathom.model.moe import MoE
 from fathom.ops.rope import Rope
 from fathom.study.claims.attention import GroupedQueryAttention
 from fathom.study.claims.command import StudyCommand, run_studies
+from fathom.study.claims.design import Comparison, Entry, Found
 from fathom.study.claims.document import write_document
 from fathom.study.claims.experts import without_best_experts
 from fathom.study.claims.prediction import ApartModel
 from fathom.study.claims.runner import Runner, Task
 from fathom.study.claims.scales import ALL, MINUTES, Scale, base
 from fathom.study.claims.statistics import Expectation, Interval, interval, judge, paired_difference, together
-from fathom.study.claims.studies import STUDIES, Comparison, Entry, Found
+from fathom.study.claims.studies import STUDIES
 from fathom.study.claims.summary import path_of, summarize
 from fathom.study.claims.trial import run_trial
 from fathom.study.claims.variants import Variant, build_model, costs, fitted

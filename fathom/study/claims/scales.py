@@ -80,7 +80,7 @@ HOURS = replace(
     expert_width=32,
     batch=16,
     micro_batch=16,
-    steps=256,
+    steps=192,
     held_out_rows=512,
 )
 

@@ -8,9 +8,9 @@ from statistics import fmean
 from typing import Any
 
 from fathom.data.pack import Prepared
+from fathom.study.claims.design import Comparison, Entry, Found, Study, value
 from fathom.study.claims.scales import Scale
 from fathom.study.claims.statistics import Interval, interval, judge, paired_difference, together
-from fathom.study.claims.studies import Comparison, Entry, Found, Study, value
 
 Summary = dict[str, Any]
 
