@@ -65,6 +65,10 @@ larger models: much of what many experts or a longer horizon of prediction give 
 """
 
 _READING = f"""\
+`fathom study` measures them again: `--scale minutes`, `hours` or `gpu`, with a claim's name for that one alone.
+`--corpus` reads other text, `--seeds` makes more runs of each kind. Finished runs are kept in `--out`: what was
+interrupted goes on, and what another claim has run is not run twice.
+
 ## How to read it
 
 {textwrap.fill(RULE + " No correction is made for the number of comparisons.", 120)}
@@ -216,8 +220,10 @@ def _load(summary: Summary) -> str:
 def _origin(summary: Summary) -> str:
     machine, corpus, scale = summary["machine"], summary["corpus"], summary["scale"]
     tokens = scale["steps"] * scale["batch"] * scale["length"]
+    minutes = summary["train_seconds"] / 60
     return _wrapped(
-        f"Made by `{summary['command']}` with torch {machine['torch']} and Python {machine['python']}; text sha256 "
+        f"Made by `{summary['command']}`: {summary['runs']} runs, some of which other claims share, that trained for "
+        f"{minutes:.0f} minutes together; torch {machine['torch']}, Python {machine['python']}; text sha256 "
         f"{corpus['sha256'][:12]}…, vocabulary {scale['vocabulary']}. Hidden size {scale['hidden']}, {scale['layers']} "
         f"layers, {scale['heads']} heads of {scale['head_width']}, latent {scale['latent']} + {scale['rope_width']}, "
         f"experts of {scale['expert_width']}; {tokens:,} tokens a run, {scale['batch']} x {scale['length']} a step; "

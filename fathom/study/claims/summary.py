@@ -36,6 +36,8 @@ def summarize(
         "command": command,
         "corpus": {"name": prepared.config.corpus, "sha256": prepared.corpus_hash},
         "machine": records[0]["machine"],
+        "runs": len(records),
+        "train_seconds": sum(value(record, "train_seconds") for record in records),
         "busy": [extreme(value(record, "busy") for record in records) for extreme in (min, max)],
         "columns": list(study.columns),
         "timings": list(study.timings),
