@@ -91,8 +91,8 @@ def _part_by_part(found: Found) -> list[str]:
         "What each part adds to the seconds of a step, and to bits per byte after the same tokens: "
         f"{', '.join(parts)} (the first with the recipe's learning rate).",
         f"At equal FLOPs per token the dense transformer computes {speeds[0]:.0f} GFLOP/s and MLA with experts "
-        f"{speeds[1]:.0f}; the optimizer takes {optimizers[0]:.0%} of a dense step and {optimizers[1]:.0%} of the whole "
-        "recipe's.",
+        f"{speeds[1]:.0f}; the optimizer takes {optimizers[0]:.0%} of a dense step and {optimizers[1]:.0%} of the "
+        "whole recipe's.",
     ]
 
 
