@@ -320,7 +320,9 @@ def test_the_committed_verdicts_follow_from_the_committed_values(scale: str) -> 
     from scipy.stats import ttest_rel
 
     docs = Path(__file__).parent.parent.parent / "docs"
-    for name in STUDIES:
+    committed = [name for name in STUDIES if path_of(docs, scale, name).exists()]
+    assert committed
+    for name in committed:
         summary = json.loads(path_of(docs, scale, name).read_text())
         metrics = {row["name"]: row["metrics"] for row in summary["rows"]}
         for c in summary["comparisons"]:

@@ -115,7 +115,7 @@ def _picture(summary: Summary) -> str:
 
 def document(scale: str, found: Results) -> str:
     """One scale's page; its overview shows every scale's verdicts."""
-    sections = [_section(number, summary) for number, summary in enumerate(found[scale].values(), start=1)]
+    sections = [_section(_number(name), summary) for name, summary in found[scale].items()]
     opening = _OPENING.format(scale=scale)
     return "\n".join((opening, _overview(scale, found), _READING, *sections))
 
@@ -123,10 +123,18 @@ def document(scale: str, found: Results) -> str:
 def _overview(scale: str, found: Results) -> str:
     head = [other if other == scale else f"[{other}]({_page(other, found)})" for other in found]
     lines = [_row(["", "claim", *head]), _row(["---"] * (2 + len(head)))]
-    for number, (name, summary) in enumerate(found[scale].items(), start=1):
-        verdicts = [_verdict(found[other][name]) if name in found[other] else "–" for other in found]
-        lines.append(_row([str(number), f"[{summary['claim']}](#{name})", *verdicts]))
+    for name in STUDIES:
+        of_scales = {other: summaries[name] for other, summaries in found.items() if name in summaries}
+        if of_scales:
+            page = "" if scale in of_scales else _page(list(of_scales)[-1], found)
+            verdicts = [_verdict(of_scales[other]) if other in of_scales else "not run" for other in found]
+            claim = next(iter(of_scales.values()))["claim"]
+            lines.append(_row([str(_number(name)), f"[{claim}]({page}#{name})", *verdicts]))
     return "\n".join(lines) + "\n"
+
+
+def _number(name: str) -> int:
+    return list(STUDIES).index(name) + 1
 
 
 def _verdict(summary: Summary) -> str:

@@ -190,7 +190,7 @@ def _cost_of_drafts(found: Found) -> list[str]:
     return [
         f"One text at a time, a forward pass with a draft decides {tokens:.2f} tokens and takes about "
         f"{tokens / speedup:.1f} times as long as one without: it verifies two tokens, then runs the module and the "
-        f"head once more, beside a main model of {layers} layers (61 in DeepSeek-V3), and decides more."
+        f"head once more, beside a main model of {layers} layers (61 in DeepSeek-V3)."
     ]
 
 
