@@ -115,8 +115,8 @@ def _measure(model: Model, batch: Batch, compute_dtype: torch.dtype | None, mtp:
         compute_dtype=compute_dtype,
     )
     wanted = [targets(batch, k + 1, modules) for k in range(1 + len(states.mtp_h_BSD))]
-    heads = zip((states.h_BSD, *states.mtp_h_BSD), wanted, strict=True)
-    nats, guesses = zip(*(score(model, h_BSD, targets_BS) for h_BSD, targets_BS in heads), strict=True)
+    heads = zip(range(len(wanted)), (states.h_BSD, *states.mtp_h_BSD), wanted, strict=True)
+    nats, guesses = zip(*(score(model, h_BSD, targets_BS, k) for k, h_BSD, targets_BS in heads), strict=True)
     # Module k at position i and the main head at i+k guess the same token; the last k lack a main guess.
     compared = [wanted[k][:, : length - k] != IGNORE for k in range(1, len(wanted))]
     agreed = [(guesses[k][:, : length - k] == guesses[0][:, k:]) & compared[k - 1] for k in range(1, len(wanted))]
@@ -129,13 +129,13 @@ def _measure(model: Model, batch: Batch, compute_dtype: torch.dtype | None, mtp:
     )
 
 
-def score(model: Model, h_BSD: Tensor, targets_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """One head's summed −log p in float64, and its first guess at every position (B, S)."""
+def score(model: Model, h_BSD: Tensor, targets_BS: Tensor, module: int = 0) -> tuple[Tensor, Tensor]:
+    """Summed −log p (float64) and first guesses (B, S) of the main head (0) or of an MTP module's."""
     nats = torch.zeros((), dtype=torch.float64, device=h_BSD.device)
     guesses = []
     chunks = (tensor.split(_CHUNK_TOKENS) for tensor in (h_BSD.flatten(0, 1), targets_BS.flatten()))
     for h_ND, targets_N in zip(*chunks, strict=True):
-        logits_NO = at_least_float32(model.logits(h_ND))
+        logits_NO = at_least_float32(model.logits(h_ND, module))
         nats += F.cross_entropy(logits_NO, targets_N, ignore_index=IGNORE, reduction="sum")
         guesses.append(logits_NO.argmax(-1))
     return nats, torch.cat(guesses).view_as(targets_BS)

@@ -76,17 +76,25 @@ class Model(nn.Module):
     def forward(self, tokens_BS: Tensor, mtp: bool = False) -> ModelOutput:
         """Logits of every position; with `mtp` also those of the MTP modules."""
         states = self.states(tokens_BS, mtp=mtp)
-        mtp_logits = tuple(self.logits(h) for h in states.mtp_h_BSD) if mtp else None
+        mtp_logits = tuple(self.logits(h, k) for k, h in enumerate(states.mtp_h_BSD, 1)) if mtp else None
         return ModelOutput(self.logits(states.h_BSD), states.router, mtp_logits)
 
     def hidden(self, tokens_BS: Tensor) -> Tensor:
         """The state after the final norm (B, S, D): what the head and the first MTP module read."""
         return self.states(tokens_BS).h_BSD
 
-    def logits(self, h_BSD: Tensor) -> Tensor:
-        """The output head: (…, D) → (…, O)."""
-        logits_BSO: Tensor = self.lm_head(h_BSD)
+    def logits(self, h_BSD: Tensor, module: int = 0) -> Tensor:
+        """The output head, of the main model or of an MTP module counted from 1: (…, D) → (…, O)."""
+        logits_BSO: Tensor = self.head_of(module)(h_BSD)
         return logits_BSO
+
+    def head_of(self, module: int) -> nn.Linear:
+        """The head that reads the main model's states (0) or an MTP module's (from 1): the same one for all."""
+        return self.lm_head
+
+    def embedding_of(self, module: int) -> nn.Embedding:
+        """The embedding of what the main model (0) or an MTP module (from 1) reads: the same one for all."""
+        return self.embed_tokens
 
     def states(
         self,
@@ -131,7 +139,7 @@ class Model(nn.Module):
             length = min(h_BSD.shape[1], ahead_BT.shape[1] - k)
             if length < 1:
                 raise ValueError(f"sequences of {ahead_BT.shape[1]} tokens are too short for MTP module {k}")
-            embedded_BSD = self._embed(ahead_BT[:, k : k + length], compute_dtype)
+            embedded_BSD = self._embed(ahead_BT[:, k : k + length], compute_dtype, k)
             # Rotary positions are relative: counting a module's own from 0 changes nothing.
             here = Rope(rope.cos[:length], rope.sin[:length])
             h_BSD, module_facts = cast(MTPModule, module).predict(embedded_BSD, h_BSD[:, :length], here)
@@ -167,7 +175,7 @@ class Model(nn.Module):
         be among those it sees.
         """
         rope = rope_table(self.config, batch.positions)
-        embedded_1ND = self._embed(tokens_N[None], h_ND.dtype)
+        embedded_1ND = self._embed(tokens_N[None], h_ND.dtype, module + 1)
         cache = batch.layer(len(self.layers) + module)
         out_1ND, _ = cast(MTPModule, self.mtp[module]).predict(embedded_1ND, h_ND[None], rope, cache)
         return out_1ND[0]
@@ -190,8 +198,8 @@ class Model(nn.Module):
         """Every router, in the order of `RouterSummary.loads_LE`."""
         return [module for module in self.modules() if isinstance(module, Router)]
 
-    def _embed(self, tokens_BS: Tensor, compute_dtype: torch.dtype | None) -> Tensor:
-        embedded_BSD: Tensor = self.embed_tokens(tokens_BS)
+    def _embed(self, tokens_BS: Tensor, compute_dtype: torch.dtype | None, module: int = 0) -> Tensor:
+        embedded_BSD: Tensor = self.embedding_of(module)(tokens_BS)
         return embedded_BSD if compute_dtype is None else embedded_BSD.to(compute_dtype)
 
     def _check_tokens(self, tokens_BS: Tensor) -> None:

@@ -55,11 +55,10 @@ class Objective(nn.Module):
             compute_dtype=self.compute_dtype,
             recompute=self.recompute,
         )
-        head_OD = self.model.lm_head.weight
         sums = []
         for k, h_BSD in enumerate((states.h_BSD, *states.mtp_h_BSD)):
             targets_N = targets(batch, k + 1, modules).flatten()
-            sums.append(linear_cross_entropy(h_BSD.flatten(0, 1), head_OD, targets_N))
+            sums.append(linear_cross_entropy(h_BSD.flatten(0, 1), self.model.head_of(k).weight, targets_N))
         sums_H = torch.stack(sums)
         means_H = sums_H / counts_H.clamp_min(1)
         total = means_H[0] + self.balance_alpha * share * states.router.balance_loss

@@ -1,11 +1,14 @@
 """The studies: statistics with known answers, baselines against other programs, runs that repeat and are kept."""
 
 import io
+import json
 import math
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,19 +18,25 @@ from rich.console import Console
 
 from fathom.config import ConfigError
 from fathom.data.corpus import DataConfig
+from fathom.data.pack import Prepared
 from fathom.model.config import ModelConfig
 from fathom.model.moe import MoE
 from fathom.ops.rope import Rope
 from fathom.study.claims.attention import GroupedQueryAttention
 from fathom.study.claims.command import StudyCommand, run_studies
+from fathom.study.claims.design import Comparison, Entry, Found
 from fathom.study.claims.document import write_document
 from fathom.study.claims.experts import without_best_experts
+from fathom.study.claims.prediction import ApartModel
 from fathom.study.claims.runner import Runner, Task
-from fathom.study.claims.scales import MINUTES, base
-from fathom.study.claims.statistics import Interval, interval, judge, paired_difference, together
+from fathom.study.claims.scales import ALL, MINUTES, Scale, base
+from fathom.study.claims.statistics import Expectation, Interval, interval, judge, paired_difference, together
 from fathom.study.claims.studies import STUDIES
+from fathom.study.claims.summary import path_of, summarize
 from fathom.study.claims.trial import run_trial
 from fathom.study.claims.variants import Variant, build_model, costs, fitted
+from fathom.train.optim import build_optimizers
+from fathom.train.run import OptimizerConfig
 from tests.model.configs import lively_model, tiny
 
 CORPUS = Path(__file__).parent.parent.parent / "fathom" / "study"
@@ -148,6 +157,9 @@ def variants() -> list[Variant]:
         replace(plain, shared_experts=False),
         replace(plain, run=replace(plain.run, model=dense)),
         replace(plain, run=replace(plain.run, model=wide), kv_heads=2),
+        replace(
+            plain, run=replace(plain.run, model=replace(plain.run.model, num_nextn_predict_layers=1)), shared_ends=False
+        ),
     ]
 
 
@@ -157,7 +169,7 @@ def test_costs_are_those_of_the_model() -> None:
         counted = costs(variant)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         biases = sum(buffer.numel() for name, buffer in model.named_buffers() if "correction_bias" in name)
-        assert counted.parameters == parameters + biases
+        assert counted.parameters + counted.mtp_parameters == parameters + biases
     fit = fitted(variants()[3], lambda found: found.parameters, costs(variants()[2]).parameters)
     assert costs(fit).parameters == pytest.approx(costs(variants()[2]).parameters, rel=0.02)
 
@@ -204,20 +216,163 @@ def _vocabulary(variant: Variant, size: int) -> Variant:
     return replace(variant, run=replace(variant.run, model=replace(variant.run.model, vocab_size=size)))
 
 
+@pytest.mark.parametrize("scale", ALL.values(), ids=ALL)
+def test_what_is_called_equal_is_equal(scale: Scale) -> None:
+    """Parameters of the attentions, and FLOPs of the feed-forwards and of claim 6's two sides, within 2 %."""
+    data = DataConfig(corpus=str(CORPUS))
+
+    def spread(name: str, metric: str) -> float:
+        counts = [getattr(costs(entry.variant), metric) for entry in STUDIES[name].stages[0](scale, data, {})]
+        return max(counts) / min(counts)
+
+    assert spread("attention", "parameters") < 1.02
+    assert spread("experts", "flops_per_token") < 1.02
+    trials = STUDIES["together"].stages[0](scale, data, {})
+    plain = [replace(t.variant.run, model=replace(t.variant.run.model, num_nextn_predict_layers=0)) for t in trials]
+    flops = [costs(replace(t.variant, run=run)).flops_per_token for t, run in zip(trials, plain, strict=True)]
+    assert max(flops) / min(flops) < 1.02
+    budget = [sum(t.name.startswith(side) for t in trials) for side in ("dense", "whole recipe")]
+    assert budget[0] == budget[1] >= 3
+
+
+def planted(effects: dict[str, float], noise: float) -> Found:
+    """Records of one metric: a base, what the seed shares out to all, an effect, and a little noise."""
+    rng = random.Random(5)
+    shared = {seed: rng.gauss(0, 0.1) for seed in range(5)}
+    return {
+        name: {
+            seed: {
+                "results": {"quality": 2 + shared[seed] + effect + rng.gauss(0, noise)},
+                "timing": {"busy": 1.0},
+                "costs": {},
+                "machine": {},
+                "variant": {},
+            }
+            for seed in shared
+        }
+        for name, effect in effects.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("effect", "noise", "expected", "margin", "verdict"),
+    [
+        (-0.03, 0.005, "lower", 0.0, "holds"),
+        (0.03, 0.005, "lower", 0.0, "does not hold at this scale"),
+        (-0.03, 0.1, "lower", 0.0, "undecided"),
+        (0.03, 0.005, "higher", 0.0, "holds"),
+        (0.003, 0.001, "close", 0.005, "holds"),
+        (0.02, 0.001, "close", 0.005, "does not hold at this scale"),
+    ],
+)
+def test_a_planted_effect_comes_out(
+    effect: float, noise: float, expected: Expectation, margin: float, verdict: str, tmp_path: Path
+) -> None:
+    """The whole way from records to verdict, where the seeds' own spread is far larger than the effect."""
+    comparison = Comparison("new", "old", "quality", expected, margin)
+    study = replace(STUDIES["routing"], columns=("quality",), timings=(), comparisons=(comparison,), stages=())
+    entries = [Entry(name, base(MINUTES, DataConfig())) for name in ("old", "new")]
+    prepared = SimpleNamespace(config=DataConfig(), corpus_hash="0" * 64)
+    found = planted({"old": 0.0, "new": effect}, noise)
+    summary = summarize(study, MINUTES, entries, found, cast(Prepared, prepared), "")
+    assert summary["verdict"] == verdict
+    compared = summary["comparisons"][0]
+    assert compared["low"] < effect < compared["high"] and (compared["high"] - compared["low"]) < 12 * noise
+
+
 def test_every_study_names_what_it_compares() -> None:
     assert len(STUDIES) == 6
     for study in STUDIES.values():
         assert any(comparison.decides for comparison in study.comparisons), study.name
 
 
-def test_the_committed_page_is_the_one_the_figures_make(tmp_path: Path) -> None:
-    """docs/claims.md was not edited by hand, and its verdicts follow from the values that lie beside it."""
+@pytest.mark.slow
+def test_a_study_repeated_gives_the_same_table(tmp_path: Path) -> None:
+    """Every number that no clock had a part in, every interval and every verdict."""
+    tiny_scale = replace(MINUTES, steps=3, batch=2, micro_batch=2, length=32, vocabulary=320, held_out_rows=4)
+    study, data = STUDIES["routing"], DataConfig(corpus=str(CORPUS))
+    summaries = []
+    for attempt in ("first", "second"):
+        runner = Runner(tmp_path / attempt, 1, Console(file=io.StringIO()), run_trial)
+        entries, found = runner.studies([study], tiny_scale, data, [0, 1])[study.name]
+        summaries.append(summarize(study, tiny_scale, entries, found, runner.prepare(tiny_scale, data), ""))
+        for row in summaries[-1]["rows"]:
+            assert row["metrics"].pop("seconds_per_step")["mean"] > 0
+        del summaries[-1]["busy"], summaries[-1]["train_seconds"]
+    assert summaries[0] == summaries[1]
+    assert len({row["metrics"]["bits_per_byte"]["mean"] for row in summaries[0]["rows"]}) > 1
+
+
+def test_the_committed_pages_are_those_the_figures_make(tmp_path: Path) -> None:
+    """They were not edited by hand, and they hold every claim."""
     pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
     docs = Path(__file__).parent.parent.parent / "docs"
-    (tmp_path / "claims").mkdir()
-    for file in (docs / "claims").glob("*.json"):
-        (tmp_path / "claims" / file.name).write_text(file.read_text())
-    assert write_document(tmp_path).read_text() == (docs / "claims.md").read_text()
+    shutil.copytree(docs / "claims", tmp_path / "claims")
+    pages = write_document(tmp_path)
+    assert [page.name for page in pages] == ["claims-minutes.md", "claims.md"]
+    for page in pages:
+        assert page.read_text() == (docs / page.name).read_text()
+
+
+@pytest.mark.parametrize("scale", ["minutes", "hours"])
+def test_the_committed_verdicts_follow_from_the_committed_values(scale: str) -> None:
+    """Recomputed by scipy's own paired interval."""
+    from scipy.stats import ttest_rel
+
+    docs = Path(__file__).parent.parent.parent / "docs"
+    committed = [name for name in STUDIES if path_of(docs, scale, name).exists()]
+    assert committed
+    for name in committed:
+        summary = json.loads(path_of(docs, scale, name).read_text())
+        metrics = {row["name"]: row["metrics"] for row in summary["rows"]}
+        for c in summary["comparisons"]:
+            values = [list(metrics[c[side]][c["metric"]]["values"].values()) for side in ("variant", "baseline")]
+            if len(set(values[0])) == len(set(values[1])) == 1:
+                continue
+            low, high = ttest_rel(*values).confidence_interval(0.95)
+            assert (c["low"], c["high"]) == (pytest.approx(low, rel=1e-6), pytest.approx(high, rel=1e-6))
+            margin = c["margin"] if c["expectation"] == "close" else 0.0
+            below, above = (high < margin, low > margin) if c["expectation"] != "higher" else (low > 0, high < 0)
+            assert c["verdict"] == ("holds" if below else "does not hold at this scale" if above else "undecided"), (
+                f"{name}: {c['variant']}"
+            )
+
+
+@pytest.mark.parametrize("copies", [True, False])
+def test_modules_with_their_own_embedding_and_head(copies: bool) -> None:
+    """With copies of the main model's matrices they compute what sharing ones do; with others, something else."""
+    shared = lively_model(tiny(num_nextn_predict_layers=2), seed=1)
+    apart = ApartModel(shared.config)
+    missing, unexpected = apart.load_state_dict(shared.state_dict(), strict=False)
+    assert not unexpected and {name.split(".", 2)[2] for name in missing} == {
+        "embed_tokens.weight",
+        "shared_head.head.weight",
+    }
+    with torch.no_grad():
+        for module in range(1, 3):
+            if copies:
+                apart.head_of(module).weight.copy_(shared.lm_head.weight)
+                apart.embedding_of(module).weight.copy_(shared.embed_tokens.weight)
+        ids = torch.randint(0, shared.config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
+        ours, theirs = apart(ids, mtp=True), shared(ids, mtp=True)
+    assert torch.equal(ours.logits_BSO, theirs.logits_BSO)
+    for mine, other in zip(ours.mtp_logits or (), theirs.mtp_logits or (), strict=True):
+        assert torch.equal(mine, other) == copies
+
+
+def test_modules_with_their_own_ends_learn_them_alone() -> None:
+    """A module's loss moves its own matrices, and no optimizer but AdamW takes them."""
+    model = ApartModel(tiny(num_nextn_predict_layers=1))
+    ids = torch.randint(0, model.config.vocab_size, (1, 8))
+    logits = model(ids, mtp=True).mtp_logits
+    assert logits is not None
+    logits[0].square().sum().backward()
+    own = dict(model.mtp[0].named_parameters())
+    assert own["embed_tokens.weight"].grad is not None and own["shared_head.head.weight"].grad is not None
+    assert model.lm_head.weight.grad is None
+    _, muon = build_optimizers(model, OptimizerConfig(kind="muon"))
+    taken = {id(parameter) for group in muon.param_groups for parameter in group["params"]}
+    assert id(model.head_of(1).weight) not in taken and id(model.lm_head.weight) not in taken
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`fathom study`: run the studies that are asked for, then write their summaries, pictures and page."""
+"""`fathom study`: run the studies that are asked for, then write their summaries, pictures and pages."""
 
 import json
 import shlex
@@ -31,7 +31,7 @@ class StudyCommand:
     out: Path = Path("runs/study")
     """Where finished runs are kept, so that none is made twice."""
     docs: Path | None = None
-    """Where claims.md, claims/ and images/ are written; none: --out."""
+    """Where pages, results (claims/) and pictures (images/) are written; none: --out."""
     seeds: int | None = None
     """How many seeds; none: the scale's own number."""
     jobs: int = field(default_factory=default_jobs)
@@ -39,7 +39,7 @@ class StudyCommand:
     corpus: str = STDLIB
     """Text to train on, as --data.corpus of `fathom train`."""
     page_only: bool = False
-    """Run nothing: write the page from the summaries that lie in --docs."""
+    """Run nothing: write the pages from the results that lie in --docs."""
 
 
 def run_studies(command: StudyCommand) -> None:
@@ -52,7 +52,8 @@ def run_studies(command: StudyCommand) -> None:
     if not command.page_only:
         summaries = _run(command, docs, console)
         console.print(_table(summaries))
-    console.print(f"page      {write_document(docs)}", highlight=False)
+    for page in write_document(docs):
+        console.print(f"page      {page}", highlight=False)
 
 
 def _run(command: StudyCommand, docs: Path, console: Console) -> list[Summary]:
@@ -67,9 +68,10 @@ def _run(command: StudyCommand, docs: Path, console: Console) -> list[Summary]:
         summarize(study, scale, *finished[study.name], prepared, f"fathom study {study.name} {line}")
         for study in studies
     ]
-    (docs / "claims").mkdir(parents=True, exist_ok=True)
     for summary in summaries:
-        atomic_write(path_of(docs, summary["name"]), json.dumps(summary, indent=1) + "\n")
+        path = path_of(docs, scale.name, summary["name"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, json.dumps(summary, indent=1) + "\n")
     return summaries
 
 

@@ -32,7 +32,9 @@ _CONTEXTS = (1024, 4096, 16384)
 _SEQUENCES, _DECODED = 4, 5
 """Sequences decoded together, and steps of which the middle one is reported."""
 
-_PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 8, 64, 48
+_PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 64, 64, 48
+_TIMED_PROMPTS = 8
+"""Of them, continued one at a time to see how fast that goes."""
 
 
 class HeldOut:
@@ -97,35 +99,46 @@ def groups(model: Model, held_out: HeldOut) -> Numbers:
 
 
 def drafting(model: Model, held_out: HeldOut, clock: Callable[[], float]) -> tuple[Numbers, Numbers]:
-    """Greedy continuations with one draft and two: how many drafts are accepted, and how fast it goes."""
+    """Greedy continuations with one draft and with two: how many drafts are accepted, and how fast it goes."""
     prompts = held_out.prompts()
-    plain, plain_seconds = _continue(model, prompts, 0, 1, clock)
-    plain_speed = _tokens(plain) / plain_seconds
-    if not model.mtp:
-        return {"tokens_per_forward": 1.0}, {"plain_tokens_per_second": plain_speed, "speedup": 1.0}
-    one, seconds = _continue(model, prompts, 1, 1, clock)
-    two, _ = _continue(model, prompts, 2, len(prompts), clock)
-    numbers = {"tokens_per_forward": (_tokens(one) - len(one)) / sum(g.forwards for g in one)}
-    timing = {"plain_tokens_per_second": plain_speed, "speedup": _tokens(one) / seconds / plain_speed}
-    for place in range(2):
-        offered = sum(g.offered_at[place] for g in two if len(g.offered_at) > place)
-        accepted = sum(g.accepted_at[place] for g in two if len(g.accepted_at) > place)
-        numbers[f"accepted_{place + 1}"] = accepted / offered if offered else 0.0
-    return numbers, timing
+    numbers = {"tokens_per_forward": 1.0}
+    if model.mtp:
+        one, two = (_continue(_core(model, drafts, len(prompts)), prompts) for drafts in (1, 2))
+        numbers["tokens_per_forward"] = (_tokens(one) - len(one)) / sum(g.forwards for g in one)
+        for place in range(2):
+            offered = sum(g.offered_at[place] for g in two if len(g.offered_at) > place)
+            accepted = sum(g.accepted_at[place] for g in two if len(g.accepted_at) > place)
+            numbers[f"accepted_{place + 1}"] = accepted / offered if offered else 0.0
+    return numbers, _drafting_speed(model, prompts[:_TIMED_PROMPTS], clock)
 
 
-def _continue(
-    model: Model, prompts: Sequence[Sequence[int]], drafts: int, together: int, clock: Callable[[], float]
-) -> tuple[list[Generation], float]:
-    """Greedy continuations of all prompts, `together` at a time, and the seconds they took."""
-    params = SamplingParams(max_tokens=_NEW_TOKENS, ignore_eos=True)
+def _drafting_speed(model: Model, prompts: Sequence[Sequence[int]], clock: Callable[[], float]) -> Numbers:
+    """One text at a time, without and with a draft by turns, so that the machine's moods meet both alike."""
+    cores = [_core(model, drafts, 1) for drafts in ((0, 1) if model.mtp else (0,))]
+    seconds = [0.0] * len(cores)
+    for prompt in prompts:
+        for place, core in enumerate(cores):
+            began = clock()
+            _continue(core, [prompt])
+            seconds[place] += clock() - began
+    return {
+        "plain_tokens_per_second": _NEW_TOKENS * len(prompts) / seconds[0],
+        "speedup": seconds[0] / seconds[-1],
+    }
+
+
+def _core(model: Model, drafts: int, together: int) -> Core:
     room = together * (_PROMPT_TOKENS + _NEW_TOKENS + 64)
-    core = Core(model, speculative=drafts, max_batch=together, cache_tokens=room)
-    began = clock()
+    return Core(model, speculative=drafts, max_batch=together, cache_tokens=room)
+
+
+def _continue(core: Core, prompts: Sequence[Sequence[int]]) -> list[Generation]:
+    """Greedy continuations of all prompts."""
+    params = SamplingParams(max_tokens=_NEW_TOKENS, ignore_eos=True)
     found = [core.submit(prompt, params) for prompt in prompts]
     while core.has_work:
         core.step()
-    return found, clock() - began
+    return found
 
 
 def _tokens(generations: Sequence[Generation]) -> int:

@@ -22,8 +22,9 @@ def draw(summary: Summary, path: Path) -> None:
     except ImportError as error:
         raise ImportError("the studies need scipy and matplotlib: pip install 'fathom-lm[study]'") from error
     rows = len(summary["rows"])
+    width = 9.2 if summary["figure"]["kind"] == "curves" else 7.2
     height = 3.6 if summary["figure"]["kind"] == "curves" else 1.3 + 0.34 * rows
-    figure = Figure(figsize=(7.2, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_title(summary["claim"], fontsize=9, loc="left", wrap=True)
@@ -66,4 +67,5 @@ def _curves(axes: "Axes", summary: Summary) -> None:
     axes.set_xlabel("training step", fontsize=8)
     axes.set_ylabel(summary["figure"]["label"], fontsize=8)
     axes.tick_params(labelsize=8)
-    axes.legend(fontsize=7, frameon=False)
+    # Beside the curves, which may be anywhere.
+    axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))

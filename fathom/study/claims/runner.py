@@ -23,14 +23,14 @@ from fathom.config import atomic_write, to_json
 from fathom.data.corpus import DataConfig
 from fathom.data.pack import Prepared
 from fathom.parallel.data import Ranks
+from fathom.study.claims.design import TUNING_SEED, Entry, Found, Study
 from fathom.study.claims.scales import Scale, base
-from fathom.study.claims.studies import TUNING_SEED, Entry, Found, Study
 from fathom.study.claims.trial import Record
 from fathom.study.claims.variants import Variant, costs
 from fathom.train.loop import TrainingError, stop_signals
 from fathom.train.setup import prepare_data
 
-_FORMAT = 2
+_FORMAT = 3
 """Raised when what a run measures changes its meaning: earlier records are then not used again."""
 
 

@@ -1,152 +1,45 @@
 """The claims: what is varied, what is kept equal, what is measured, and what decides.
 
-A study's variants differ in one thing alone. Stages run one after another, and a later one may depend on what an
-earlier one found: a learning rate that was tuned, or how many steps fit into the seconds another variant took.
+A study's variants differ in one thing alone. The last claim, on all parts together, has a file of its own (whole.py).
 """
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from statistics import mean
-from typing import Any, Literal
+from dataclasses import replace
 
 from fathom.data.corpus import DataConfig
+from fathom.study.claims.design import Comparison, Entry, Figure, Found, Study, as_long, mean_of
+from fathom.study.claims.recipe import (
+    all_dense,
+    parameters_of,
+    plain_attention,
+    with_model,
+    with_mtp,
+    with_schedule,
+    with_train,
+    without_mtp,
+)
 from fathom.study.claims.scales import Scale, base
-from fathom.study.claims.statistics import Expectation
-from fathom.study.claims.trial import Record
-from fathom.study.claims.variants import Costs, Variant, costs, fitted
-
-Found = Mapping[str, Mapping[int, Record]]
-"""The records of each entry by seed."""
-
-TUNING_SEED = 1000
-"""Learning rates are tried with this seed, which no comparison uses."""
+from fathom.study.claims.variants import costs, fitted
+from fathom.study.claims.whole import TOGETHER
 
 _NO_COST = 0.005
 _LITTLE = 0.01
 """«Costs nothing» and «costs little», as shares of the baseline's bits per byte; fixed before anything was run."""
 
-
-@dataclass(frozen=True)
-class Entry:
-    """One row of a study's table."""
-
-    name: str
-    variant: Variant
-    tuning: bool = False
-    """Run with the tuning seed alone and left out of the table."""
-    timed: bool = False
-    """Its length follows from measured seconds, so it differs from machine to machine."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One paired difference, variant minus baseline."""
-
-    variant: str
-    baseline: str
-    metric: str
-    expectation: Expectation
-    margin: float = 0.0
-    """For «close»: the share of the baseline's mean that may be lost."""
-    decides: bool = True
-    """Whether the claim's verdict rests on it."""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """What a study's picture shows."""
-
-    kind: Literal["bars", "curves"]
-    metric: str
-    label: str
-
-
-@dataclass(frozen=True)
-class Study:
-    """One claim."""
-
-    name: str
-    claim: str
-    equal: str
-    """What all variants have in common."""
-    papers: str
-    """What the papers report, for comparison."""
-    columns: tuple[str, ...]
-    """Metrics of the table (document.METRICS)."""
-    timings: tuple[str, ...]
-    """Metrics of the table of timings."""
-    comparisons: tuple[Comparison, ...]
-    figure: Figure
-    stages: tuple[Callable[[Scale, DataConfig, Found], list[Entry]], ...]
-    facts: Callable[[Found], list[str]] = lambda found: []
-    """Sentences that follow from the results."""
-
-
-def value(record: Record, metric: str) -> float:
-    """A metric of one run: a result, a timing, or a cost counted on the model. NaN where it has none."""
-    for part in ("results", "timing", "costs"):
-        if metric in record[part]:
-            return float(record[part][metric])
-    return math.nan
-
-
-def _model(variant: Variant, **changes: Any) -> Variant:
-    return replace(variant, run=replace(variant.run, model=replace(variant.run.model, **changes)))
-
-
-def _schedule(variant: Variant, **changes: Any) -> Variant:
-    return replace(variant, run=replace(variant.run, schedule=replace(variant.run.schedule, **changes)))
-
-
-def _train(variant: Variant, **changes: Any) -> Variant:
-    return replace(variant, run=replace(variant.run, train=replace(variant.run.train, **changes)))
-
-
-def _rate(variant: Variant, rate: float) -> Variant:
-    return replace(variant, run=replace(variant.run, optimizer=replace(variant.run.optimizer, learning_rate=rate)))
-
-
-def _recipe(scale: Scale, data: DataConfig) -> Variant:
-    """The recipe without MTP, which claims 2 to 4 share: measured in all their ways, it is trained once."""
-    return replace(base(scale, data), measures=("denial", "drafting"))
-
-
-def _with_mtp(scale: Scale, data: DataConfig, modules: int) -> Variant:
-    return replace(_model(base(scale, data), num_nextn_predict_layers=modules), measures=("drafting",))
-
-
-def _parameters(cost: Costs) -> int:
-    return cost.parameters
-
-
-def _flops(cost: Costs) -> int:
-    return cost.flops_per_token
-
-
-def _plain_attention(variant: Variant, scale: Scale, kv_heads: int) -> Variant:
-    return replace(_model(variant, qk_rope_head_dim=scale.head_width, q_lora_rank=None), kv_heads=kv_heads)
-
-
-def _dense(variant: Variant) -> Variant:
-    return _model(variant, first_k_dense_replace=variant.run.model.num_hidden_layers)
-
-
 # ------------------------------------------------------------------------------------------------ 1: attention
 
 
 def _attention(scale: Scale, data: DataConfig, found: Found) -> list[Entry]:
-    start = replace(_dense(base(scale, data)), measures=("cache",))
-    plain = _plain_attention(start, scale, scale.heads)
+    start = replace(all_dense(base(scale, data)), measures=("cache",))
+    plain = plain_attention(start, scale, scale.heads)
     target = costs(plain).parameters
     variants = {
         "MHA": plain,
-        "GQA, 2 groups": _plain_attention(start, scale, 2),
-        "MQA": _plain_attention(start, scale, 1),
-        "MLA": _model(start, q_lora_rank=scale.query_rank),
+        "GQA, 2 groups": plain_attention(start, scale, 2),
+        "MQA": plain_attention(start, scale, 1),
+        "MLA": with_model(start, q_lora_rank=scale.query_rank),
         "MLA, queries not compressed": start,
     }
-    return [Entry(name, fitted(variant, _parameters, target)) for name, variant in variants.items()]
+    return [Entry(name, fitted(variant, parameters_of, target)) for name, variant in variants.items()]
 
 
 ATTENTION = Study(
@@ -175,18 +68,18 @@ ATTENTION = Study(
 
 
 def _experts(scale: Scale, data: DataConfig, found: Found) -> list[Entry]:
-    recipe = _recipe(scale, data)
+    recipe = without_mtp(scale, data)
     fine = replace(recipe, measures=("denial",))
-    none = _model(fine, n_routed_experts=scale.experts, num_experts_per_tok=scale.taken)
-    two = _model(fine, n_routed_experts=scale.experts - 2, num_experts_per_tok=scale.taken - 2, n_shared_experts=2)
-    coarse = _model(
+    none = with_model(fine, n_routed_experts=scale.experts, num_experts_per_tok=scale.taken)
+    two = with_model(fine, n_routed_experts=scale.experts - 2, num_experts_per_tok=scale.taken - 2, n_shared_experts=2)
+    coarse = with_model(
         fine,
         n_routed_experts=scale.experts // 4,
         num_experts_per_tok=scale.taken // 4,
         moe_intermediate_size=4 * scale.expert_width,
     )
     return [
-        Entry("dense", replace(_dense(recipe), measures=())),
+        Entry("dense", replace(all_dense(recipe), measures=())),
         Entry("top-2 of 8 wide", replace(coarse, shared_experts=False)),
         Entry("fine-grained", replace(none, shared_experts=False)),
         Entry("fine-grained, 1 shared", recipe),
@@ -197,19 +90,7 @@ def _experts(scale: Scale, data: DataConfig, found: Found) -> list[Entry]:
 def _experts_by_the_clock(scale: Scale, data: DataConfig, found: Found) -> list[Entry]:
     """The dense and the coarse model with as many steps as take the fine-grained one's seconds."""
     entries = _experts(scale, data, found)[:2]
-    return [_as_long(entry, "fine-grained, 1 shared", found) for entry in entries]
-
-
-def _as_long(entry: Entry, model: str, found: Found) -> Entry:
-    """`entry` with as many steps as take the seconds that `model` took."""
-    seconds = {name: _mean(found, name, "seconds_per_step") for name in (entry.name, model)}
-    steps = next(iter(found[model].values()))["variant"]["run"]["train"]["steps"]
-    longer = max(1, round(steps * seconds[model] / seconds[entry.name]))
-    return Entry(f"{entry.name}, equal seconds", _train(entry.variant, steps=longer), timed=True)
-
-
-def _mean(found: Found, name: str, metric: str) -> float:
-    return mean(value(record, metric) for record in found[name].values())
+    return [as_long(entry, "fine-grained, 1 shared", "equal seconds", found) for entry in entries]
 
 
 EXPERTS = Study(
@@ -240,15 +121,15 @@ EXPERTS = Study(
 
 
 def _balancing(scale: Scale, data: DataConfig, found: Found) -> list[Entry]:
-    recipe = _recipe(scale, data)
-    none = _train(_schedule(replace(recipe, measures=()), bias_speed=0.0), balance_alpha=0.0)
+    recipe = without_mtp(scale, data)
+    none = with_train(with_schedule(replace(recipe, measures=()), bias_speed=0.0), balance_alpha=0.0)
     return [
         Entry("none", none),
-        Entry("auxiliary loss, 0.001", _train(none, balance_alpha=0.001)),
-        Entry("auxiliary loss, 0.01", _train(none, balance_alpha=0.01)),
-        Entry("bias, speed 0.0001", _schedule(none, bias_speed=0.0001)),
-        Entry("bias, speed 0.001", _schedule(none, bias_speed=0.001)),
-        Entry("bias, speed 0.01", _schedule(none, bias_speed=0.01)),
+        Entry("auxiliary loss, 0.001", with_train(none, balance_alpha=0.001)),
+        Entry("auxiliary loss, 0.01", with_train(none, balance_alpha=0.01)),
+        Entry("bias, speed 0.0001", with_schedule(none, bias_speed=0.0001)),
+        Entry("bias, speed 0.001", with_schedule(none, bias_speed=0.001)),
+        Entry("bias, speed 0.01", with_schedule(none, bias_speed=0.01)),
         Entry("bias, speed 0.01, and sequence-wise loss", recipe),
     ]
 
@@ -256,7 +137,8 @@ def _balancing(scale: Scale, data: DataConfig, found: Found) -> list[Entry]:
 BALANCING = Study(
     name="balancing",
     claim="The bias balances the experts without hurting; the auxiliary loss hurts.",
-    equal="the model and its parameters, tokens and their order, optimizer",
+    equal="the model and its parameters, tokens and their order, optimizer; the auxiliary loss is the sequence-wise "
+    "one, with 10 and 100 times the weight that it has beside the bias",
     papers="Loss-Free Balancing (arXiv 2408.15664), Table 2: validation perplexity 9.50 and 7.92 with the bias at 1B "
     "and 3B parameters, 9.56 and 7.97 with an auxiliary loss of 0.001; global MaxVio 0.04 and 0.04 against 0.72 and "
     "0.52. It finds the bias speed 0.001 best, for runs of far more steps: a bias moves by at most its speed a step. "
@@ -282,26 +164,47 @@ BALANCING = Study(
 
 
 def _mtp(scale: Scale, data: DataConfig, found: Found) -> list[Entry]:
-    one = _with_mtp(scale, data, 1)
+    one = with_mtp(scale, data, 1)
     return [
-        Entry("no module", _recipe(scale, data)),
+        Entry("no module", without_mtp(scale, data)),
         Entry("1 module, λ 0.3 then 0.1", one),
-        Entry("1 module, λ 0.1", _schedule(one, mtp_weight=0.1, mtp_weight_late=0.1)),
-        Entry("1 module, λ 0.3", _schedule(one, mtp_weight=0.3, mtp_weight_late=0.3)),
-        Entry("2 modules, λ 0.3 then 0.1", _with_mtp(scale, data, 2)),
+        Entry("1 module, λ 0.1", with_schedule(one, mtp_weight=0.1, mtp_weight_late=0.1)),
+        Entry("1 module, λ 0.3", with_schedule(one, mtp_weight=0.3, mtp_weight_late=0.3)),
+        Entry("1 module, own embedding and head", replace(one, shared_ends=False, measures=())),
+        Entry("2 modules, λ 0.3 then 0.1", with_mtp(scale, data, 2)),
+    ]
+
+
+def _mtp_by_the_clock(scale: Scale, data: DataConfig, found: Found) -> list[Entry]:
+    """The model without modules with as many steps as take the others' seconds."""
+    none = Entry("no module", without_mtp(scale, data))
+    lengths = {"as long as with 1": "1 module, λ 0.3 then 0.1", "as long as with 2": "2 modules, λ 0.3 then 0.1"}
+    return [as_long(none, model, label, found) for label, model in lengths.items()]
+
+
+def _cost_of_drafts(found: Found) -> list[str]:
+    """Why drafts that are accepted need not make decoding faster."""
+    name = "1 module, λ 0.3 then 0.1"
+    tokens, speedup = (mean_of(found, name, metric) for metric in ("tokens_per_forward", "speedup"))
+    layers = next(iter(found[name].values()))["variant"]["run"]["model"]["num_hidden_layers"]
+    return [
+        f"One text at a time, a forward pass with a draft decides {tokens:.2f} tokens and takes about "
+        f"{tokens / speedup:.1f} times as long as one without: it verifies two tokens, then runs the module and the "
+        f"head once more, beside a main model of {layers} layers (61 in DeepSeek-V3)."
     ]
 
 
 PREDICTION = Study(
     name="prediction",
     claim="Multi-token prediction gives a better model and faster decoding.",
-    equal="the main model and its parameters, tokens and their order, optimizer; modules share embedding and head with "
-    "the main model, and their training time comes on top (see the timings)",
+    equal="the main model and its parameters, tokens and their order, optimizer; the modules' training time comes on "
+    "top, or (by the clock) the model without modules reads more in the same time",
     papers="The DeepSeek-V3 report, Table 4: with one module better on most benchmarks at 15.7B and 228.7B parameters "
     "(1.33T and 540B tokens). Section 5.4.3: 85 to 90 % of second tokens accepted, 1.8 times the tokens per second.",
     columns=(
         "mtp_parameters",
         "flops_per_token",
+        "tokens",
         "bits_per_byte",
         "mtp_agreement_1",
         "mtp_agreement_2",
@@ -317,9 +220,17 @@ PREDICTION = Study(
         Comparison("1 module, λ 0.1", "no module", "bits_per_byte", "lower", decides=False),
         Comparison("1 module, λ 0.3", "no module", "bits_per_byte", "lower", decides=False),
         Comparison("2 modules, λ 0.3 then 0.1", "no module", "bits_per_byte", "lower", decides=False),
+        Comparison(
+            "1 module, own embedding and head", "1 module, λ 0.3 then 0.1", "bits_per_byte", "higher", decides=False
+        ),
+        Comparison("1 module, λ 0.3 then 0.1", "no module, as long as with 1", "bits_per_byte", "lower", decides=False),
+        Comparison(
+            "2 modules, λ 0.3 then 0.1", "no module, as long as with 2", "bits_per_byte", "lower", decides=False
+        ),
     ),
     figure=Figure("bars", "bits_per_byte", "bits per byte of the main head, minus no module's"),
-    stages=(_mtp,),
+    stages=(_mtp, _mtp_by_the_clock),
+    facts=_cost_of_drafts,
 )
 
 # -------------------------------------------------------------------------------------------------- 5: routing
@@ -327,11 +238,14 @@ PREDICTION = Study(
 
 def _routing(scale: Scale, data: DataConfig, found: Found) -> list[Entry]:
     start = replace(base(scale, data), measures=("groups",))
-    every = _model(start, n_routed_experts=scale.experts, n_group=4, topk_group=4)
+    every = with_model(start, n_routed_experts=scale.experts, n_group=4, topk_group=4)
     return [
         Entry("all 4 groups open", every),
-        *(Entry(f"{open_groups} of 4 groups open", _model(every, topk_group=open_groups)) for open_groups in (3, 2, 1)),
-        Entry("all 4 groups open, scale 2.5", _model(every, routed_scaling_factor=2.5)),
+        *(
+            Entry(f"{open_groups} of 4 groups open", with_model(every, topk_group=open_groups))
+            for open_groups in (3, 2, 1)
+        ),
+        Entry("all 4 groups open, scale 2.5", with_model(every, routed_scaling_factor=2.5)),
     ]
 
 
@@ -352,83 +266,6 @@ ROUTING = Study(
     ),
     figure=Figure("bars", "bits_per_byte", "bits per byte, minus that of all groups open"),
     stages=(_routing,),
-)
-
-# ------------------------------------------------------------------------------------------- 6: all together
-
-
-def _sides(scale: Scale, data: DataConfig) -> dict[str, Variant]:
-    """The whole recipe, and a dense transformer that spends the same FLOPs on a token as the recipe's main model."""
-    target = costs(base(scale, data)).flops_per_token
-    dense = replace(_plain_attention(_dense(base(scale, data)), scale, scale.heads), measures=())
-    return {"whole recipe": _with_mtp(scale, data, 1), "dense": fitted(dense, _flops, target)}
-
-
-def _trials(scale: Scale, data: DataConfig, found: Found) -> list[Entry]:
-    sides = _sides(scale, data).items()
-    return [Entry(f"{name}, rate {rate:g}", _rate(v, rate), tuning=True) for name, v in sides for rate in scale.rates]
-
-
-def _tuned(scale: Scale, data: DataConfig, found: Found) -> dict[str, Variant]:
-    """Each side at the rate whose trial ended with the lowest training loss."""
-    return {
-        name: _rate(
-            v, min(scale.rates, key=lambda rate: value(found[f"{name}, rate {rate:g}"][TUNING_SEED], "last_loss"))
-        )
-        for name, v in _sides(scale, data).items()
-    }
-
-
-def _together(scale: Scale, data: DataConfig, found: Found) -> list[Entry]:
-    recipe, dense = _tuned(scale, data, found).values()
-    return [
-        Entry("dense", dense),
-        Entry("whole recipe", recipe),
-        Entry("whole recipe, half the tokens", _train(recipe, steps=scale.steps // 2)),
-        Entry("dense, twice the tokens", _train(dense, steps=2 * scale.steps)),
-    ]
-
-
-def _together_by_the_clock(scale: Scale, data: DataConfig, found: Found) -> list[Entry]:
-    return [_as_long(Entry("dense", _tuned(scale, data, found)["dense"]), "whole recipe", found)]
-
-
-def _same_quality(found: Found) -> list[str]:
-    """What the dense model spends to get as far as the recipe, between (or beyond) its two lengths."""
-    quality = _mean(found, "whole recipe", "bits_per_byte")
-    once, twice = "dense", "dense, twice the tokens"
-    first, second = (_mean(found, name, "bits_per_byte") for name in (once, twice))
-    sentences = []
-    for what, metric in (("FLOPs", "flops"), ("seconds of processor time", "train_seconds")):
-        low, high = (_mean(found, name, metric) for name in (once, twice))
-        share = (quality - first) / (second - first)
-        needed = low * (high / low) ** share
-        ratio = needed / _mean(found, "whole recipe", metric)
-        where = "between" if 0 <= share <= 1 else "extrapolated beyond"
-        sentences.append(
-            f"To reach the whole recipe's {quality:.3f} bits per byte the dense transformer takes {ratio:.2f} times "
-            f"its {what} ({where} the dense model's two lengths, on a logarithmic scale)."
-        )
-    return sentences
-
-
-TOGETHER = Study(
-    name="together",
-    claim="All together the recipe reaches a dense transformer's quality at a fraction of the cost.",
-    equal="tokenizer, text, layers and their width, FLOPs per token of the main model; each side at the best of the "
-    "same learning rates, tried once each; then the same tokens, and the same seconds",
-    papers="DeepSeek-V3 took 2.788M H800 GPU-hours for 14.8T tokens at 37B active of 671B parameters, and the report "
-    "finds it level with dense models of 405B parameters (Tables 1 and 3). DeepSeekMoE 16B matches a dense 7B model "
-    "with 40 % of its computation (arXiv 2401.06066, section 5).",
-    columns=("parameters", "mtp_parameters", "flops_per_token", "learning_rate", "tokens", "bits_per_byte"),
-    timings=("seconds_per_step", "train_seconds"),
-    comparisons=(
-        Comparison("whole recipe", "dense", "bits_per_byte", "lower"),
-        Comparison("whole recipe", "dense, equal seconds", "bits_per_byte", "lower"),
-    ),
-    figure=Figure("bars", "bits_per_byte", "bits per byte, minus the dense transformer's"),
-    stages=(_trials, _together, _together_by_the_clock),
-    facts=_same_quality,
 )
 
 STUDIES = {study.name: study for study in (ATTENTION, EXPERTS, BALANCING, PREDICTION, ROUTING, TOGETHER)}

@@ -8,9 +8,9 @@ from statistics import fmean
 from typing import Any
 
 from fathom.data.pack import Prepared
+from fathom.study.claims.design import Comparison, Entry, Found, Study, value
 from fathom.study.claims.scales import Scale
 from fathom.study.claims.statistics import Interval, interval, judge, paired_difference, together
-from fathom.study.claims.studies import Comparison, Entry, Found, Study, value
 
 Summary = dict[str, Any]
 
@@ -36,7 +36,9 @@ def summarize(
         "command": command,
         "corpus": {"name": prepared.config.corpus, "sha256": prepared.corpus_hash},
         "machine": records[0]["machine"],
-        "busy": min(value(record, "busy") for record in records),
+        "runs": len(records),
+        "train_seconds": sum(value(record, "train_seconds") for record in records),
+        "busy": [extreme(value(record, "busy") for record in records) for extreme in (min, max)],
         "columns": list(study.columns),
         "timings": list(study.timings),
         "figure": asdict(study.figure),
@@ -89,6 +91,6 @@ def _by_seed(values: dict[int, float]) -> dict[str, float]:
     return {str(seed): values[seed] for seed in sorted(values)}
 
 
-def path_of(docs: Path, name: str) -> Path:
+def path_of(docs: Path, scale: str, name: str) -> Path:
     """Where a study's summary lies among the documents."""
-    return docs / "claims" / f"{name}.json"
+    return docs / "claims" / scale / f"{name}.json"

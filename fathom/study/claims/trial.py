@@ -6,11 +6,13 @@ keeps its figures alone. It is short, and begins anew when interrupted; what is 
 
 import platform
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 import fathom.study.claims.measure as measure
 from fathom.config import to_json
@@ -70,6 +72,7 @@ def _train(
     rows = rows_of(prepared, run, "train")
     size, steps = run.train.batch_size, run.train.steps
     history: list[StepFacts] = []
+    optimizing = _time_in(state.optimizers, clock)
     began, began_wall = clock(), time.perf_counter()
     while state.step < steps:
         batches = micro_batches(rows, state.step * size, size, run, ranks)
@@ -93,7 +96,23 @@ def _train(
         "loss": [facts.loss for _, facts in seen],
         "max_vio": [_max_vio(facts) for _, facts in seen],
     }
-    return results, curve, {"train_seconds": seconds, "busy": seconds / wall, "seconds_per_step": seconds / steps}
+    timing = {
+        "train_seconds": seconds,
+        "seconds_per_step": seconds / steps,
+        "optimizer_per_step": sum(optimizing) / steps,
+        "busy": seconds / wall,
+    }
+    return results, curve, timing
+
+
+def _time_in(optimizers: Sequence[Optimizer], clock: Callable[[], float]) -> list[float]:
+    """Seconds of each optimizer's every step from now on, a list that grows."""
+    spent: list[float] = []
+    for optimizer in optimizers:
+        # Optimizers step one after another: what the one adds before is completed by its own afterwards.
+        optimizer.register_step_pre_hook(lambda *_: spent.append(-clock()))
+        optimizer.register_step_post_hook(lambda *_: spent.append(clock()))
+    return spent
 
 
 def _max_vio(facts: StepFacts) -> float:

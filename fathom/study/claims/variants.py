@@ -21,6 +21,7 @@ from fathom.model.router import Router
 from fathom.model.transformer import Model
 from fathom.study.claims.attention import GroupedQueryAttention
 from fathom.study.claims.experts import NoSharedExperts
+from fathom.study.claims.prediction import ApartModel
 from fathom.train.run import Run
 
 Measure = Literal["cache", "denial", "groups", "drafting"]
@@ -37,6 +38,8 @@ class Variant:
     """Key/value heads of the attention in MLA's place; none: MLA."""
     shared_experts: bool = True
     """False: no shared experts, whatever the configuration says."""
+    shared_ends: bool = True
+    """False: MTP modules have embeddings and heads of their own."""
     measures: tuple[Measure, ...] = ()
     """What is measured beside the held-out text."""
 
@@ -68,7 +71,7 @@ def build_model(variant: Variant) -> Model:
 def _shape(variant: Variant) -> Model:
     """The model with its parts swapped, before its weights are drawn."""
     config = variant.run.model
-    model = Model(config)
+    model = Model(config) if variant.shared_ends else ApartModel(config)
     for block in cast(list[Block], [*model.layers, *model.mtp]):
         if variant.kv_heads is not None:
             block.register_module("self_attn", GroupedQueryAttention(config, variant.kv_heads))
@@ -95,7 +98,7 @@ def costs(variant: Variant) -> Costs:
     config, length = variant.run.model, variant.run.train.sequence_length
     layers, modules = (cast(list[Block], list(blocks)) for blocks in (model.layers, model.mtp))
     weights = sum(_active(part, config) for part in (*layers, *modules))
-    weights += (1 + len(modules)) * model.lm_head.weight.numel()
+    weights += sum(model.head_of(k).weight.numel() for k in range(1 + len(modules)))
     products = sum(3 * _score_width(block) * length for block in (*layers, *modules))
     mtp = _count(model.mtp)
     cached = sum(_cache_numbers(block) for block in layers)
