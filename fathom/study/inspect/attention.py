@@ -29,9 +29,10 @@ class KeptAttention(NamedTuple):
 def attention_weights(attention: MultiHeadLatentAttention, x_TD: Tensor, rope: Rope, queries: Sequence[int]) -> Tensor:
     """Softmax weights (H, Q, T) of the tokens at `queries` over all T tokens; those after the query weigh nothing.
 
-    `x_TD` is what the layer's attention reads, the normalised residual stream; `rope` has all T positions.
+    `x_TD` is what the layer's attention reads, the normalised residual stream; `rope` has at least its T positions.
     """
     config = attention.config
+    rope = Rope(rope.cos[: len(x_TD)], rope.sin[: len(x_TD)])
     at_Q = torch.tensor(list(queries), device=x_TD.device)
     c_TC, k_rope_TR = (latent[0] for latent in attention.latents(x_TD[None], rope))
     q_QHX = attention.queries(x_TD[None, at_Q])[0]

@@ -28,8 +28,8 @@ class TokenFacts(TypedDict):
     text: str
     kind: int | None
     """Its class, by place in `classes`."""
-    p: float | None
-    """The probability the model gave it."""
+    bits: float | None
+    """−log2 of the probability the model gave it."""
     choice: GuessFacts | None
     """What the model thought likeliest."""
     drafts: list[GuessFacts | None]
@@ -64,7 +64,7 @@ def excerpt_facts(excerpt: Excerpt, tokens: Tokens, reading: Reading, tokenizer:
         token = TokenFacts(
             text="" if place == 0 else spelling(tokens.spelled[at]),
             kind=None if place == 0 else int(tokens.classes_N[at]),
-            p=None if place == 0 else round(float(np.exp(-reading.said.nats_N[at])), 4),
+            bits=None if place == 0 else round(float(reading.said.nats_N[at] / np.log(2)), 3),
             choice=None if place == 0 else _guess(reading.said, at, int(reading.tokens_N[at]), tokenizer),
             drafts=[_draft(module, at, place, reading, tokenizer) for module in reading.drafts],
             experts=[ids_K.tolist() if ok else None for ids_K, ok in zip(experts_LTK[:, place], passed, strict=True)],

@@ -85,13 +85,14 @@ def plan_reading(config: ModelConfig, tokens: int, window: int, shown: int) -> P
 
     Excerpts are spread evenly over the text. A window has no more tokens than the model's context less the begin token.
     """
-    size = min(window, config.max_position_embeddings - 1)
+    size = max(1, min(window, config.max_position_embeddings - 1))
     windows = tuple((start, min(start + size, tokens)) for start in range(0, tokens, size))
     length = min(size, EXCERPT_TOKENS, shown)
     count = min(len(windows), max(1, shown // length))
     # The last window may be a short rest: the others come first.
     full = max(1, len(windows) - (windows[-1][1] - windows[-1][0] < length))
-    chosen = sorted({place * full // min(count, full) for place in range(min(count, full))})
+    count = min(count, full)
+    chosen = [(2 * place + 1) * full // (2 * count) for place in range(count)]
     excerpts = {number: min(length, windows[number][1] - windows[number][0]) for number in chosen}
     weights = sum(excerpts.values()) * config.num_hidden_layers * config.num_attention_heads * KEYS_KEPT
     return Plan(windows, excerpts, every=-(-weights // ATTENTION_BUDGET))

@@ -1,5 +1,6 @@
-"""The sections of the inspector's page, each from the figures as HTML; what a reader chooses in them is scripts' work."""
+"""The sections of the inspector's page, each from the figures as HTML; what is chosen in them is the scripts' work."""
 
+import re
 from html import escape
 
 from fathom.study.inspect.facts import Facts, LatentFacts
@@ -26,7 +27,8 @@ def experts(facts: Facts) -> str:
         return "<p>This model has no MoE layers, so there are no experts to tell apart.</p>"
     rule = "Python’s own tokenizer" if facts["text"]["rule"] == "python" else "a plain lexical rule"
     rows = "".join(
-        f'<tr><th scope="row">{one["name"]}</th><td>{one["tokens"]:,}</td><td>{_number(one["bits_per_token"])}</td></tr>'
+        f'<tr><th scope="row">{one["name"]}</th><td>{one["tokens"]:,}</td>'
+        f"<td>{_number(one['bits_per_token'])}</td></tr>"
         for one in facts["classes"]
     )
     return (
@@ -86,7 +88,8 @@ def latents(facts: Facts) -> str:
         "something: how many hold 99 % of the energy (squared singular values), and two softer counts, (Σe)²/Σe² "
         "and the exponential of the entropy of their shares. «Centred» is the same after the mean latent is taken "
         "away.</p>"
-        f'<div class="scroll" tabindex="0" role="region" aria-label="Table of the latents"><table class="numbers latents">'
+        '<div class="scroll" tabindex="0" role="region" aria-label="Table of the latents">'
+        f'<table class="numbers latents">'
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
 
@@ -126,7 +129,7 @@ def _module(draft: DraftFacts) -> str:
     columns = ("place", "before", "model’s choice", "draft", "missed by")
     head = "".join(f'<th scope="col">{column}</th>' for column in columns)
     return (
-        f'<table class="numbers drafts"><caption>Module {draft["module"]}, by class of the token that was drafted</caption>'
+        f'<table class="numbers drafts"><caption>Module {draft["module"]}, by class of the drafted token</caption>'
         '<thead><tr><th scope="col">class</th><th scope="col">drafts</th><th scope="col">agree with the model</th>'
         f'<th scope="col">are the text’s token</th></tr></thead><tbody>{body}</tbody></table>'
         "<p>The refused drafts that cost most: where the model was sure and the module far from it (the model’s "
@@ -174,7 +177,7 @@ def reading(facts: Facts) -> str:
 def _share(share: float | None) -> str:
     if share is None:
         return "–"
-    return f'<span class="meter" style="--share: {share:.3f}" aria-hidden="true"></span>{share:.1%}'
+    return f'<span class="meter" style="--share: {share:.3f}" aria-hidden="true"></span><b>{share:.1%}</b>'
 
 
 def percent(share: float | None) -> str:
@@ -187,7 +190,7 @@ def _number(number: float | None) -> str:
 
 
 def _code(text: str) -> str:
-    """A stretch of text with its blanks made visible."""
-    signs = {" ": "␣", "\n": "↵", "\t": "⇥"}
-    seen = "".join(signs.get(c, c if c.isprintable() else f"\\x{ord(c):02x}") for c in text)
-    return f"<code>{escape(seen)}</code>"
+    """A stretch of text with its blanks made visible, as `visible` in page/elements.js has it."""
+    shown = "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
+    shown = re.sub(" +", lambda run: "␣" * len(run[0]) if len(run[0]) < 4 else f"␣×{len(run[0])}·", shown)
+    return f"<code>{escape(shown.replace(chr(10), '↵').replace(chr(9), '⇥').removesuffix('·'))}</code>"

@@ -65,13 +65,15 @@ class Window:
 def read_window(model: Model, tokens_S: Tensor, queries: Sequence[int] = (), keys: int = 0) -> Window:
     """Read at least two tokens; of the tokens at `queries` keep the `keys` strongest attention weights per head."""
     rope = rope_table(model.config, torch.arange(len(tokens_S), device=tokens_S.device))
+    # What lies behind the last query is not attended to: a long window must not make large matrices.
+    seen = max(queries, default=0) + 1
     x_BSD = model.embed_tokens(tokens_S[None])
     choices, latents, attention = [], [], []
     for layer in cast(Sequence[Block], model.layers):
         normed_BSD = layer.input_layernorm(x_BSD)
         latents.append(layer.self_attn.latents(normed_BSD, rope)[0][0])
         if queries:
-            attention.append(strongest(attention_weights(layer.self_attn, normed_BSD[0], rope, queries), keys))
+            attention.append(strongest(attention_weights(layer.self_attn, normed_BSD[0, :seen], rope, queries), keys))
         x_BSD, facts = layer(x_BSD, rope)
         if facts is not None:
             choices.append(_choice(facts, 0))

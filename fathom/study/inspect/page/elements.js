@@ -29,14 +29,16 @@ function choice(label, names, chosen) {
   return { root: element("label", {}, label, select), select };
 }
 
-/** A token with its blanks made visible, such as ␣def↵ */
+/** A token with its blanks made visible, such as ␣def↵, and many of them counted: ␣×12 */
 function visible(text) {
   if (text === "") return "∅";
-  const signs = { " ": "␣", "\n": "↵", "\t": "⇥" };
-  return [...text].map((c) => signs[c] ?? (c < " " || c === "\x7f" ? `\\x${c.charCodeAt(0).toString(16).padStart(2, "0")}` : c)).join("");
+  const signs = { "\n": "↵", "\t": "⇥" };
+  const blanks = (run) => (run.length < 4 ? "␣".repeat(run.length) : `␣×${run.length}·`);
+  const control = (c) => signs[c] ?? `\\x${c.charCodeAt(0).toString(16).padStart(2, "0")}`;
+  return text.replace(/ +/g, blanks).replace(/[\x00-\x1f\x7f]/g, control).replace(/·$/, "");
 }
 
-const percent = (share) => (share > 0 && share < 0.001 ? "< 0.1 %" : `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`);
+const percent = (share) => (share > 0 && share < 0.001 ? "< 0.1%" : `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)}%`);
 
 /** How strongly to colour times the average: all at `full` times as many, or as few. */
 function shading(lift, full) {
@@ -45,11 +47,12 @@ function shading(lift, full) {
   return { amount, kind: lift > 1 ? "more" : "less" };
 }
 
-/** A row of cells of which some hold something: [place, share of the height from 0 to 1]. */
-function strip(cells, filledCells, label) {
-  const wide = Math.max(1, cells / 150); // a cell of a long strip must still be seen
-  const bars = filledCells.map(([place, share]) => drawn("rect", { x: place, y: 1 - Math.max(0.08, share), width: wide, height: Math.max(0.08, share) }));
-  return drawn("svg", { class: "strip", viewBox: `0 0 ${Math.max(cells, place(filledCells) + wide)} 1`, preserveAspectRatio: "none", role: "img", "aria-label": label }, ...bars);
+/** A row of cells of which some have a bar: [place, share of the height from 0 to 1]. */
+function strip(cells, bars, label) {
+  const wide = Math.max(1, cells / 150); // a bar of a long row must still be seen
+  const rects = bars.map(([place, share]) => {
+    const height = Math.max(0.08, share);
+    return drawn("rect", { x: Math.min(place, cells - wide), y: 1 - height, width: wide, height });
+  });
+  return drawn("svg", { class: "strip", viewBox: `0 0 ${cells} 1`, preserveAspectRatio: "none", role: "img", "aria-label": label }, ...rects);
 }
-
-const place = (cells) => cells.reduce((most, [at]) => Math.max(most, at), 0);

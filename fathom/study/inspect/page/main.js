@@ -10,7 +10,7 @@ const panel = new TokenPanel(byId("panel"), {
 
 function tint() {
   if (tinted.attention) {
-    key.textContent = "Blue: how much the selected token’s head attends to it. ";
+    key.textContent = "Blue: how much the chosen head attends to it, shaded by the root of the weight. ";
     excerpts.tint("attention", (_, at, number) => (number === excerpts.now.number ? Math.sqrt(tinted.attention.get(at) ?? 0) : 0));
   } else if (tinted.router !== null) {
     key.textContent = `Blue: the token took expert ${tinted.expert} of ${FACTS.routers[tinted.router].name}. `;
@@ -18,7 +18,7 @@ function tint() {
     key.append(element("button", { type: "button", onclick: () => { tinted.router = null; tint(); } }, "Show surprise again"));
   } else {
     key.textContent = "Orange: how surprising the token was, from 0 to 12 bits. ";
-    excerpts.tint("surprise", ({ p }) => (p === null ? 0 : Math.min(1, -Math.log2(Math.max(p, 1e-4)) / 12)));
+    excerpts.tint("surprise", ({ bits }) => Math.min(1, (bits ?? 0) / 12));
   }
 }
 

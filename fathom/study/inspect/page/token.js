@@ -22,11 +22,10 @@ class TokenPanel {
   }
 
   prediction() {
-    if (this.token.p === null) return [];
-    const { p, choice, drafts } = this.token;
-    const bits = p > 0 ? `${(-Math.log2(p)).toFixed(1)} bits` : "over 14 bits";
-    const first = choice.agrees ? ", the model’s first choice." : ["; its first choice: ", element("code", {}, visible(choice.text)), ` ${percent(choice.p)}.`];
-    const lines = [element("p", {}, `Probability ${percent(p)} (${bits})`, ...[first].flat())];
+    if (this.token.bits === null) return [];
+    const { bits, choice, drafts } = this.token;
+    const first = choice.agrees ? ["; it was the model’s first choice."] : ["; the model’s first choice: ", element("code", {}, visible(choice.text)), ` ${percent(choice.p)}.`];
+    const lines = [element("p", {}, `Probability ${percent(2 ** -bits)}, ${bits.toFixed(1)} bits`, ...first)];
     drafts.forEach((draft, k) => {
       if (draft === null) return;
       const verdict = draft.agrees ? "the model’s choice too: accepted." : "not the model’s choice: refused.";
