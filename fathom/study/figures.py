@@ -174,7 +174,7 @@ def nothing(title: str) -> str:
 
 
 def figure(title: str, label: str, box: str, body: str, key: str = "", shape: str = "") -> str:
-    """A picture with its title above: `label` says it in words, `box` is the view, `body` the shapes, `key` below it."""
+    """A picture with its title above: `label` says it in words, `box` is the view, `body` the shapes."""
     name = escape(title)
     return (
         f'<figure><figcaption>{name}</figcaption><svg role="img" aria-label="{escape(label)}" viewBox="{box}" {shape}>'

@@ -38,10 +38,10 @@ def taken(experts_NK: NDArray[np.int16], experts: int) -> NDArray[np.float32]:
 
 def class_lift(took_NE: NDArray[np.float32], classes_N: NDArray[np.uint8], classes: int) -> Floats:
     """(E, G): how much more often than the average token those of a class take an expert; NaN for nothing seen."""
-    rate_E = took_NE.mean(0, dtype=np.float64)
+    rate_E = _rates(took_NE)
     lifts_EG = np.full((took_NE.shape[1], classes), np.nan)
     for kind in np.unique(classes_N):
-        rate_of_class_E = took_NE[classes_N == kind].mean(0, dtype=np.float64)
+        rate_of_class_E = _rates(took_NE[classes_N == kind])
         np.divide(rate_of_class_E, rate_E, out=lifts_EG[:, kind], where=rate_E > 0)
     return lifts_EG
 
@@ -59,7 +59,7 @@ def telling_tokens(
     order_N = np.argsort(tokens_N, kind="stable")
     ids_V, firsts_V, seen_V = np.unique(tokens_N[order_N], return_index=True, return_counts=True)
     taken_VE = np.add.reduceat(took_NE[order_N], firsts_V, axis=0)
-    rate_E = took_NE.mean(0, dtype=np.float64)
+    rate_E = _rates(took_NE)
     found: list[list[Telling]] = []
     for expert, rate in enumerate(rate_E):
         if rate == 0:
@@ -94,3 +94,8 @@ def co_firing(took_NE: NDArray[np.float32]) -> Floats:
         return np.full_like(chance_EE, np.nan)
     chance_EE *= pairs / chance_EE.sum()
     return np.divide(together_EE, chance_EE, out=np.full_like(chance_EE, np.nan), where=chance_EE > 0)
+
+
+def _rates(took_NE: NDArray[np.float32]) -> Floats:
+    """The share of the tokens that took each expert; of no tokens, 0."""
+    return took_NE.sum(0, dtype=np.float64) / max(1, len(took_NE))
