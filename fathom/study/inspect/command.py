@@ -57,7 +57,7 @@ def run_inspect(command: InspectCommand) -> None:
     began = time.perf_counter()
     plan = plan_reading(model.config, len(tokens.ids), command.window, command.shown)
     reading = read_text(model, tokens.ids, tokenizer.bos_id, plan)
-    facts = gather(Path(command.path).absolute().name, model, tokenizer, source, tokens, reading)
+    facts = gather(command.path, model, tokenizer, source, tokens, reading)
     _print(facts, time.perf_counter() - began, console)
     atomic_write(command.out, page_of(facts))
     console.print(f"page       {command.out}", soft_wrap=True)

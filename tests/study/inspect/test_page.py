@@ -183,7 +183,8 @@ def test_nothing_runs_over_the_edge(open_page: Callable[..., Any], width: int, s
 def test_controls_are_labelled(open_page: Callable[..., Any]) -> None:
     page = open_page()
     nameless = page.evaluate(
-        """() => [...document.querySelectorAll("button, select, canvas, summary, svg[role], [tabindex]")].filter((one) => {
+        """() => [...document.querySelectorAll(
+            "button, select, canvas, summary, svg[role], [tabindex]")].filter((one) => {
             const labels = [...(one.labels ?? [])].map((label) => label.textContent).join("");
             return !(one.getAttribute("aria-label") || labels || one.textContent).trim();
         }).map((one) => one.outerHTML.slice(0, 200))"""

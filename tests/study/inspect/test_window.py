@@ -101,6 +101,17 @@ def test_attention_through_the_latent_is_plain_attention(config: ModelConfig, le
     torch.testing.assert_close(found_HQT.double(), expected_HTT[:, list(queries)], atol=1e-5, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_values_under_these_weights_are_the_layers_output() -> None:
+    model, config = lively_model(tiny(), seed=4), tiny()
+    x_TD = torch.randn(9, config.hidden_size, generator=torch.Generator().manual_seed(4))
+    rope, attention = rope_table(config, torch.arange(9)), model.layers[1].self_attn
+    weights_HTT = attention_weights(attention, x_TD, rope, range(9))
+    kv_THY = attention.kv_b_proj(attention.latents(x_TD[None], rope)[0][0]).unflatten(-1, (3, -1))
+    heads_THV = torch.einsum("hst,thv->shv", weights_HTT, kv_THY[..., config.qk_nope_head_dim :])
+    assert relative_error(attention.o_proj(heads_THV.flatten(1)), attention(x_TD[None], rope)[0]) < 1e-5
+
+
 def test_the_strongest_keys_are_kept() -> None:
     weights_HQT = torch.tensor([[[0.5, 0.008, 0.3, 0.192], [1.0, 0.0, 0.0, 0.0]]])
     kept = strongest(weights_HQT, 3)
