@@ -35,7 +35,8 @@ def test_python_that_breaks_off_keeps_the_plain_rule_from_there() -> None:
 def test_plain_text() -> None:
     pieces = {
         "The": "capitalised words", " cat": "words", " cost": "words", " 12": "numbers", ",": "punctuation",
-        "50": "numbers", " €": "punctuation", ".\n\n": "punctuation", " Ünd": "capitalised words", "\n\t": BREAKS, "数据": "words",
+        "50": "numbers", " €": "punctuation", ".\n\n": "punctuation", " Ünd": "capitalised words", "\n\t": BREAKS,
+        "数据": "words",
     }  # fmt: skip
     assert dict(zip(pieces, classed(list(pieces), python=False), strict=True)) == pieces
     assert classed(["a", "  ", "b"], python=False)[1] == BLANKS
