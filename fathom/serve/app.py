@@ -53,11 +53,12 @@ def make_app(
     origins: Sequence[str],
     hosts: Sequence[str],
     largest_body: int,
+    inspector: bytes | None = None,
 ) -> FastAPI:
     """The application around a service whose worker its lifespan starts and stops.
 
     `description`: status.describe's. `origins`: web sites that may ask from their own pages. `hosts`: names under which
-    the server answers, "*" for all of them. `largest_body`: bytes.
+    the server answers, "*" for all of them. `largest_body`: bytes. `inspector`: a page to show under /inspect.
     """
 
     @contextlib.asynccontextmanager
@@ -72,6 +73,7 @@ def make_app(
     _add_texts(app, service, description)
     _add_operations(app, service, description)
     _add_page(app)
+    _add_inspector(app, inspector)
     _add_openapi(app)
     # The last one added is the first to see a request.
     app.add_middleware(Gate, keys=keys, largest_body=largest_body)
@@ -210,6 +212,17 @@ def _add_page(app: FastAPI) -> None:
         if name not in files:
             raise ApiError(404, "the page has no such part")
         return shown(name)
+
+
+def _add_inspector(app: FastAPI, page: bytes | None) -> None:
+    # Its scripts are in the page. They run in an origin of their own, without this one's storage, and reach no network.
+    policy = "sandbox allow-scripts; default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+
+    @app.get("/inspect", include_in_schema=False)
+    async def inspect() -> Response:
+        if page is None:
+            raise ApiError(404, "no page is served here: fathom inspect makes one, fathom serve --inspector shows it")
+        return Response(page, headers={"Content-Security-Policy": policy}, media_type="text/html")
 
 
 _OBJECT = {"application/json": {"schema": {"type": "object"}}}

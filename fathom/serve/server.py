@@ -73,6 +73,8 @@ class ServeCommand:
     """Bytes of a request's body."""
     drain: int = 60
     """Seconds that answers may still take after SIGTERM."""
+    inspector: Path | None = None
+    """A page that `fathom inspect` made; whoever reaches the server may see it under /inspect, without a key."""
 
 
 def serve(command: ServeCommand) -> int:
@@ -81,6 +83,7 @@ def serve(command: ServeCommand) -> int:
     Raises ConfigError, ValueError or OSError for what cannot be loaded or opened.
     """
     _check(command)
+    inspector = None if command.inspector is None else command.inspector.read_bytes()
     console = Console(stderr=True, highlight=False)
     listening = _listen(command.host, command.port)
     directory = model_directory(command.path)
@@ -97,8 +100,9 @@ def serve(command: ServeCommand) -> int:
     worker = Worker(engine, died)
     service = Service(engine, worker, name, command.deadline)
     description = describe(engine.core.config, name, engine, service.template is not None)
+    description["inspector"] = inspector is not None
     keys = [*command.api_key, *os.environ.get(KEY_VARIABLE, "").split()]
-    app = make_app(service, description, keys, command.allow_origin, _hosts(command), command.largest_body)
+    app = make_app(service, description, keys, command.allow_origin, _hosts(command), command.largest_body, inspector)
     server = uvicorn.Server(
         uvicorn.Config(
             app,

@@ -127,7 +127,7 @@ def line_chart(
     body = _axes(frame, x_label) + _references(frame, references) + "".join(_drawn(frame, one) for one in drawn)
     key = "".join(f"<li>{_swatch(one)}{escape(one.label)}</li>" for one in drawn)
     label = "; ".join([title, *map(_summary, drawn), *(f"{name} {value:.4g}" for name, value in references)])
-    return _figure(title, label, f"0 0 {_WIDTH} {_HEIGHT}", body, f'<ul class="key">{key}</ul>')
+    return figure(title, label, f"0 0 {_WIDTH} {_HEIGHT}", body, f'<ul class="key">{key}</ul>')
 
 
 def heat_strip(title: str, columns: Sequence[Sequence[float]]) -> str:
@@ -146,7 +146,7 @@ def heat_strip(title: str, columns: Sequence[Sequence[float]]) -> str:
     label = f"{title}: {rows} rows over {len(columns)} moments"
     height = rows * max(1, min(6, 240 // rows))
     shape = f'class="heat" preserveAspectRatio="none" style="height: {height}px"'
-    return _figure(title, label, f"0 0 {len(columns)} {rows}", body, shape=shape)
+    return figure(title, label, f"0 0 {len(columns)} {rows}", body, shape=shape)
 
 
 def heat_key(low: str, high: str) -> str:
@@ -165,7 +165,7 @@ def bars(title: str, rows: Sequence[tuple[str, float, str]]) -> str:
         body += f'<text class="name" x="0" y="{top + 24}">{escape(name)}: {escape(words)}</text>'
         body += f'<rect class="{"one" if at == 0 else "two"}" x="0" y="{top + 34}" width="{width:.1f}" height="18"/>'
     label = "; ".join([title, *(f"{name} {words}" for name, _, words in rows)])
-    return _figure(title, label, f"0 0 {_WIDTH} {64 * len(rows)}", body)
+    return figure(title, label, f"0 0 {_WIDTH} {64 * len(rows)}", body)
 
 
 def nothing(title: str) -> str:
@@ -173,15 +173,16 @@ def nothing(title: str) -> str:
     return f"<figure><figcaption>{escape(title)}</figcaption><p>Nothing was recorded for this figure.</p></figure>"
 
 
-# ------------------------------------------------------------------------------------------------------- the parts
-
-
-def _figure(title: str, label: str, box: str, body: str, key: str = "", shape: str = "") -> str:
+def figure(title: str, label: str, box: str, body: str, key: str = "", shape: str = "") -> str:
+    """A picture with its title above: `label` says it in words, `box` is the view, `body` the shapes."""
     name = escape(title)
     return (
         f'<figure><figcaption>{name}</figcaption><svg role="img" aria-label="{escape(label)}" viewBox="{box}" {shape}>'
         f"<title>{name}</title>{body}</svg>{key}</figure>"
     )
+
+
+# ------------------------------------------------------------------------------------------------------- the parts
 
 
 def _axes(frame: _Frame, x_label: str) -> str:

@@ -34,6 +34,9 @@ export class EnginePanel {
       Context: `${count(model.context)} tokens`,
       Vocabulary: `${count(model.vocabulary)} tokens`,
       Drafts: model.drafts ? "by the multi-token prediction module" : "none: there is no prediction module in use",
+      Inspector: model.inspector
+        ? element("a", { href: "/inspect", target: "_blank" }, "what its experts, heads and drafts do with a text")
+        : "fathom inspect makes a page of what experts, heads and drafts do with a text; fathom serve --inspector links it here",
     };
     const filled = Object.entries(facts).filter(([, value]) => value !== null);
     byId("facts").replaceChildren(
