@@ -69,7 +69,7 @@ class ServeCommand:
     """Tokens of prompts read per step while others decode."""
     deadline: float = 600.0
     """Seconds that a request may take."""
-    largest_body: int = 8 << 20
+    largest_body: int = 4 << 20
     """Bytes of a request's body."""
     drain: int = 60
     """Seconds that answers may still take after SIGTERM."""
