@@ -39,7 +39,6 @@ LONGEST_TEXT = 4_000_000
 """Characters of a text; what fits the model is far less."""
 
 
-
 def _few_fields(value: Any, most: int) -> Any:
     if isinstance(value, dict) and len(value) > most:
         raise ValueError(f"an object has {len(value)} fields; the limit is {most}")
@@ -73,6 +72,7 @@ class _Body(BaseModel):
 
 class StreamOptions(_Body):
     include_usage: bool = False
+    continuous_usage_stats: bool = Field(False, description="The usage so far in every chunk, as vLLM gives it.")
 
 
 class Extension(_Body):
@@ -102,7 +102,9 @@ class Sampling(_Body):
     logit_bias: _Biases | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, strict=True)
     stop: _Stop | Annotated[list[_Stop], Field(fail_fast=True, max_length=MOST_STOPS)] | None = None
-    stop_token_ids: Annotated[list[_TokenId], Field(fail_fast=True)] = Field(default_factory=list, max_length=MOST_STOPS)
+    stop_token_ids: Annotated[list[_TokenId], Field(fail_fast=True)] = Field(
+        default_factory=list, max_length=MOST_STOPS
+    )
     ignore_eos: bool = False
     min_tokens: int = Field(0, ge=0, lt=2**31, strict=True)
     user: Annotated[str, StringConstraints(max_length=512)] | None = None

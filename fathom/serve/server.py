@@ -32,6 +32,10 @@ KEY_VARIABLE = "FATHOM_API_KEY"
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
+_SWITCH_SECONDS = 0.0005
+"""How long the event loop may keep the interpreter once the engine's thread wants it back. Python's own is ten times
+that, and the engine would wait so long after its steps."""
+
 
 @dataclass(frozen=True)
 class ServeCommand:
@@ -113,6 +117,7 @@ def serve(command: ServeCommand) -> int:
     port = listening.getsockname()[1]
     shown = f"[{command.host}]" if ":" in command.host else command.host
     console.print(f"serving    {name} at http://{shown}:{port}{'' if keys else ' (no API key)'}", soft_wrap=True)
+    sys.setswitchinterval(_SWITCH_SECONDS)
     with _quiet_signals():
         asyncio.run(server.serve(sockets=[listening]))
     if worker.failure is None:
