@@ -1,4 +1,4 @@
-"""lm-eval over HTTP gives what lm-eval gives offline: its `local-completions` against our server, its `hf` on the files."""
+"""lm-eval over HTTP gives what it gives offline: `local-completions` against our server, `hf` on the files."""
 
 import json
 from pathlib import Path
