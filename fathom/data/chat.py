@@ -7,6 +7,7 @@ sees it, the template's own control tokens are then found in the result, and the
 """
 
 import datetime
+import functools
 import json
 import re
 import sys
@@ -25,6 +26,12 @@ _SECONDS = 2.0
 
 _LARGEST = 1 << 24
 """Characters or elements that one operation of a template may make."""
+
+_WIDEST = 10_000
+"""The largest number that a template may hand to a filter or a method of a text: a width to fill, a count."""
+
+_WIDE = re.compile(r"\d{5}")
+"""Such a width inside a format."""
 
 _MARKS = [chr(code) for code in range(0xE000, 0xE100)]
 """Private code points, of which one that no message holds serves as the mark."""
@@ -53,7 +60,8 @@ class ChatTemplate:
         self.knows_tools = "tools" in source
         """Whether functions are shown to the model by the template itself."""
         environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        environment.filters["tojson"] = _to_json
+        environment.filters = {name: _bounded(each) for name, each in environment.filters.items() if name != "format"}
+        environment.filters["tojson"] = _bounded(_to_json)
         environment.globals.update(raise_exception=_refuse, strftime_now=_now)
         try:
             self._template = environment.from_string(source)
@@ -76,7 +84,15 @@ class ChatTemplate:
                 raise ChatError(f"the model's chat template {error}") from None
             except jinja2.TemplateError as error:
                 raise ChatError(f"the model's chat template does not take these messages: {error}") from error
-            except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
+            except (
+                TypeError,
+                ValueError,
+                ArithmeticError,
+                LookupError,
+                AttributeError,
+                RuntimeError,
+                MemoryError,
+            ) as error:
                 kind = type(error).__name__
                 raise ChatError(f"the model's chat template does not take these messages ({kind}: {error})") from error
 
@@ -178,6 +194,33 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         if operator == "%" and isinstance(left, str):
             raise _TooMuchError("formats with %, which has no bound on what it makes")
         return super().call_binop(context, operator, left, right)
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805, as jinja2 names them
+        """Methods of texts can fill up to a width that is only a number."""
+        method = getattr(__obj, "__wrapped__", __obj)
+        text = getattr(method, "__self__", None)
+        if isinstance(text, str):
+            _check_sizes(*args, *kwargs.values())
+            if method.__name__ in ("format", "format_map") and _WIDE.search(text):
+                raise _TooMuchError("formats to a large width")
+        return super().call(__context, __obj, *args, **kwargs)
+
+
+def _bounded(filter_: Callable[..., Any]) -> Callable[..., Any]:
+    """The same filter, which refuses large numbers."""
+
+    @functools.wraps(filter_)  # with the marks by which jinja2 knows what a filter wants to be given
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        _check_sizes(*args[1:], *kwargs.values())
+        return filter_(*args, **kwargs)
+
+    return checked
+
+
+def _check_sizes(*values: Any) -> None:
+    large = next((value for value in values if isinstance(value, int) and abs(value) > _WIDEST), None)
+    if large is not None:
+        raise _TooMuchError(f"asks for a size of {large}; the limit is {_WIDEST}")
 
 
 class _Deadline:

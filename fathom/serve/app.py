@@ -297,7 +297,7 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
             async for chunk in self._service.chunks(self._plan, self._job):
-                await self._event(send, json.dumps(chunk, ensure_ascii=False, allow_nan=False))
+                await self._event(send, chunk)
             await self._event(send, "[DONE]")
         except ApiError as error:
             await self._event(send, json.dumps(error.body()))

@@ -1,21 +1,36 @@
 """The bodies of requests: OpenAI's protocol, and ours under one key. Numbers have ranges; nothing unknown passes.
 
 A field of OpenAI's that would change the answer in a way this server does not have is refused like an unknown one.
-Those that change nothing (user, metadata, store) are taken and ignored.
+Those that change nothing (user, metadata, store) are taken and ignored. Lists end at their first mistake and objects
+have a size: a body of a million mistakes would otherwise be a million complaints.
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    StringConstraints,
+    model_validator,
+)
 
 MOST_CHOICES = 16
 MOST_STOPS = 8
 LONGEST_STOP = 256
 MOST_LOGPROBS = 20
 MOST_BIASES = 1024
+MOST_METADATA = 16
 MOST_MESSAGES = 4096
+MOST_PARTS = 256
 MOST_PROMPTS = 64
 MOST_TOOLS = 64
+MOST_FIELDS = 64
+"""Of one object with given names."""
+LONGEST_PROMPT = 1 << 20
+"""Token ids; what fits the model is far less."""
 LARGEST_SCHEMA = 65536
 """Characters of one JSON schema."""
 DEEPEST_SCHEMA = 32
@@ -23,19 +38,41 @@ LONGEST_PATTERN = 1024
 LONGEST_TEXT = 4_000_000
 """Characters of a text; what fits the model is far less."""
 
+
+def _few_fields(value: Any, most: int) -> Any:
+    if isinstance(value, dict) and len(value) > most:
+        raise ValueError(f"an object has {len(value)} fields; the limit is {most}")
+    return value
+
+
 _TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+_TokenIds = Annotated[list[_TokenId], Field(fail_fast=True, min_length=1, max_length=LONGEST_PROMPT)]
 _Text = Annotated[str, StringConstraints(max_length=LONGEST_TEXT)]
 _Stop = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_STOP)]
 _Name = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
+_Biases = Annotated[
+    dict[str, Annotated[float, Field(ge=-100, le=100)]],
+    BeforeValidator(lambda value: _few_fields(value, MOST_BIASES)),
+    Field(max_length=MOST_BIASES),
+]
+_Metadata = Annotated[
+    dict[str, str], BeforeValidator(lambda value: _few_fields(value, MOST_METADATA)), Field(max_length=MOST_METADATA)
+]
 _Count = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
 
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _not_endless(cls, value: Any) -> Any:
+        return _few_fields(value, MOST_FIELDS)
+
 
 class StreamOptions(_Body):
     include_usage: bool = False
+    continuous_usage_stats: bool = Field(False, description="The usage so far in every chunk, as vLLM gives it.")
 
 
 class Extension(_Body):
@@ -62,10 +99,12 @@ class Sampling(_Body):
     repetition_penalty: float = Field(1.0, gt=0, le=10)
     presence_penalty: float | None = Field(0.0, ge=-2, le=2)
     frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=MOST_BIASES)
+    logit_bias: _Biases | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, strict=True)
-    stop: _Stop | Annotated[list[_Stop], Field(max_length=MOST_STOPS)] | None = None
-    stop_token_ids: list[_TokenId] = Field(default_factory=list, max_length=MOST_STOPS)
+    stop: _Stop | Annotated[list[_Stop], Field(fail_fast=True, max_length=MOST_STOPS)] | None = None
+    stop_token_ids: Annotated[list[_TokenId], Field(fail_fast=True)] = Field(
+        default_factory=list, max_length=MOST_STOPS
+    )
     ignore_eos: bool = False
     min_tokens: int = Field(0, ge=0, lt=2**31, strict=True)
     user: Annotated[str, StringConstraints(max_length=512)] | None = None
@@ -90,9 +129,9 @@ class CompletionRequest(Sampling):
 
     prompt: (
         _Text
-        | Annotated[list[_TokenId], Field(min_length=1)]
-        | Annotated[list[_Text], Field(min_length=1, max_length=MOST_PROMPTS)]
-        | Annotated[list[Annotated[list[_TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | _TokenIds
+        | Annotated[list[_Text], Field(fail_fast=True, min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[_TokenIds], Field(fail_fast=True, min_length=1, max_length=MOST_PROMPTS)]
     ) = Field(description="A text, token ids, or several of either. A text is preceded by the begin token.")
     max_tokens: int | None = Field(16, ge=0, lt=2**31, strict=True, description="0 only with echo.")
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS, strict=True)
@@ -125,9 +164,9 @@ class Call(_Body):
 
 class Message(_Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: _Text | Annotated[list[TextPart], Field(max_length=256)] | None = None
+    content: _Text | Annotated[list[TextPart], Field(fail_fast=True, max_length=MOST_PARTS)] | None = None
     name: Annotated[str, StringConstraints(max_length=64)] | None = None
-    tool_calls: Annotated[list[Call], Field(max_length=MOST_TOOLS)] | None = None
+    tool_calls: Annotated[list[Call], Field(fail_fast=True, max_length=MOST_TOOLS)] | None = None
     tool_call_id: Annotated[str, StringConstraints(max_length=128)] | None = None
     refusal: None = None
 
@@ -149,6 +188,9 @@ class Message(_Body):
         if self.tool_call_id is not None:
             said["tool_call_id"] = self.tool_call_id
         return said
+
+
+_Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MOST_MESSAGES)]
 
 
 class Function(_Body):
@@ -193,16 +235,16 @@ class ResponseFormat(_Body):
 class ChatRequest(Sampling):
     """POST /v1/chat/completions"""
 
-    messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
+    messages: _Messages
     max_tokens: _Count | None = None
     max_completion_tokens: _Count | None = None
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS, strict=True)
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = Field(None, min_length=1, max_length=MOST_TOOLS)
+    tools: Annotated[list[Tool], Field(fail_fast=True, min_length=1, max_length=MOST_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = Field(None, description="An answer calls one function at most.")
-    metadata: dict[str, str] | None = Field(None, max_length=16)
+    metadata: _Metadata | None = None
     store: bool | None = None
 
     @model_validator(mode="after")
@@ -241,7 +283,7 @@ class TokenizeRequest(_Body):
 
     model: Annotated[str, StringConstraints(max_length=512)] | None = None
     prompt: _Text | None = None
-    messages: list[Message] | None = Field(None, min_length=1, max_length=MOST_MESSAGES)
+    messages: _Messages | None = None
     add_special_tokens: bool = Field(True, description="Put the begin token in front of a prompt.")
 
     @model_validator(mode="after")
@@ -255,7 +297,7 @@ class DetokenizeRequest(_Body):
     """POST /detokenize"""
 
     model: Annotated[str, StringConstraints(max_length=512)] | None = None
-    tokens: list[_TokenId] = Field(max_length=1_000_000)
+    tokens: Annotated[list[_TokenId], Field(fail_fast=True, max_length=LONGEST_PROMPT)]
 
 
 def check_schema(schema: JsonValue, name: str) -> None:

@@ -32,6 +32,10 @@ KEY_VARIABLE = "FATHOM_API_KEY"
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
+_SWITCH_SECONDS = 0.0005
+"""How long the event loop may keep the interpreter once the engine's thread wants it back. Python's own is ten times
+that, and the engine would wait so long after its steps."""
+
 
 @dataclass(frozen=True)
 class ServeCommand:
@@ -69,7 +73,7 @@ class ServeCommand:
     """Tokens of prompts read per step while others decode."""
     deadline: float = 600.0
     """Seconds that a request may take."""
-    largest_body: int = 8 << 20
+    largest_body: int = 4 << 20
     """Bytes of a request's body."""
     drain: int = 60
     """Seconds that answers may still take after SIGTERM."""
@@ -117,6 +121,7 @@ def serve(command: ServeCommand) -> int:
     port = listening.getsockname()[1]
     shown = f"[{command.host}]" if ":" in command.host else command.host
     console.print(f"serving    {name} at http://{shown}:{port}{'' if keys else ' (no API key)'}", soft_wrap=True)
+    sys.setswitchinterval(_SWITCH_SECONDS)
     with _quiet_signals():
         asyncio.run(server.serve(sockets=[listening]))
     if worker.failure is None:

@@ -47,7 +47,8 @@ class Job:
     handles: list[Generation]
     submitted: float
     """When, by time.monotonic."""
-    events: "asyncio.Queue[Event | EngineDiedError]" = field(default_factory=asyncio.Queue)
+    events: "asyncio.Queue[Event | Exception]" = field(default_factory=asyncio.Queue)
+    """What the engine brings, or why it will bring no more."""
     first_token: float | None = None
     finished: float | None = None
 

@@ -1,0 +1,312 @@
+"""The server under load, against `transformers serve` and llama.cpp's server on the same weights.
+
+    python benchmarks/serve.py runs/demo/model        # a trained model, so that drafts are accepted; five minutes
+    python benchmarks/serve.py                        # bench-small with random weights
+    python benchmarks/serve.py MODEL --quick          # up to 32 clients, shorter
+    python benchmarks/serve.py MODEL --json FILE      # rows {name, ours, peer, ratio, floor, goal} as well
+
+Starts the servers itself, each with its own best settings for this machine, and asks each in turn for the same texts
+and lengths (benchmarks/load.py). `llama-server` is taken from the PATH or from --llama-server; without one,
+llama-cpp-python's server, if that is installed, which answers one request at a time. What HTTP costs is measured apart:
+the same requests, 32 of them at any time, by the engine alone and through the server, in turn.
+"""
+
+import argparse
+import importlib.util
+import itertools
+import json
+import os
+import random
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import load
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import fathom
+from fathom import presets
+from fathom.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
+from fathom.infer.engine import Engine, Request
+from fathom.model.transformer import Model
+
+CLIENTS = (1, 8, 32, 128)
+MAX_BATCH = 32
+SECONDS = 15.0
+ROUNDS = 5
+"""Of the engine alone and the server in turn."""
+
+
+class Server(NamedTuple):
+    """One that runs."""
+
+    name: str
+    address: tuple[str, int]
+    body: load.Body
+
+
+# ------------------------------------------------------------------------------------------------------ the servers
+
+
+def ours(asked: load.Asked) -> dict[str, Any]:
+    body = {"prompt": asked.prompt, "max_tokens": asked.length, "temperature": 0, "stream": True, "ignore_eos": True}
+    return body | {"stream_options": {"include_usage": True}}
+
+
+def theirs(model: Path) -> load.Body:
+    """`transformers serve` knows neither ignore_eos nor stream_options; without end tokens an answer has its length."""
+    config = json.dumps({"eos_token_id": None, "do_sample": False})
+
+    def body(asked: load.Asked) -> dict[str, Any]:
+        common = {"prompt": asked.prompt, "max_tokens": asked.length, "stream": True}
+        return common | {"model": str(model), "generation_config": config}
+
+    return body
+
+
+@contextmanager
+def started(name: str, command: list[str], body: load.Body, path: str = "/health") -> Iterator[Server]:
+    port = _free_port()
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    with (
+        tempfile.TemporaryFile() as log,
+        subprocess.Popen([*command, "--port", str(port)], stdout=log, stderr=log, env=environment) as process,
+    ):
+        try:
+            server = Server(name, ("127.0.0.1", port), body)
+            for _ in range(600):
+                if process.poll() is not None:
+                    log.seek(0)
+                    sys.exit(f"{name} did not start: {log.read().decode(errors='replace')[-2000:]}")
+                if _answers(server.address, path):
+                    break
+                time.sleep(0.2)
+            yield server
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def our_server(model: Path) -> Any:
+    command = [sys.executable, "-m", "fathom", "serve", str(model), "--max-batch", str(MAX_BATCH)]
+    return started("fathom serve", command, ours)
+
+
+def transformers_server(model: Path) -> Any:
+    """Without continuous batching, which in 5.23 fails with MLA: its cache takes values as wide as keys."""
+    script = Path(sys.executable).with_name("transformers")
+    command = [str(script), "serve", str(model), "--device", "cpu", "--dtype", "bfloat16", "--host", "127.0.0.1"]
+    return started("transformers serve", command, theirs(model))
+
+
+def llama_server(model: Path, folder: Path, binary: str | None) -> Any:
+    """None where there is none."""
+    program = binary or shutil.which("llama-server")
+    library = (
+        importlib.util.find_spec("llama_cpp") is not None and importlib.util.find_spec("sse_starlette") is not None
+    )
+    if program is None and not library:
+        return None
+    export = [sys.executable, "-m", "fathom", "export", str(model), "--to", "gguf", "--dtype", "bf16"]
+    subprocess.run([*export, "--out", str(folder)], check=True, capture_output=True)
+    [weights] = folder.glob("*.gguf")
+    threads = str(torch.get_num_threads())
+    context = min(1024, context_of(model))
+    if program is None:
+        flags = ["--n_threads", threads, "--n_ctx", str(context), "--host", "127.0.0.1"]
+        command = [sys.executable, "-m", "llama_cpp.server", "--model", str(weights), *flags]
+        return started("llama-cpp-python's server", command, ours, "/v1/models")
+    flags = ["-t", threads, "-np", str(MAX_BATCH), "-c", str(MAX_BATCH * context), "--offline"]
+    return started("llama.cpp's server", [program, "-m", str(weights), *flags], ours)
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _answers(address: tuple[str, int], path: str) -> bool:
+    try:
+        with socket.create_connection(address, 5) as connection:
+            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode())
+            return connection.recv(64).startswith(b"HTTP/1.1 200")
+    except OSError:
+        return False
+
+
+# ----------------------------------------------------------------------------------------------------- the requests
+
+
+def texts() -> list[str]:
+    from fathom.data.corpus import DataConfig, read_corpus
+
+    return [document.text for document in itertools.islice(read_corpus(DataConfig(corpus="python-stdlib")), 300)]
+
+
+def requests(tokenizer: Tokenizer, context: int, seed: int, pool: list[str]) -> Iterator[load.Asked]:
+    """Ragged: 16 to 256 tokens of Python's library, answers of 16 to 128, as far as they fit; no two alike."""
+    rng = random.Random(seed)
+    longest = min(256, context // 2)
+    while True:
+        text = rng.choice(pool)
+        begin = rng.randrange(max(1, len(text) - 8 * longest))
+        ids = tokenizer.encode(text[begin : begin + 8 * longest], bos=False)[: rng.randint(16, longest)]
+        yield load.Asked(tokenizer.decode(ids), rng.randint(16, min(128, context // 4)))
+
+
+def context_of(model: Path) -> int:
+    return int(json.loads((model / "config.json").read_text())["max_position_embeddings"])
+
+
+def random_model(folder: Path, pool: list[str]) -> Path:
+    config = presets.bench_small().model
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    fathom.save_model(Model(config), folder)
+    torch.set_default_dtype(torch.float32)
+    save_tokenizer(train_tokenizer(pool, config.vocab_size), folder)
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------ measuring
+
+
+def alone(engine: Engine, waiting: list[load.Asked]) -> float:
+    """Tokens per second of the engine by itself, as many requests in it at any time as the server would be given."""
+    queue, running = iter(waiting), set()
+    began, tokens = time.perf_counter(), 0
+    while True:
+        while len(running) < MAX_BATCH and (asked := next(queue, None)) is not None:
+            params = fathom.SamplingParams(max_tokens=asked.length, ignore_eos=True)
+            running.add(engine.submit(Request(asked.prompt, params)))
+        if not running:
+            return tokens / (time.perf_counter() - began)
+        for update in engine.step():
+            tokens += len(update.tokens)
+        running = {handle for handle in running if not handle.finished}
+
+
+def through(server: Server, waiting: list[load.Asked]) -> float:
+    """Tokens per second of the same through the server."""
+    began = time.perf_counter()
+    sent = load.run(server.address, server.body, waiting, MAX_BATCH, float("inf"), float("inf"))
+    seen = load.summary(sent, time.perf_counter() - began)
+    assert not seen.failed, f"{seen.failed} of {len(sent)} requests failed"
+    return seen.tokens_per_second
+
+
+def cost_of_http(server: Server, engine: Engine, draw: Any, rounds: int) -> tuple[float, float]:
+    """Medians through the server and by the engine alone."""
+    pairs = []
+    for turn in range(rounds + 1):
+        waiting = [list(itertools.islice(draw(1000 + turn), 3 * MAX_BATCH)) for _ in range(2)]
+        pair = through(server, waiting[0]), alone(engine, waiting[1])
+        pairs += [pair] if turn else []  # the first finds the drafting not settled
+    print("through HTTP / alone:", ", ".join(f"{a:.0f}/{b:.0f}" for a, b in pairs))
+    return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
+
+
+def rows_of(clients: int, seen: dict[str, load.Seen]) -> list[dict[str, Any]]:
+    rows = []
+    mine = seen["fathom serve"]
+    for name, peer in seen.items():
+        if name == "fathom serve":
+            continue
+        floor = 3.0 if clients == 32 and name.startswith("transformers") else None
+        goal = None if name.startswith("transformers") else 1.0
+        shared = {"name": f"tokens/s, {clients} clients, against {name}", "floor": floor, "goal": goal}
+        rows.append(shared | {"ours": mine.tokens_per_second, "peer": peer.tokens_per_second})
+        for what, one, other in (("first token", mine.first, peer.first), ("per token", mine.each, peer.each)):
+            for place, label in enumerate(("p50", "p99")):
+                shared = {"name": f"{what} {label}, ms, {clients} clients, against {name}", "floor": None, "goal": None}
+                rows.append(shared | {"ours": one[place] * 1e3, "peer": other[place] * 1e3})
+    # A ratio above 1 means that ours is better.
+    return [row | {"ratio": _ratio(row)} for row in rows]
+
+
+def _ratio(row: dict[str, Any]) -> float:
+    ours, peer = row["ours"], row["peer"]
+    return float("nan") if not ours or not peer else ours / peer if "tokens/s" in row["name"] else peer / ours
+
+
+def shown(clients: int, seen: dict[str, load.Seen], table: Table) -> None:
+    for name, each in seen.items():
+        first, token = (f"{pair[0] * 1e3:,.1f} / {pair[1] * 1e3:,.1f}" for pair in (each.first, each.each))
+        cells = [f"{each.tokens_per_second:,.0f}", first, token, str(each.answered), str(each.failed)]
+        table.add_row(str(clients), name, *cells)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, nargs="?", help="model directory; bench-small with random weights without")
+    parser.add_argument("--quick", action="store_true", help="up to 32 clients, a third of the time")
+    parser.add_argument("--llama-server", help="llama.cpp's llama-server")
+    parser.add_argument("--only-http", action="store_true", help="only what HTTP costs")
+    parser.add_argument("--json", type=Path, help="file to write the rows to")
+    options = parser.parse_args()
+    counts, seconds = (CLIENTS[:3], SECONDS / 3) if options.quick else (CLIENTS, SECONDS)
+    pool, console = texts(), Console(highlight=False)
+    table = Table(
+        "clients", "", "tokens/s", "first token p50 / p99, ms", "per token p50 / p99, ms", "answered", "failed"
+    )
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        model = options.model or random_model(Path(folder, "model"), pool)
+        tokenizer, context = load_tokenizer(model), context_of(model)
+        draw = lambda seed: requests(tokenizer, context, seed, pool)  # noqa: E731
+        servers = [stack.enter_context(our_server(model))]
+        if not options.only_http:
+            servers.append(stack.enter_context(transformers_server(model)))
+            if (llama := llama_server(model, Path(folder, "gguf"), options.llama_server)) is not None:
+                servers.append(stack.enter_context(llama))
+            for server in servers:  # what is made at the first request is made
+                load.run(server.address, server.body, itertools.islice(draw(0), 2), 1, 20)
+            for clients in counts:
+                seen = {}
+                for server in servers:
+                    sent = load.run(server.address, server.body, draw(clients), clients, seconds)
+                    seen[server.name] = load.summary(sent, seconds)
+                    time.sleep(1.0)  # until what was cut off has ended
+                rows += rows_of(clients, seen)
+                shown(clients, seen, table)
+            console.print(table)
+        engine = Engine(fathom.load_model(model, torch.bfloat16), tokenizer, max_batch=MAX_BATCH)
+        http, engine_alone = cost_of_http(servers[0], engine, draw, 3 if options.quick else ROUNDS)
+    shared = {"name": "tokens/s through HTTP against the engine alone, 32 clients", "floor": 0.97, "goal": 1.0}
+    rows.append(shared | {"ours": http, "peer": engine_alone, "ratio": http / engine_alone})
+    console.print(f"through HTTP {http:,.0f} tokens/s, the engine alone {engine_alone:,.0f}: {http / engine_alone:.3f}")
+    console.print(versions())
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def versions() -> str:
+    import transformers
+
+    processor = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
+        "unknown processor",
+    )
+    return (
+        f"fathom {fathom.__version__}, torch {torch.__version__}, transformers {transformers.__version__}; "
+        f"{torch.get_num_threads()} threads, {processor}, {torch.backends.cpu.get_cpu_capability()}; bfloat16"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Everything a body may hold has a limit: what is just within passes, what is beyond is refused, and soon."""
+
+import json
+import time
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the server needs fastapi")
+from pydantic import BaseModel, ValidationError
+
+from fathom.serve import protocol
+from fathom.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+
+MESSAGE = {"role": "user", "content": "x"}
+
+
+def tool(name: str = "f", **parameters: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def nested(depth: int) -> Any:
+    return {} if depth == 1 else {"items": nested(depth - 1)}
+
+
+def completion(**changes: Any) -> tuple[type[BaseModel], dict[str, Any]]:
+    return CompletionRequest, {"prompt": "x"} | changes
+
+
+def chat(**changes: Any) -> tuple[type[BaseModel], dict[str, Any]]:
+    return ChatRequest, {"messages": [MESSAGE]} | changes
+
+
+def schema(content: dict[str, Any]) -> tuple[type[BaseModel], dict[str, Any]]:
+    return chat(response_format={"type": "json_schema", "json_schema": {"schema": content}})
+
+
+LIMITS: dict[str, Any] = {
+    "n": (protocol.MOST_CHOICES, lambda most: completion(n=most)),
+    "logprobs": (protocol.MOST_LOGPROBS, lambda most: completion(logprobs=most)),
+    "top_logprobs": (protocol.MOST_LOGPROBS, lambda most: chat(logprobs=True, top_logprobs=most)),
+    "stops": (protocol.MOST_STOPS, lambda most: completion(stop=["a"] * most)),
+    "stop's length": (protocol.LONGEST_STOP, lambda most: completion(stop="a" * most)),
+    "stop ids": (protocol.MOST_STOPS, lambda most: completion(stop_token_ids=[1] * most)),
+    "biases": (protocol.MOST_BIASES, lambda most: completion(logit_bias={str(token): 1 for token in range(most)})),
+    "prompts": (protocol.MOST_PROMPTS, lambda most: completion(prompt=["a"] * most)),
+    "prompts of ids": (protocol.MOST_PROMPTS, lambda most: completion(prompt=[[1]] * most)),
+    "a prompt's ids": (protocol.LONGEST_PROMPT, lambda most: completion(prompt=[1] * most)),
+    "a prompt's text": (protocol.LONGEST_TEXT, lambda most: completion(prompt="a" * most)),
+    "messages": (protocol.MOST_MESSAGES, lambda most: chat(messages=[MESSAGE] * most)),
+    "parts": (
+        protocol.MOST_PARTS,
+        lambda most: chat(messages=[{"role": "user", "content": [{"type": "text", "text": "a"}] * most}]),
+    ),
+    "tools": (protocol.MOST_TOOLS, lambda most: chat(tools=[tool()] * most)),
+    "metadata": (protocol.MOST_METADATA, lambda most: chat(metadata={str(n): "a" for n in range(most)})),
+    "a schema's depth": (protocol.DEEPEST_SCHEMA, lambda most: schema(nested(most))),
+    "a tool's depth": (protocol.DEEPEST_SCHEMA, lambda most: chat(tools=[tool(**nested(most))])),
+    "a schema's size": (protocol.LARGEST_SCHEMA, lambda most: schema({"description": "a" * (most - 12)})),
+    "a pattern": (protocol.LONGEST_PATTERN, lambda most: schema({"pattern": "a" * most})),
+    "a property's pattern": (
+        protocol.LONGEST_PATTERN,
+        lambda most: schema({"patternProperties": {"a" * most: {"type": "string"}}}),
+    ),
+    "detokenized ids": (protocol.LONGEST_PROMPT, lambda most: (DetokenizeRequest, {"tokens": [1] * most})),
+    "tokenized text": (protocol.LONGEST_TEXT, lambda most: (TokenizeRequest, {"prompt": "a" * most})),
+    "seed": (2**63 - 1, lambda most: completion(seed=most)),
+    "max_tokens": (2**31 - 1, lambda most: completion(max_tokens=most)),
+    "a token id": (2**31 - 1, lambda most: completion(prompt=[most])),
+    "top_k": (2**31 - 1, lambda most: completion(top_k=most)),
+    "temperature": (2, lambda most: completion(temperature=most)),
+    "top_p": (1, lambda most: completion(top_p=most)),
+    "min_p": (1, lambda most: completion(min_p=most)),
+    "a bias": (100, lambda most: completion(logit_bias={"1": most})),
+    "presence_penalty": (2, lambda most: completion(presence_penalty=most)),
+    "frequency_penalty": (2, lambda most: completion(frequency_penalty=most)),
+    "repetition_penalty": (10, lambda most: completion(repetition_penalty=most)),
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_a_limit_is_where_it_is_said_to_be(name: str) -> None:
+    most, body = LIMITS[name]
+    model, within = body(most)
+    model.model_validate(within)
+    model, beyond = body(most + 1)
+    with pytest.raises(ValidationError):
+        model.model_validate(beyond)
+
+
+@pytest.mark.parametrize("field", ["n", "top_k", "seed", "max_tokens", "logprobs", "min_tokens"])
+@pytest.mark.parametrize("value", [-(2**70), 2**70, 1.5, "1", True, [1], {}, float("nan"), float("inf")])
+def test_numbers_are_what_they_should_be(field: str, value: Any) -> None:
+    with pytest.raises(ValidationError):
+        CompletionRequest.model_validate({"prompt": "x", field: value})
+
+
+MANY = 300_000
+MISTAKES: dict[str, tuple[type[BaseModel], Any]] = {
+    "numbers that are no ids": completion(prompt=[0.5] * MANY),
+    "empty prompts": completion(prompt=[[]] * MANY),
+    "ids that are texts": completion(prompt=[["a"] * MANY]),
+    "parts of messages": chat(messages=[{"role": "user", "content": [1] * 250}] * (MANY // 250)),
+    "biases": completion(logit_bias={str(token): "x" for token in range(MANY)}),
+    "metadata": chat(metadata={str(token): 1 for token in range(MANY)}),
+    "unknown fields": completion(**{f"unknown{number}": 1 for number in range(MANY)}),
+    "unknown fields below": chat(messages=[MESSAGE | {f"unknown{number}": 1 for number in range(MANY)}]),
+    "no ids": (DetokenizeRequest, {"tokens": ["x"] * MANY}),
+    "no body": (ChatRequest, [1] * MANY),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_many_mistakes_are_few_complaints(name: str) -> None:
+    """One complaint for each of them would take minutes and gigabytes, on the event loop."""
+    model, body = MISTAKES[name]
+    body = json.loads(json.dumps(body))
+    began = time.process_time()
+    with pytest.raises(ValidationError) as refused:
+        model.model_validate(body)
+    assert refused.value.error_count() < 10
+    assert time.process_time() - began < 0.5

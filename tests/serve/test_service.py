@@ -1,0 +1,222 @@
+"""The service and the engine's thread, in this process: what happens where, and what one failure leaves alone."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the server needs fastapi")
+pytest.importorskip("llguidance", reason="the server needs llguidance")
+import httpx
+import torch
+from torch import Tensor
+
+from fathom.checkpoint.huggingface import load_model
+from fathom.data.chat import ChatTemplate
+from fathom.data.tokenizer import load_tokenizer
+from fathom.infer.engine import Engine, Request
+from fathom.infer.sampler import SamplingParams
+from fathom.serve.app import make_app
+from fathom.serve.grammar import Grammars
+from fathom.serve.service import Service
+from fathom.serve.status import describe
+from fathom.serve.worker import Job, Worker
+from tests.serve.random_model import CONFIG, save_random_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random_model(tmp_path_factory.mktemp("random"))
+
+
+@pytest.fixture
+def engine(model: Path) -> Engine:
+    return Engine(load_model(model), load_tokenizer(model), max_batch=4, cache_tokens=4096)
+
+
+async def ended(job: Job) -> None:
+    while not all(handle.finished for handle in job.handles):
+        await asyncio.wait_for(job.events.get(), 30)
+
+
+class Breaks:
+    """A constraint that fails in the middle of an answer, as a defect would."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def allowed(self, drafts: Sequence[int]) -> Tensor:
+        self.asked += 1
+        if self.asked > 4:
+            raise RuntimeError("made to fail by a test")
+        return torch.ones(len(drafts) + 1, CONFIG.vocab_size, dtype=torch.bool)
+
+    def take(self, tokens: Sequence[int]) -> None:
+        pass
+
+
+def test_an_exception_in_one_request_is_that_requests_alone(engine: Engine) -> None:
+    params = SamplingParams(max_tokens=30, ignore_eos=True)
+    expected = engine.generate(["largest", "as 7"], params)
+
+    async def serve() -> tuple[Job, Job]:
+        worker = Worker(engine)
+        worker.start()
+        others = await worker.submit([Request("largest", params), Request("as 7", params)])
+        broken = await worker.submit([Request("größer", params, constraint=Breaks())])
+        await ended(broken)
+        await ended(others)
+        assert worker.alive and worker.failure is None
+        await asyncio.to_thread(worker.stop)
+        return others, broken
+
+    others, broken = asyncio.run(serve())
+    assert [handle.finish_reason for handle in broken.handles] == ["error"]
+    assert "made to fail" in (broken.handles[0].error or "")
+    assert [handle.token_ids for handle in others.handles] == [each.token_ids for each in expected]
+    assert engine.core.stats().pages_used == 0
+
+
+def test_a_cancelled_request_gives_its_pages_back_within_one_step(engine: Engine) -> None:
+    """Steps are counted from the moment the client is known to have gone."""
+    steps: list[int] = []
+    step = engine.step
+
+    def counted() -> Any:
+        time.sleep(0.01)
+        news = step()
+        steps.append(engine.core.stats().pages_used)
+        return news
+
+    engine.step = counted  # type: ignore[method-assign]
+
+    async def serve() -> int:
+        worker = Worker(engine)
+        worker.start()
+        job = await worker.submit([Request("f", SamplingParams(max_tokens=400, ignore_eos=True))])
+        await job.events.get()
+        assert engine.core.stats().pages_used > 0
+        worker.cancel(job)
+        before = len(steps)
+        while engine.has_work:
+            await asyncio.sleep(0.001)
+        await asyncio.to_thread(worker.stop)
+        return len(steps) - before
+
+    assert asyncio.run(serve()) <= 1
+    assert engine.core.stats().pages_used == 0
+
+
+CHAT = {"messages": [{"role": "user", "content": "?"}], "max_tokens": 2}
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
+
+
+def asked(
+    engine: Engine, *requests: tuple[str, dict[str, Any]], died: Any = lambda error: None
+) -> list[httpx.Response]:
+    """One after the other, by an application in this process, whose event loop runs in this thread."""
+    worker = Worker(engine)
+    service = Service(engine, worker, "small", 30)
+    app = make_app(service, describe(CONFIG, "small", engine, True), [], [], ["*"], 1 << 20)
+
+    async def serve() -> list[httpx.Response]:
+        async with app.router.lifespan_context(app):
+            transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+                return [await client.post(path, json=body) for path, body in requests]
+
+    return asyncio.run(serve())
+
+
+def test_tokenising_templates_and_grammars_stay_off_the_event_loop(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where: dict[str, set[str]] = {"encode": set(), "render": set(), "of_schema": set()}
+
+    def noted(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            where[name].add("loop" if threading.current_thread() is threading.main_thread() else "elsewhere")
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    noted(type(engine.tokenizer), "encode")
+    noted(ChatTemplate, "render")
+    noted(Grammars, "of_schema")
+    replies = asked(
+        engine,
+        ("/v1/completions", {"prompt": "f", "max_tokens": 2}),
+        ("/v1/chat/completions", CHAT | {"response_format": FORMAT}),
+        ("/tokenize", {"prompt": "f"}),
+        ("/tokenize", {"messages": CHAT["messages"]}),
+    )
+    assert [reply.status_code for reply in replies] == [200] * 4
+    assert where == {"encode": {"elsewhere"}, "render": {"elsewhere"}, "of_schema": {"elsewhere"}}
+
+
+REFUSED = [
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "no"}}}},
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"pattern": "("}}}},
+    {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "no"}}}]},
+    {"logit_bias": {"99999": 1}},
+    {"prompt_embeds": "gASVBAAAAAAAAABLAS4="},
+    {"chat_template": "{{ messages.__class__ }}"},
+    {"chat_template_kwargs": {"tokenize": True}},
+]
+
+
+@pytest.mark.parametrize("change", REFUSED, ids=[next(iter(change)) + str(n) for n, change in enumerate(REFUSED)])
+def test_what_is_wrong_never_reaches_the_engine(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(engine.core, "step", lambda: pytest.fail("the engine was asked"))
+    [reply] = asked(engine, ("/v1/chat/completions", CHAT | change))
+    assert reply.status_code == 400 and reply.json()["error"]["type"] == "invalid_request_error"
+    assert engine.core.stats().prompt_tokens == 0
+
+
+def test_a_defect_is_told_without_its_trace(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exception nobody foresaw, in one request; the next one is answered."""
+    service_encode = Service.plan_completion
+
+    def defective(self: Service, body: Any) -> Any:
+        if body.prompt == "bad":
+            raise RuntimeError("secret in /srv/models/private.py")
+        return service_encode(self, body)
+
+    monkeypatch.setattr(Service, "plan_completion", defective)
+    bad, good = asked(engine, *(("/v1/completions", {"prompt": prompt, "max_tokens": 2}) for prompt in ("bad", "good")))
+    assert bad.status_code == 500 and good.status_code == 200
+    assert bad.json()["error"]["type"] == "server_error"
+    assert not any(word in bad.text for word in ("secret", "/srv", "RuntimeError", "Traceback"))
+
+
+def test_a_dead_engine_turns_health_red(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> Any:
+        raise RuntimeError("made to fail by a test")
+
+    engine.step = fail  # type: ignore[method-assign]
+    worker = Worker(engine)
+    service = Service(engine, worker, "small", 30)
+    app = make_app(service, describe(CONFIG, "small", engine, True), [], [], ["*"], 1 << 20)
+
+    async def serve() -> list[int]:
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client,
+        ):
+            before = await client.get("/health")
+            answers = [await client.post("/v1/completions", json={"prompt": "f"})]
+            after = await client.get("/health")
+            answers.append(await client.post("/v1/completions", json={"prompt": "f"}))
+        return [reply.status_code for reply in (before, answers[0], after, answers[1])]
+
+    assert asyncio.run(serve()) == [200, 503, 503, 503]
+    assert isinstance(worker.failure, RuntimeError)
