@@ -36,7 +36,13 @@ class Layer:
     """Parameters that every data parallel rank holds."""
     expert_parameters: int
     """Parameters of the routed experts."""
-    routed: bool = False
+    routed_weights: int = 0
+    """Of `weights`, those of the routed experts a token takes."""
+
+    @property
+    def routed(self) -> bool:
+        """Whether the layer has routed experts."""
+        return self.routed_weights > 0
 
 
 def layers(config: ModelConfig, layout: Layout) -> list[Layer]:
@@ -81,7 +87,7 @@ def _layer(config: ModelConfig, layout: Layout, moe: bool) -> Layer:
         backward_bytes=backward_bytes,
         shared_parameters=attention + norms + kept + (config.n_routed_experts if moe and not config.is_v2 else 0),
         expert_parameters=config.n_routed_experts * expert if moe else 0,
-        routed=moe,
+        routed_weights=config.num_experts_per_tok * expert if moe else 0,
     )
 
 
