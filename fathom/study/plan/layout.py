@@ -61,23 +61,48 @@ class Layout:
         """Raise ConfigError for a layout that this model and cluster cannot have."""
         ways = self.pipeline * self.tensor
         check(cluster.gpus % ways == 0, "gpus", cluster.gpus, f"a multiple of pipeline x tensor ({ways})")
-        check(cluster.per_node % self.tensor == 0, "tensor", self.tensor, f"a divisor of gpus_per_node ({cluster.per_node})")
+        check(
+            cluster.per_node % self.tensor == 0,
+            "tensor",
+            self.tensor,
+            f"a divisor of gpus_per_node ({cluster.per_node})",
+        )
         heads = config.num_attention_heads
         check(heads % self.tensor == 0, "tensor", self.tensor, f"a divisor of num_attention_heads ({heads})")
         layers = config.num_hidden_layers + config.num_nextn_predict_layers
         most = layers // self.chunks
-        check(self.pipeline <= most, "pipeline", self.pipeline, f"at most {most}: {layers} layers in pieces of {self.chunks}")
+        check(
+            self.pipeline <= most,
+            "pipeline",
+            self.pipeline,
+            f"at most {most}: {layers} layers in pieces of {self.chunks}",
+        )
         ranks, experts = self.data(cluster) * self.tensor, config.n_routed_experts
         check(ranks % self.expert == 0, "expert", self.expert, f"a divisor of data x tensor ({ranks})")
         check(experts % self.expert == 0, "expert", self.expert, f"a divisor of n_routed_experts ({experts})")
         share = self.data(cluster) * self.micro_batch
-        check(self.global_batch % share == 0, "global_batch", self.global_batch, f"a multiple of data x micro_batch ({share})")
+        check(
+            self.global_batch % share == 0,
+            "global_batch",
+            self.global_batch,
+            f"a multiple of data x micro_batch ({share})",
+        )
         count = self.micro_batches(cluster)
         if self.schedule == "dualpipe":
             least = 2 * self.pipeline
             right = count >= least and count % 2 == 0
-            check(right, "global_batch", self.global_batch, f"{least} or more micro-batches a pipeline, an even number; it gives {count}")
+            check(
+                right,
+                "global_batch",
+                self.global_batch,
+                f"{least} or more micro-batches a pipeline, an even number; it gives {count}",
+            )
         elif self.schedule == "interleaved":
-            check(count % self.pipeline == 0, "global_batch", self.global_batch, f"a multiple of {share * self.pipeline} under the interleaved schedule")
+            check(
+                count % self.pipeline == 0,
+                "global_batch",
+                self.global_batch,
+                f"a multiple of {share * self.pipeline} under the interleaved schedule",
+            )
         if self.precision == "fp8":
             check(cluster.gpu.fp8 is not None, "precision", "fp8", "bf16: this GPU has no FP8 products")

@@ -47,20 +47,24 @@ class Layer:
 
 def layers(config: ModelConfig, layout: Layout) -> list[Layer]:
     """Embedding, layers, head, then every MTP module and its use of the head, in order."""
-    dense = config.first_k_dense_replace
-    result = [_plain("embedding", 0, config.vocab_size * config.hidden_size)]
-    result += [_layer(config, layout, moe=index >= dense) for index in range(config.num_hidden_layers)]
-    head = config.vocab_size * config.hidden_size
-    result.append(_plain("head", head, 0 if config.tie_word_embeddings else head))
-    for _ in range(config.num_nextn_predict_layers):
-        joined = 2 * config.hidden_size**2
-        result += [_plain("mtp input", joined, joined + 3 * config.hidden_size), _layer(config, layout, moe=True)]
-        result.append(_plain("mtp head", head, 0))  # the main head's own weights
+    d, words, modules = config.hidden_size, config.vocab_size, config.num_nextn_predict_layers
+    # Logits are cast to float32, read for the loss, and their gradient is written in bfloat16; the final norm.
+    softmax = (6 * words + 7 * d, 10 * words + 14 * d)
+    head, own = words * d, 0 if config.tie_word_embeddings else words * d
+    result = [_plain("embedding", 0, words * d, (4 * d, 8 * d))]
+    result += [
+        _layer(config, layout, moe=index >= config.first_k_dense_replace) for index in range(config.num_hidden_layers)
+    ]
+    result.append(_plain("head", head, own + d, softmax))
+    for _ in range(modules):
+        result.append(_plain("mtp input", 2 * d * d, 2 * d * d + 2 * d, (16 * d, 32 * d)))  # two norms, joined
+        result.append(_layer(config, layout, moe=True))
+        result.append(_plain("mtp head", head, d, softmax))  # the main head's own weights, a norm of its own
     return result
 
 
-def _plain(name: str, exact: int, parameters: int) -> Layer:
-    return Layer(name, 0, exact, 0, 0, 0, 0, 0, parameters, 0)
+def _plain(name: str, exact: int, parameters: int, passes: tuple[int, int]) -> Layer:
+    return Layer(name, 0, exact, 0, 0, 0, *passes, parameters, 0)
 
 
 def _layer(config: ModelConfig, layout: Layout, moe: bool) -> Layer:

@@ -41,7 +41,9 @@ class Machine:
 
     def product(self, rows: int, inner: int, columns: int, alone: bool = False, transposed: bool = False) -> float:
         """Seconds of (rows, inner)·(inner, columns), on all threads or `alone` on one; left `transposed` as it lies."""
-        name = f"{rows} x {inner} x {columns}" + (", one thread" if alone else "") + (", transposed" if transposed else "")
+        name = (
+            f"{rows} x {inner} x {columns}" + (", one thread" if alone else "") + (", transposed" if transposed else "")
+        )
         flops = 2 * rows * inner * columns
         if name not in self.products:
             # What one thread does for itself it finds in its cache; shared products come from memory.
@@ -123,7 +125,9 @@ def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
 
 def _tiny_step(layers: int) -> Callable[[], None]:
     """Forward and backward of a model of so many MoE layers that is all overhead."""
-    config = replace(nano().model, vocab_size=64, hidden_size=16, moe_intermediate_size=16, n_routed_experts=2, num_experts_per_tok=1)
+    config = replace(
+        nano().model, vocab_size=64, hidden_size=16, moe_intermediate_size=16, n_routed_experts=2, num_experts_per_tok=1
+    )
     config = replace(config, num_hidden_layers=layers, first_k_dense_replace=0, num_nextn_predict_layers=0)
     model, tokens = Model(config).train(), torch.zeros(1, 8, dtype=torch.int64)
     return lambda: model.states(tokens, compute_dtype=torch.bfloat16).h_BSD.sum().backward()

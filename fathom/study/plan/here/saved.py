@@ -93,7 +93,9 @@ def attention(shape: Shape, first: bool = False) -> Stage:
     else:
         matrices = config.hidden_size * rank + rank * width
         kept |= {"query latent": n * rank * c, "query statistics": n * _FLOAT32, "query normed": n * rank * c}
-    matrices += config.hidden_size * latent + config.kv_lora_rank * values + heads * config.v_head_dim * config.hidden_size
+    matrices += (
+        config.hidden_size * latent + config.kv_lora_rank * values + heads * config.v_head_dim * config.hidden_size
+    )
     kept |= {
         "latent": n * latent * c,
         "latent statistics": n * _FLOAT32,
@@ -166,18 +168,26 @@ def loss(shape: Shape, last: bool = True) -> Stage:
     """The chunked head: the hidden states' and the head's gradients, made forward; all heads share one matrix."""
     config = shape.config
     head = config.vocab_size * config.hidden_size
-    kept = {"gradient of the states": shape.tokens * config.hidden_size * shape.itemsize, "of the head": head * _FLOAT32}
+    kept = {
+        "gradient of the states": shape.tokens * config.hidden_size * shape.itemsize,
+        "of the head": head * _FLOAT32,
+    }
     states = shape.tokens * config.hidden_size * shape.itemsize
     # A head that is not the last one to come forward, and so not the first backward, adds to a gradient that exists.
-    return Stage("loss", kept, head if last and not config.tie_word_embeddings else 0, states + (0 if last else head * 4))
+    return Stage(
+        "loss", kept, head if last and not config.tie_word_embeddings else 0, states + (0 if last else head * 4)
+    )
 
 
 def _mtp_input(shape: Shape) -> Stage:
     """The two norms and the projection that join state and embedding."""
     config = shape.config
     d, n, c = config.hidden_size, shape.tokens, shape.itemsize
-    norms = {f"{name} {what}": size for name in ("embedding", "state") for what, size in
-             (("input", n * d * c), ("statistics", n * _FLOAT32))}
+    norms = {
+        f"{name} {what}": size
+        for name in ("embedding", "state")
+        for what, size in (("input", n * d * c), ("statistics", n * _FLOAT32))
+    }
     # The state is the final norm's output, saved here alone.
     kept = norms | {"tokens": n * _INT64, "joined": 2 * n * d * c, "weights narrowed": _narrowed(shape, 2 * d * d)}
     return Stage("mtp input", kept, 2 * d * d + 2 * d, 3 * n * d * c)

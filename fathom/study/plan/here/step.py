@@ -131,8 +131,12 @@ def _attention(shape: Shape, machine: Machine) -> float:
         rows = end - start
         scores = machine.product(rows, x, end, alone=True)
         seconds += (1 + (length > 1024)) * scores + machine.product(rows, end, v, alone=True)
-        seconds += machine.product(end, rows, v, alone=True, transposed=True) + machine.product(rows, v, end, alone=True)
-        seconds += machine.product(rows, end, x, alone=True) + machine.product(end, rows, x, alone=True, transposed=True)
+        seconds += machine.product(end, rows, v, alone=True, transposed=True) + machine.product(
+            rows, v, end, alone=True
+        )
+        seconds += machine.product(rows, end, x, alone=True) + machine.product(
+            end, rows, x, alone=True, transposed=True
+        )
         seconds += rows * end * machine.softmax
     return _blocks(shape)[0] * shape.batch * config.num_attention_heads * seconds / machine.threads
 
@@ -158,7 +162,11 @@ def _passes(shape: Shape, machine: Machine) -> float:
     active = config.first_k_dense_replace * n * config.intermediate_size
     active += sparse * (n * config.n_shared_experts + shape.rows) * config.moe_intermediate_size
     # Two residual sums and the heads' rearrangement, forward and backward; tokens gathered to rows and summed again.
-    copied = layers * n * (2 * 4 * d + 2 * width) + sparse * shape.rows * 6 * d + sparse * n * (8 * d + 12 * config.n_routed_experts)
+    copied = (
+        layers * n * (2 * 4 * d + 2 * width)
+        + sparse * shape.rows * 6 * d
+        + sparse * n * (8 * d + 12 * config.n_routed_experts)
+    )
     counts = config.parameter_counts()
     narrowed = 0 if shape.itemsize == 4 else _NARROW_BYTES * (counts.total + counts.mtp)
     return normed * machine.norm + active * machine.activation + copied * machine.copy + narrowed / machine.bandwidth
