@@ -72,8 +72,8 @@ def search(config: ModelConfig, given: Layout, cluster: Cluster, assumed: Assump
         )
     raise ConfigError(
         f"gpus is {cluster.gpus}; no layout fits: the smallest needs {closest.memory.total / 1e9:.1f} GB on a GPU of "
-        f"{cluster.gpu.memory / 1e9:.0f} GB (pipeline {closest.layout.pipeline}, tensor {closest.layout.tensor}, expert "
-        f"{closest.layout.expert}); take more GPUs, or zero 2 or 3"
+        f"{cluster.gpu.memory / 1e9:.0f} GB (pipeline {closest.layout.pipeline}, tensor {closest.layout.tensor}, "
+        f"expert {closest.layout.expert}); take more GPUs, or zero 2 or 3"
     )
 
 

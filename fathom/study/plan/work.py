@@ -105,7 +105,7 @@ def attention_matrices(config: ModelConfig) -> list[tuple[int, int]]:
 
 
 def _passes(config: ModelConfig, moe: bool) -> tuple[int, int]:
-    """Bytes per token read and written between products, forward and backward; activations in bfloat16, casts to FP8."""
+    """Bytes per token read and written between products, forward and backward: bfloat16, and its casts to FP8."""
     d, heads, k = config.hidden_size, config.num_attention_heads, config.num_experts_per_tok
     x, v, pv = config.qk_head_dim, config.v_head_dim, config.qk_nope_head_dim + config.v_head_dim
     wide = (k + config.n_shared_experts) * config.moe_intermediate_size if moe else config.intermediate_size

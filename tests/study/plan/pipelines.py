@@ -1,4 +1,4 @@
-"""A tiny discrete simulator of pipeline schedules: every rank takes its operations in order, as soon as their inputs are
+"""A tiny discrete simulator of pipeline schedules: ranks take their operations in order, as soon as the inputs are
 there. An oracle for fathom/study/plan/schedule.py, which only knows formulas.
 
 An operation is a tuple of parts done at once: ("F" | "B" | "I" | "W", direction, micro-batch, stage). B is a whole

@@ -78,8 +78,8 @@ def show_here(console: Console, plan: HerePlan) -> None:
     """Tables for a reader."""
     counts, train = plan.run.model.parameter_counts(), plan.run.train
     console.print(
-        f"{(counts.total + counts.mtp) / 1e6:.1f}M parameters, {train.batch_size} x {train.sequence_length} tokens a step in "
-        f"{train.compute}, {plan.run.optimizer.kind}: {plan.tokens / plan.time.total:,.0f} tokens/s, "
+        f"{(counts.total + counts.mtp) / 1e6:.1f}M parameters, {train.batch_size} x {train.sequence_length} tokens a "
+        f"step in {train.compute}, {plan.run.optimizer.kind}: {plan.tokens / plan.time.total:,.0f} tokens/s, "
         f"{plan.flops / plan.time.total / 1e9:.0f} GFLOP/s of model FLOPs",
         highlight=False,
     )

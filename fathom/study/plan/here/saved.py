@@ -3,8 +3,8 @@
 The list follows the forward pass of fathom/train/loss.py; tests/study/plan/test_saved.py compares it with what autograd
 really saves. Tensors that autograd saves and the model holds anyway (float32 weights) are not counted.
 
-Shapes: B rows, S length, N = B·S tokens, D hidden, H heads, X = P+R, V value, C latent, R rope, Q query rank, E experts,
-K experts per token, F expert width, R rows: the (token, expert) pairs sorted by expert and padded.
+Shapes: B rows, S length, N = B·S tokens, D hidden, H heads, X = P+R, V value, C latent, R rope, Q query rank,
+E experts, K experts per token, F expert width, R rows: the (token, expert) pairs sorted by expert and padded.
 """
 
 from dataclasses import dataclass, replace

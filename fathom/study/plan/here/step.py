@@ -70,7 +70,7 @@ def _blocks(shape: Shape) -> tuple[int, int]:
 
 
 def matrices(shape: Shape) -> Counter[tuple[int, int]]:
-    """(inputs, outputs) of every matrix that all tokens pass through, and how often it occurs; the head is not there."""
+    """(inputs, outputs) of every matrix that all tokens pass through, and how often it occurs, without the head."""
     config = shape.config
     layers, sparse = _blocks(shape)
     d, heads = config.hidden_size, config.num_attention_heads
