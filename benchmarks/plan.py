@@ -1,4 +1,4 @@
-"""`fathom plan --gpu cpu` against this machine: predicted and measured memory and step time, `python benchmarks/plan.py`.
+"""`fathom plan --gpu cpu` against this machine, memory and step time: `python benchmarks/plan.py`.
 
 Every case is planned here and then trained for a few steps by the trainer's own `optimizer_step` in a process of its
 own. Memory is the most that process held in a step (VmHWM) above what it held when a tiny model had taken two steps:
@@ -50,6 +50,10 @@ def cases() -> dict[str, Run]:
         "bench-small, 128 experts, 4 x 512": _sized(many, 4, 512),
         "bench-small, recomputed": replace(small, train=replace(small.train, recompute=True)),
     }
+
+
+def _sized(run: Run, batch: int, length: int) -> Run:
+    return replace(run, train=replace(run.train, batch_size=batch, micro_batch_size=batch, sequence_length=length))
 
 
 def main() -> None:

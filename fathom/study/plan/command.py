@@ -121,12 +121,11 @@ def _here(command: PlanCommand, run: Run) -> None:
 def _layout(run: Run) -> Layout:
     """The recipe's own batch."""
     train = run.train
-    recompute = "full" if train.recompute else "selective"
     return Layout(
         micro_batch=train.micro_batch_size,
         global_batch=train.batch_size,
         length=train.sequence_length,
-        recompute=recompute,
+        recompute="full" if train.recompute else "selective",
     )
 
 

@@ -107,7 +107,7 @@ def make_plan(config: ModelConfig, layout: Layout, cluster: Cluster, assumed: As
     working = busy(layout, chunks, micro_batches)
     time = StepTime(
         computing=micro_batches * alone,
-        exposed=working - micro_batches * alone,
+        exposed=max(0.0, working - micro_batches * alone),
         bubble=bubble(layout, chunks),
         gradients=gradients,
         optimizer=_optimizer(layout, cluster, assumed, everyone),

@@ -120,7 +120,8 @@ def sensitivity(plan: Plan) -> list[tuple[str, float, float, float]]:
         if name == "reserved":  # costs memory, not time
             continue
         worse = _worse(name, value)
-        changed = make_plan(plan.config, plan.layout, plan.cluster, replace(plan.assumed, **{name: worse}))
+        changes: dict[str, Any] = {name: worse}
+        changed = make_plan(plan.config, plan.layout, plan.cluster, replace(plan.assumed, **changes))
         rows.append((name, value, worse, plan.tokens_per_second / changed.tokens_per_second - 1))
     return rows
 

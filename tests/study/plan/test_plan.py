@@ -154,7 +154,7 @@ def test_every_assumption_matters_in_the_right_direction() -> None:
 
 
 def test_search_finds_the_best_of_all_that_fit() -> None:
-    cluster, given_layout = Cluster(GPUS["h100"], 16, 8), Layout(global_batch=64)
+    cluster, given_layout = Cluster(GPUS["h200"], 8, 4), Layout(global_batch=32)
     best = search(SMALL, given_layout, cluster, ASSUMED)
     plans = [make_plan(SMALL, layout, cluster, ASSUMED) for layout in candidates(SMALL, given_layout, cluster)]
     fitting = [plan for plan in plans if plan.fits]
@@ -168,15 +168,17 @@ def test_search_says_when_nothing_fits() -> None:
 
 
 def test_serving_counts_cache_as_info_does() -> None:
-    found = serving_memory(SMALL, Cluster(GPUS["h100"], 8, 8), "bf16", context=1000, batch=10)
-    assert found.cache == 10_000 * cache_bytes(SMALL, mtp=True) == 10_000 * 28 * 576 * 2
+    nano = presets.nano().model
+    found = serving_memory(nano, Cluster(GPUS["h100"], 8, 8), "bf16", context=1000, batch=10)
+    assert found.cache == 10_000 * cache_bytes(nano, mtp=True) == 10_000 * 5 * 80 * 2
     assert found.gpus == 1
+    assert serving_memory(nano, Cluster(GPUS["h100"], 8, 8), "bf16", 10**6, 500).gpus == 6  # 400 GB in pieces of 72
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pipeline": 3}, "gpus is 2048; it must be a multiple of pipeline x tensor"),
+        ({"pipeline": 6}, "gpus is 2048; it must be a multiple of pipeline x tensor"),
         ({"tensor": 16, "expert": 1}, "tensor is 16; it must be a divisor of gpus_per_node"),
         ({"expert": 512}, "expert is 512; it must be a divisor of data x tensor"),
         ({"global_batch": 100}, "global_batch is 100; it must be a multiple of data x micro_batch"),
@@ -203,6 +205,7 @@ def test_values_out_of_range_name_the_field() -> None:
 # ---------------------------------------------------------------------------------------------------- the command
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     words = "plan deepseek-v3-671b --gpus 2048 --pipeline 16 --expert 64 --schedule dualpipe --precision fp8"
     main([*words.split(), "--moments", "bf16", "--tokens", "14.8e12", "--json"])
@@ -215,7 +218,7 @@ def test_the_command_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_the_command_reads_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(SMALL.to_dict()))
+    path.write_text(json.dumps(presets.bench_small().model.to_dict()))
     main(["plan", str(path), "--gpus", "8", "--expert", "8", "--global-batch", "64", "--sensitivity", "--price", "3"])
     text = capsys.readouterr().out
     for expected in ("activations", "dispatch", "bubble", "gemm-bf16", "GPU-hours if", "To serve", "at 3 an hour"):

@@ -45,7 +45,8 @@ def plan_here(run: Run) -> HerePlan:
         raise ImportError(f"this machine's plan follows the CPU's kernels, which are missing: {why}")
     compute = run.train.compute
     dtype = faster_dtype(torch.device("cpu")) if compute == "auto" else getattr(torch, compute)
-    run = replace(run, train=replace(run.train, compute=str(dtype).removeprefix("torch.")))
+    train = replace(run.train, compute="float32" if dtype == torch.float32 else "bfloat16")
+    run = replace(run, train=train)
     machine = Machine(dtype)
     shape = shape_of(run)
     return HerePlan(run, peak(run, shape), step_time(run, shape, machine), machine)

@@ -7,7 +7,7 @@ Shapes: B rows, S length, N = B·S tokens, D hidden, H heads, X = P+R, V value, 
 E experts, K experts per token, F expert width, R rows: the (token, expert) pairs sorted by expert and padded.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from fathom.model.config import ModelConfig
 
@@ -67,10 +67,11 @@ def stages(shape: Shape) -> list[Stage]:
     for index in range(config.num_hidden_layers):
         moe = index >= config.first_k_dense_replace
         layer = [attention(shape, first=index == 0), experts(shape) if moe else dense(shape)]
-        result += [_recomputed(shape, layer, index)] if shape.recompute else layer
+        result += [_recomputed(shape, layer)] if shape.recompute else layer
     result.append(_norm(shape, "final norm", config.hidden_size))
-    for _ in range(config.num_nextn_predict_layers):
-        result += [_mtp_input(shape), attention(shape), experts(shape), _norm(shape, "mtp norm", config.hidden_size)]
+    for index in range(config.num_nextn_predict_layers):
+        block = attention(shape, first=shape.recompute and index == 0)  # modules are never recomputed
+        result += [_mtp_input(shape), block, experts(shape), _norm(shape, "mtp norm", config.hidden_size)]
     heads = 1 + config.num_nextn_predict_layers
     result += [loss(shape, last=index + 1 == heads) for index in range(heads)]
     return result
@@ -82,7 +83,7 @@ def saved_bytes(shape: Shape) -> int:
 
 
 def attention(shape: Shape, first: bool = False) -> Stage:
-    """Norm, projections and the heads' probabilities; the `first` layer's keeps the rotary table for all."""
+    """Norm, projections and the heads' probabilities; the `first` to keep anything keeps the rotary table for all."""
     config, n, c = shape.config, shape.tokens, shape.itemsize
     heads, width = config.num_attention_heads, config.num_attention_heads * config.qk_head_dim
     rank, latent = config.q_lora_rank, config.cache_width
@@ -204,15 +205,8 @@ def _narrowed(shape: Shape, numbers: int) -> int:
     return numbers * shape.itemsize if shape.itemsize < _FLOAT32 else 0
 
 
-def _recomputed(shape: Shape, layer: list[Stage], index: int) -> Stage:
+def _recomputed(shape: Shape, layer: list[Stage]) -> Stage:
     """A layer that keeps its input alone; while its backward pass runs, all that it would have kept exists again."""
     again = sum(stage.bytes for stage in layer)
     kept = {"input": shape.tokens * shape.config.hidden_size * shape.itemsize}
-    if index == 0:
-        kept["rotary table"] = shape.length * shape.config.qk_rope_head_dim * _FLOAT32
     return Stage("layer", kept, sum(stage.weights for stage in layer), again + max(stage.passing for stage in layer))
-
-
-def without_modules(shape: Shape) -> Shape:
-    """The same without MTP modules."""
-    return replace(shape, config=replace(shape.config, num_nextn_predict_layers=0))
