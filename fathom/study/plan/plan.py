@@ -23,7 +23,7 @@ _OPTIMIZER_BYTES = {"fp32": 28, "bf16": 20}
 
 @dataclass(frozen=True)
 class Communication:
-    """What a GPU of the busiest rank sends in a step, by kind, and for how long if nothing else ran."""
+    """What a GPU of the rank that sends most sends in a step, by kind."""
 
     dispatch: Traffic
     combine: Traffic
@@ -98,12 +98,13 @@ def make_plan(config: ModelConfig, layout: Layout, cluster: Cluster, assumed: As
     """Raises ConfigError for a layout that this model and cluster cannot have; whether it fits is `Plan.fits`."""
     layout.check(config, cluster)
     everyone = ranks(config, layout, cluster, assumed)
-    busiest = max(everyone, key=lambda rank: rank.seconds)
-    micro_batches, tokens = layout.micro_batches(cluster), layout.micro_batch * layout.length
-    communication = _communication(config, layout, cluster, busiest, everyone)
+    micro_batches = layout.micro_batches(cluster)
+    # All wait for the rank whose chunks take longest.
+    paced = [(_chunks(config, layout, cluster, assumed, rank), rank) for rank in everyone]
+    chunks, busiest = max(paced, key=lambda pace: _pace(layout, pace[0]))
+    communication = _communication(config, layout, cluster, everyone)
     gradients = communication.gradients.seconds(cluster, assumed) * (1 - assumed.gradient_overlap)
-    chunks = _chunks(config, layout, cluster, assumed, busiest)
-    alone = busiest.share * tokens * sum(time.total for time in busiest.times)
+    alone = layout.micro_batch * layout.length * busiest.seconds
     working = busy(layout, chunks, micro_batches)
     time = StepTime(
         computing=micro_batches * alone,
@@ -116,8 +117,13 @@ def make_plan(config: ModelConfig, layout: Layout, cluster: Cluster, assumed: As
     return Plan(config, layout, cluster, assumed, memory, communication, chunks, time)
 
 
+def _pace(layout: Layout, chunks: Chunks) -> float:
+    """Seconds of a micro-batch in the middle of a step."""
+    return chunks.pair if layout.schedule == "dualpipe" else chunks.forward + chunks.backward
+
+
 def _chunks(config: ModelConfig, layout: Layout, cluster: Cluster, assumed: Assumptions, rank: Rank) -> Chunks:
-    """The busiest rank's chunk of a micro-batch, with the exchange that nothing hides."""
+    """A rank's chunk of a micro-batch, with the exchange that nothing hides."""
     tokens = layout.micro_batch * layout.length * rank.share
     forward = tokens * sum(time.forward for time in rank.times)
     weights = tokens * sum(time.weights for time in rank.times)
@@ -136,9 +142,9 @@ def _chunks(config: ModelConfig, layout: Layout, cluster: Cluster, assumed: Assu
     return Chunks(forward + seen, backward + seen, weights, pair)
 
 
-def _communication(
-    config: ModelConfig, layout: Layout, cluster: Cluster, rank: Rank, everyone: list[Rank]
-) -> Communication:
+def _communication(config: ModelConfig, layout: Layout, cluster: Cluster, everyone: list[Rank]) -> Communication:
+    """Of each kind that of the rank which sends most."""
+    rank = max(everyone, key=lambda each: each.routed)
     micro_batches = layout.micro_batches(cluster)
     tokens = micro_batches * layout.micro_batch * layout.length * rank.share
     out, back = dispatch_and_combine(config, layout, cluster)
