@@ -1,11 +1,13 @@
 """The most memory a step of our training takes on this machine, above the program itself.
 
 Weights and moments stay. What autograd keeps (saved.py) grows to the losses and shrinks as gradients take its place;
-the peak is the worst moment of that walk. Two things come on top that no tensor shows: products that oneDNN has
-prepared, one for every shape it met, and holes in the heap.
+the peak is the worst moment of that walk. Three things come on top that no tensor shows: products that oneDNN has
+prepared, one for every shape it met, the threads' own buffers (fathom/ops/cpu/products.h), and holes in the heap.
 """
 
 from dataclasses import dataclass
+
+import torch
 
 from fathom.study.plan.here.saved import Shape, Stage, stages
 from fathom.train.run import Run
@@ -19,8 +21,9 @@ LOAD_SPREAD = (1 / 16, 4)
 """An expert's load, relative to the mean, lies between these while a router is untrained; every padded height between
 is met sooner or later, and each is prepared for six products (two forward, four backward)."""
 HEAP_HOLES = 0.25
-"""Share of what passes through the heap in a step that lies between pieces in use when most is needed: moments and
-prepared products are made in the midst of activations and keep what is freed around them from joining up."""
+"""Freed memory between pieces in use when most is needed, as a share of the most that activations take in a step:
+moments and prepared products are made in the midst of activations and keep what is freed around them from joining up,
+and gradients are larger than most of what they could fill. Measured between 0.2 and 0.8 (docs/planning.md)."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Peak:
     """What exists only then: a chunk of logits, or gradients of activations."""
     prepared: int
     """oneDNN's prepared products."""
+    buffers: int
+    """Each thread's room for an expert or an attention head."""
     holes: int
     """Freed memory between pieces in use."""
 
@@ -52,7 +57,8 @@ def peak(run: Run, shape: Shape) -> Peak:
     """The peak of a step of `run`, whose micro-batches have `shape`."""
     counts = shape.config.parameter_counts()
     numbers = counts.total + counts.mtp - _biases(shape)
-    gradients, kept, passing = max(_moments(run, shape, numbers), key=sum)
+    moments = _moments(run, shape, numbers)
+    gradients, kept, passing = max(moments, key=sum)
     copies = (1 if run.optimizer.kind == "muon" else 2) + (1 if run.optimizer.ema_decay else 0)
     return Peak(
         weights=4 * numbers,
@@ -61,8 +67,21 @@ def peak(run: Run, shape: Shape) -> Peak:
         kept=kept,
         passing=passing,
         prepared=prepared_bytes(shape),
-        holes=int(HEAP_HOLES * (kept + passing)),
+        buffers=torch.get_num_threads() * _thread_bytes(shape),
+        holes=int(HEAP_HOLES * max(moment[1] + moment[2] for moment in moments)),
     )
+
+
+def _thread_bytes(shape: Shape) -> int:
+    """A thread's buffers grow to the largest expert and the longest head that it has had."""
+    config, length = shape.config, shape.length
+    d, f, x, v = config.hidden_size, config.moe_intermediate_size, config.qk_head_dim, config.v_head_dim
+    most = int(LOAD_SPREAD[1] * shape.tokens * config.num_experts_per_tok / config.n_routed_experts)
+    rows = min(shape.tokens, most)
+    expert = rows * (2 * d + 4 * f) + 2 * f * d
+    head = 4 * length * x + 2 * length * v + 2 * min(512, max(256, length // 8)) * length
+    # Slots are shared between experts and heads, but for the gradients that heads add up in float32.
+    return max(expert, head) * shape.itemsize + length * (x + v) * 4
 
 
 def _biases(shape: Shape) -> int:
