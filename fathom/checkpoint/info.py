@@ -52,16 +52,20 @@ def model_info(path: str | Path) -> Info:
     """
     directory = model_directory(path, weights=False)
     config = load_config(directory)
-    layers = config.num_hidden_layers
-    per_layer = config.cache_width * _CACHE_BYTES
     return Info(
         config=config,
         parameters=config.parameter_counts(),
-        cache_bytes=layers * per_layer,
-        cache_bytes_mtp=(layers + config.num_nextn_predict_layers) * per_layer,
+        cache_bytes=cache_bytes(config),
+        cache_bytes_mtp=cache_bytes(config, mtp=True),
         memory=weight_bytes(config),
         stored=_stored(path, directory),
     )
+
+
+def cache_bytes(config: ModelConfig, mtp: bool = False) -> int:
+    """Bytes cached per token of context, in bfloat16; with `mtp` the modules' own entries too."""
+    layers = config.num_hidden_layers + (config.num_nextn_predict_layers if mtp else 0)
+    return layers * config.cache_width * _CACHE_BYTES
 
 
 def weight_bytes(config: ModelConfig) -> dict[str, int | None]:

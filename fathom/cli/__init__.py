@@ -28,6 +28,10 @@ _COMMANDS = {
     "chat": ("PATH", "talk to a model in the terminal"),
     "demo": ("", "train a small model in six minutes and show what it learned"),
     "inspect": ("PATH", "show what experts, heads, latents and drafts do with a text, as a page"),
+    "plan": (
+        "PRESET|PATH",
+        "memory, time and cost of training, on a cluster or on this machine; --search finds a layout",
+    ),
     "study": ("[CLAIM …]", "measure the architecture's claims in miniature, against baselines of the same parts"),
 }
 """The file of that name has `run(words)`. They are imported when called: the others' libraries are not needed then."""

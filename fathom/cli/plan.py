@@ -1,0 +1,7 @@
+"""`fathom plan`: what training and serving a model takes, before it is tried."""
+
+from fathom.study.plan.command import plan_command
+
+
+def run(words: list[str]) -> None:
+    plan_command(words)

@@ -1,0 +1,146 @@
+"""What this machine does in a second, measured when asked: products at their shapes, passes over memory, overhead.
+
+Nothing here knows a model: a rate is that of an operation at a size. Products that fathom/ops/cpu gives to one thread
+are measured on one thread, with as many of them at once as there are threads elsewhere in the sum.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import cycle
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from fathom.model.transformer import Model
+from fathom.ops.loss import linear_cross_entropy
+from fathom.ops.norm import rms_norm
+from fathom.ops.swiglu import swiglu
+from fathom.presets import nano
+
+_REPEATS = 5
+_PATIENCE = 0.2
+"""Seconds after which a measurement that repeats stops."""
+_UNCACHED = 64 << 20
+"""Bytes of operands that no cache holds."""
+_NUMBERS = (4096, 256)
+"""Tokens and width that the passes over memory are timed with."""
+
+
+@dataclass
+class Machine:
+    """Rates of this machine; each is measured once and kept, so that it can be printed."""
+
+    dtype: torch.dtype
+    """Type of the activations."""
+    threads: int = field(default_factory=torch.get_num_threads)
+    products: dict[str, float] = field(default_factory=dict)
+    """FLOP/s of the products measured so far, by shape."""
+
+    def product(self, rows: int, inner: int, columns: int, alone: bool = False, transposed: bool = False) -> float:
+        """Seconds of (rows, inner)·(inner, columns), on all threads or `alone` on one; left `transposed` as it lies."""
+        name = (
+            f"{rows} x {inner} x {columns}" + (", one thread" if alone else "") + (", transposed" if transposed else "")
+        )
+        flops = 2 * rows * inner * columns
+        if name not in self.products:
+            # What one thread does for itself it finds in its cache; shared products come from memory.
+            sets = 1 if alone else max(1, _UNCACHED // (self.dtype.itemsize * (rows * inner + inner * columns)))
+            operands = cycle([self._operands(rows, inner, columns, transposed) for _ in range(min(sets, 16))])
+            with _threads(1 if alone else self.threads):
+                self.products[name] = flops / timed(lambda: _multiply(*next(operands)))
+        return flops / self.products[name]
+
+    def _operands(self, rows: int, inner: int, columns: int, transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
+        left = torch.randn(inner, rows).to(self.dtype).t() if transposed else torch.randn(rows, inner).to(self.dtype)
+        return left, torch.randn(inner, columns).to(self.dtype), torch.empty(rows, columns, dtype=self.dtype)
+
+    @cached_property
+    def overhead(self) -> float:
+        """Seconds a layer takes forward and backward when there is next to nothing to compute."""
+        few, many = (_tiny_step(layers) for layers in (2, 10))
+        return (timed(many) - timed(few)) / 8
+
+    @cached_property
+    def bandwidth(self) -> float:
+        """Bytes a second through memory, read and written, adding one large float32 array to another."""
+        a, b = torch.ones(1 << 25), torch.ones(1 << 25)
+        return 3 * a.nbytes / timed(lambda: a.add_(b))
+
+    @cached_property
+    def norm(self) -> float:
+        """Seconds a number of RMSNorm takes, forward and backward."""
+        weight = torch.ones(_NUMBERS[1], requires_grad=True)
+        return self._pass(lambda x: rms_norm(x, weight, 1e-6))
+
+    @cached_property
+    def activation(self) -> float:
+        """Seconds a number of SwiGLU takes, forward and backward."""
+        return self._pass(lambda x: swiglu(x, x))
+
+    @cached_property
+    def copy(self) -> float:
+        """Seconds a number takes to be changed in a pass of its own (read, scaled, written)."""
+        x = torch.randn(_NUMBERS).to(self.dtype)
+        return timed(lambda: x * 0.5) / x.numel()
+
+    @cached_property
+    def cross_entropy(self) -> float:
+        """Seconds a logit takes between the head's products, forward and backward at once."""
+        tokens, width, words = 1024, 8, 8192
+        head = torch.randn(words, width, requires_grad=True)
+        h, targets = torch.randn(tokens, width).to(self.dtype).requires_grad_(), torch.randint(words, (tokens,))
+        return timed(lambda: linear_cross_entropy(h, head, targets)) / (tokens * words)
+
+    @cached_property
+    def softmax(self) -> float:
+        """Seconds a score takes on one thread, forward and backward."""
+        scores = torch.randn(256, 512).to(self.dtype).requires_grad_()
+        with _threads(1):
+            seconds = timed(lambda: scores.softmax(-1).backward(scores.detach()))
+        return seconds / scores.numel()
+
+    def _pass(self, function: Callable[[Tensor], Tensor]) -> float:
+        x = torch.randn(_NUMBERS).to(self.dtype).requires_grad_()
+        gradient = torch.ones_like(x)
+        return timed(lambda: function(x).backward(gradient)) / x.numel()
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Median seconds of a few calls, after one that warms up."""
+    call()
+    times: list[float] = []
+    while len(times) < _REPEATS or (sum(times) < _PATIENCE and len(times) < 50):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return median(times)
+
+
+def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
+    torch.mm(left, right, out=out)
+
+
+def _tiny_step(layers: int) -> Callable[[], None]:
+    """Forward and backward of a model of so many MoE layers that is all overhead."""
+    config = replace(
+        nano().model, vocab_size=64, hidden_size=16, moe_intermediate_size=16, n_routed_experts=2, num_experts_per_tok=1
+    )
+    config = replace(config, num_hidden_layers=layers, first_k_dense_replace=0, num_nextn_predict_layers=0)
+    model, tokens = Model(config).train(), torch.zeros(1, 8, dtype=torch.int64)
+    return lambda: model.states(tokens, compute_dtype=torch.bfloat16).h_BSD.sum().backward()
+
+
+class _threads:  # noqa: N801 (reads as a word: with _threads(1))
+    """So many threads for the length of a `with`."""
+
+    def __init__(self, count: int) -> None:
+        self._count, self._before = count, torch.get_num_threads()
+
+    def __enter__(self) -> None:
+        torch.set_num_threads(self._count)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self._before)

@@ -1,0 +1,101 @@
+"""The plan of a run on this machine: memory, a step's time and the rates they were made from."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fathom.ops.cpu import build
+from fathom.study.plan.here.peak import Peak, peak
+from fathom.study.plan.here.rates import Machine
+from fathom.study.plan.here.saved import Shape
+from fathom.study.plan.here.step import StepTime, step_time
+from fathom.train.hardware import faster_dtype
+from fathom.train.run import Run
+
+
+@dataclass(frozen=True)
+class HerePlan:
+    """What a step of `run` takes here."""
+
+    run: Run
+    peak: Peak
+    time: StepTime
+    machine: Machine
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.run.train.batch_size * self.run.train.sequence_length
+
+    @property
+    def flops(self) -> int:
+        """Model FLOPs of a step, MTP included."""
+        return self.tokens * self.run.model.flops_per_token(self.run.train.sequence_length, mtp=True)
+
+
+def plan_here(run: Run) -> HerePlan:
+    """Measures the rates it needs, which takes some seconds.
+
+    Raises ImportError where the CPU's kernels cannot be built: the plan follows them.
+    """
+    if why := build.missing():
+        raise ImportError(f"this machine's plan follows the CPU's kernels, which are missing: {why}")
+    compute = run.train.compute
+    dtype = faster_dtype(torch.device("cpu")) if compute == "auto" else getattr(torch, compute)
+    train = replace(run.train, compute="float32" if dtype == torch.float32 else "bfloat16")
+    run = replace(run, train=train)
+    machine = Machine(dtype)
+    shape = shape_of(run)
+    return HerePlan(run, peak(run, shape), step_time(run, shape, machine), machine)
+
+
+def shape_of(run: Run) -> Shape:
+    """A micro-batch of a run whose compute type is settled."""
+    train = run.train
+    itemsize = 4 if train.compute == "float32" else 2
+    return Shape(run.model, train.micro_batch_size, train.sequence_length, itemsize, train.recompute)
+
+
+def here_json(plan: HerePlan) -> dict[str, Any]:
+    """Everything, in bytes, seconds and FLOP/s."""
+    machine = plan.machine
+    return {
+        "parameters": asdict(plan.run.model.parameter_counts()),
+        "flops_per_step": plan.flops,
+        "memory": asdict(plan.peak) | {"total": plan.peak.total},
+        "step": asdict(plan.time) | {"total": plan.time.total},
+        "tokens_per_second": plan.tokens / plan.time.total,
+        "rates": {"products": machine.products, **{name: getattr(machine, name) for name in _RATES}},
+    }
+
+
+_RATES = ("bandwidth", "norm", "activation", "copy", "cross_entropy", "softmax", "overhead")
+
+
+def show_here(console: Console, plan: HerePlan) -> None:
+    """Tables for a reader."""
+    counts, train = plan.run.model.parameter_counts(), plan.run.train
+    console.print(
+        f"{(counts.total + counts.mtp) / 1e6:.1f}M parameters, {train.batch_size} x {train.sequence_length} tokens a "
+        f"step in {train.compute}, {plan.run.optimizer.kind}: {plan.tokens / plan.time.total:,.0f} tokens/s, "
+        f"{plan.flops / plan.time.total / 1e9:.0f} GFLOP/s of model FLOPs",
+        highlight=False,
+    )
+    memory = Table("at the peak, above the program", "MB", title="Memory", title_justify="left")
+    for name, value in {**asdict(plan.peak), "total": plan.peak.total}.items():
+        memory.add_row(name, f"{value / 1e6:.0f}")
+    step = Table("part", "ms", title="Step", title_justify="left")
+    for name, seconds in {**asdict(plan.time), "total": plan.time.total}.items():
+        step.add_row(name, f"{seconds * 1e3:.1f}")
+    rates = Table("measured here", "", title=f"Rates ({plan.machine.threads} threads)", title_justify="left")
+    for name in _RATES:
+        value = getattr(plan.machine, name)
+        unit = f"{value / 1e9:.1f} GB/s" if name == "bandwidth" else f"{value * 1e9:.3g} ns"
+        rates.add_row(name.replace("_", " "), unit)
+    for name, flops in plan.machine.products.items():
+        rates.add_row(name, f"{flops / 1e9:.0f} GFLOP/s")
+    for table in (memory, step, rates):
+        console.print(table)
