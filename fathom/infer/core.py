@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -165,6 +166,8 @@ class _Active:
     drafts: list[int] = field(default_factory=list)
     pending_ND: list[Tensor] = field(default_factory=list)
     """States whose pairs with the latest tokens the drafting module has not seen."""
+    pending: int = 0
+    """How many they are."""
 
     def row(self) -> Row:
         sequence, params = self.sequence, self.generation.params
@@ -193,13 +196,22 @@ class _Active:
             except Exception as error:
                 self.generation.error = f"{type(error).__name__}: {error}"
 
-    @property
-    def pending(self) -> int:
-        return sum(len(part_ND) for part_ND in self.pending_ND)
+    def unseen(self, left: int) -> Stretch:
+        """The tokens of the pending pairs, all but the last `left`."""
+        tokens = self.sequence.tokens
+        start = len(tokens) - self.pending
+        return Stretch(tokens[start : len(tokens) - left], start, self.sequence.pages)
+
+    def take_pending(self, left: int) -> Tensor:
+        """Take out the pending states (N, D), all but the last `left`."""
+        h_ND = torch.cat(self.pending_ND)
+        end, self.pending = self.pending - left, left
+        self.pending_ND = [h_ND[end:]] if left else []
+        return h_ND[:end]
 
     def forget(self) -> None:
         """It was preempted: everything is read again."""
-        self.drafts, self.pending_ND = [], []
+        self.drafts, self.pending_ND, self.pending = [], [], 0
 
 
 class Core:
@@ -347,22 +359,12 @@ class Core:
         if not self.drafting:
             return
         if drafts == 0:
-            for active in batch:
-                if active.pending >= _MOST_PENDING:
-                    self._catch_up(active, 0)
+            self._catch_up([active for active in batch if active.pending >= _MOST_PENDING], 0)
             return
-        stretches, ends, seen = [], [], 0
-        for active in batch:
-            if active.pending > max(drafts, _MOST_DRAFTS) + 1:
-                self._catch_up(active, 1)
-            tokens, pending = active.sequence.tokens, active.pending
-            stretches.append(Stretch(tokens[-pending:], len(tokens) - pending, active.sequence.pages))
-            seen += pending
-            ends.append(seen - 1)
-        h_ND = torch.cat([part_ND for active in batch for part_ND in active.pending_ND])
-        for active in batch:
-            active.pending_ND = []
-        output = self.runner.draft(stretches, h_ND, ends)
+        self._catch_up([active for active in batch if active.pending > max(drafts, _MOST_DRAFTS) + 1], 1)
+        stretches = [active.unseen(0) for active in batch]
+        ends = [end - 1 for end in accumulate(active.pending for active in batch)]
+        output = self.runner.draft(stretches, torch.cat([active.take_pending(0) for active in batch]), ends)
         h_BD = output.h_ND[ends]
         for place in range(drafts):
             ids = draft(output.logits_NO, [active.row() for active in batch])
@@ -376,14 +378,11 @@ class Core:
                 output = self.runner.draft(stretches, h_BD, range(len(batch)))
                 h_BD = output.h_ND
 
-    def _catch_up(self, active: _Active, left: int) -> None:
-        """Have the module take in the pending pairs, all but the last `left`."""
-        tokens, pending = active.sequence.tokens, active.pending
-        h_ND = torch.cat(active.pending_ND)
-        seen = pending - left
-        start = len(tokens) - pending
-        self.runner.remember([Stretch(tokens[start : start + seen], start, active.sequence.pages)], h_ND[:seen])
-        active.pending_ND = [h_ND[seen:]] if left else []
+    def _catch_up(self, behind: list[_Active], left: int) -> None:
+        """Have the module take in the pending pairs, all but the last `left` of each."""
+        if behind:
+            stretches = [active.unseen(left) for active in behind]
+            self.runner.remember(stretches, torch.cat([active.take_pending(left) for active in behind]))
 
     def _main(self, stretches: list[Stretch], wanted: Ordered[int]) -> Output:
         output = self.runner.main(stretches, wanted)
@@ -518,6 +517,7 @@ class Core:
             del generation.routing[sequence.computed :]
         if self.drafting:
             active.pending_ND.append(h_ND[: len(taken)])
+            active.pending += len(taken)
         sequence.ready = len(sequence.tokens) - max(active.pending, 1)
         self.scheduler.publish(sequence)
         if reason:

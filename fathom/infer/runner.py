@@ -24,6 +24,9 @@ from fathom.ops.precision import bfloat16_is_emulated
 _FEW = 48
 """Tokens up to which reading the weights takes longer than multiplying with them."""
 
+_MANY = 512
+"""The same where a drafting module only writes latents: two products a token."""
+
 _SHORT = 8
 """Stretches up to this length attend together with others of the same length."""
 
@@ -81,8 +84,8 @@ class Runner:
     @torch.no_grad()
     def remember(self, stretches: Sequence[Stretch], h_ND: Tensor) -> None:
         """Let the first MTP module write its latents of every token with the state of the one before it."""
-        flat = sum(len(stretch.tokens) for stretch in stretches)
-        if self.native is not None and flat <= _FEW:
+        tokens = sum(len(stretch.tokens) for stretch in stretches)
+        if self.native is not None and tokens <= _MANY:
             self.native.run(0, *self._flat(stretches), _indices(()), h_ND, remember=True)
             return
         ids_N = _indices(token for stretch in stretches for token in stretch.tokens).to(h_ND.device)
