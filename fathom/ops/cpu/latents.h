@@ -176,7 +176,7 @@ class Heads<bf16> {
         for (; word + 2 <= whole; word += 2) {
             if (word % 32 == 0)
 #pragma GCC unroll 8
-                for (int r = 0; r < kRows; r++) __builtin_prefetch(row[r] + ahead + 2 * word);
+                for (int r = 0; r < kRows; r++) fetch(row[r] + ahead + 2 * word);
             const Words first = queries[word], second = queries[word + 1];
 #pragma GCC unroll 8
             for (int r = 0; r < kRows; r++) {
