@@ -31,7 +31,7 @@ from fathom.train.loop import optimizer_step
 from fathom.train.run import Run
 from fathom.train.setup import TrainState, state_around
 
-_STEPS, _WARM_UP = 14, 4
+_STEPS, _WARM_UP = 30, 10
 _ONE = Ranks(0, 1, torch.device("cpu"))
 
 
