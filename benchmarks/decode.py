@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from decoders import Asked, Fathom, LlamaCpp, Steps, Transformers, llama_cpp, random_prompts
+from llama_drafting import LlamaDrafting
 from rich.console import Console
 from rich.table import Table
 from side import cpu_model
@@ -304,7 +305,24 @@ def drafting(name: str, model: Model, prompts: Sequence[list[int]], trained: boo
             yield against(f"{name}, {share}, batch {batch}: tokens/s, against none", *rates, 1, 1.4)
 
 
-def trained(demo: Path) -> Iterator[Row]:
+def drafting_peer(model: Model, prompts: Sequence[list[int]], folder: Path) -> Row:
+    """One draft a step, one sequence, against llama.cpp's drafting with the same module."""
+    config = model.config
+    save_gguf(model, None, folder / "drafting.gguf", "bf16")
+    peer = LlamaDrafting(folder / "drafting.gguf", config.hidden_size, config.vocab_size, 512)
+    engine = Drafting(model, 1, 1)
+    tokens, seconds = 0, 0.0
+    for turn in range(2):
+        for prompt in prompts:
+            engine.go_on([prompt], counted=turn > 0)
+            went = peer.go_on(prompt, DRAFTED - 1)
+            if turn:
+                tokens, seconds = tokens + len(went.tokens), seconds + went.seconds
+    name = "demo's model, one draft, batch 1: tokens/s, against llama.cpp's draft-mtp"
+    return against(name, engine.tokens / engine.seconds, tokens / seconds)
+
+
+def trained(demo: Path, folder: Path) -> Iterator[Row]:
     """Drafting on held-out code, and what fewer bits lose, with the demo's model."""
     run = from_json(Run, json.loads((demo / "run.json").read_text()), where=str(demo / "run.json"))
     prepared = open_prepared(demo / "data")
@@ -313,6 +331,8 @@ def trained(demo: Path) -> Iterator[Row]:
     chosen = torch.linspace(0, len(rows) - 1, 32).long().tolist()
     prompts = [rows.sequential(row, 1).tokens_BW[0, :128].tolist() for row in chosen]
     yield from drafting("demo's model", model, prompts, trained=True)
+    if llama_cpp is not None:
+        yield drafting_peer(model, prompts, folder)
     batches = [rows.sequential(row, 1) for row in range(0, len(rows), max(1, len(rows) // 64))]
     size = round(prepared.valid_bytes * len(batches) * run.train.sequence_length / prepared.valid_tokens)
     bits = evaluate(model, batches, size, torch.bfloat16).bits_per_byte
@@ -350,7 +370,7 @@ def measured(options: argparse.Namespace, console: Console) -> Iterator[Row]:
     if not options.quick:
         parts |= {"bench-medium": medium, "numbers of experts": lambda _: more_experts()}
     if options.demo.is_dir():
-        parts["the demo's model"] = lambda _: trained(options.demo)
+        parts["the demo's model"] = lambda folder: trained(options.demo, folder)
     else:
         console.print(
             f"no demo in {options.demo}: nothing about trained models is measured (make demo)", style="yellow"

@@ -7,6 +7,7 @@
 import ctypes
 import time
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +39,15 @@ class Asked(NamedTuple):
 def random_prompts(vocabulary: int, lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(2, vocabulary, (length,), generator=generator).tolist() for length in lengths]
+
+
+@cache
+def start_llama() -> Any:
+    """llama.cpp without its log; what is returned must live as long, for the library holds a bare pointer."""
+    llama_cpp.llama_backend_init()
+    silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    llama_cpp.llama_log_set(silent, ctypes.c_void_p())
+    return silent
 
 
 class Fathom:
@@ -144,10 +154,7 @@ class LlamaCpp:
 
     def __init__(self, path: Path, name: str) -> None:
         self.name = name
-        llama_cpp.llama_backend_init()
-        silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
-        self._kept = silent  # the library holds a bare pointer
-        llama_cpp.llama_log_set(silent, ctypes.c_void_p())
+        start_llama()
         self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
         if not self._model:
             raise RuntimeError(f"llama.cpp does not load {path}")
