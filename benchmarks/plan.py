@@ -31,7 +31,7 @@ from fathom.train.loop import optimizer_step
 from fathom.train.run import Run
 from fathom.train.setup import TrainState, state_around
 
-_STEPS, _WARM_UP = 14, 4
+_STEPS, _WARM_UP = 30, 10
 _ONE = Ranks(0, 1, torch.device("cpu"))
 
 
@@ -57,7 +57,7 @@ def _sized(run: Run, batch: int, length: int) -> Run:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compare the planner with this machine; about five minutes.")
+    parser = argparse.ArgumentParser(description="Compare the planner with this machine; about ten minutes.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE, too")
     parser.add_argument("--only", default="", metavar="WORDS", help="measure the cases that have WORDS in their name")
     parser.add_argument("--child", help=argparse.SUPPRESS)

@@ -22,8 +22,8 @@ from fathom.train.run import OptimizerConfig
 
 _MUON_MOMENTUM = 0.95
 _NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
-_NEWTON_SCHULZ_STEPS = 5
-_BATCH_NUMBERS = 1 << 24
+NEWTON_SCHULZ_STEPS = 5
+BATCH_NUMBERS = 1 << 24
 """Matrices are orthogonalised as soon as so many numbers have come together: a few intermediates of that size exist."""
 
 
@@ -76,7 +76,7 @@ class BatchedMuon(Optimizer):
                 matrices_EIO = self._directions(param, group["parts"])
                 batch = batches[tuple(sorted(matrices_EIO.shape[1:]))]
                 batch.append((param, group, matrices_EIO))
-                if sum(m.numel() for _, _, m in batch) >= _BATCH_NUMBERS:
+                if sum(m.numel() for _, _, m in batch) >= BATCH_NUMBERS:
                     _apply(batch)
                     batch.clear()
         for batch in batches.values():
@@ -114,7 +114,7 @@ def orthogonalize(matrices_EIO: Tensor) -> Tensor:
     """Roughly U·Vᵀ of each wide matrix's singular value decomposition, in the matrices' type."""
     a, b, c = _NEWTON_SCHULZ
     x = matrices_EIO / matrices_EIO.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(_NEWTON_SCHULZ_STEPS):
+    for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)

@@ -97,6 +97,18 @@ def test_greedy_decoding_is_argmax_of_the_whole_model(changes: dict[str, Any], e
                 assert 0 < accepted < drafted
 
 
+@native
+def test_ten_thousand_tokens_are_the_same_with_drafts() -> None:
+    """Alone, among 32 and with any number of drafts, in float32."""
+    model = lively_model(small_vocabulary(max_position_embeddings=512), seed=11, std=0.25)
+    prompts = some_prompts(model.config, 32, seed=9)
+    alone = [run(Core(model, False), [prompt], greedy(313))[0].token_ids for prompt in prompts]
+    assert sum(map(len, alone)) > 10_000
+    for speculative in (1, 2, True):
+        found = run(Core(model, speculative, 32), prompts, greedy(313))
+        assert [generation.token_ids for generation in found] == alone
+
+
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())
 @pytest.mark.parametrize("eager", [False, True], ids=["native", "torch"])
 def test_drafts_are_those_of_the_module_run_over_the_whole_text(changes: dict[str, Any], eager: bool) -> None:
@@ -171,6 +183,24 @@ def test_the_compiled_step_is_the_model(seed: int, dtype: torch.dtype) -> None:
         ours, theirs = (runner.draft(later, theirs.h_ND, wanted) for runner in runners)
         for found, expected in zip(ours[:2], theirs[:2], strict=True):
             assert (found - expected).norm() <= tolerance * expected.norm()
+
+
+@native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "latent", "page_size"), [(3, 32, 256), (16, 48, 64), (21, 17, 7)])
+def test_long_pasts_are_attended_in_parts(dtype: torch.dtype, heads: int, latent: int, page_size: int) -> None:
+    """More parts than a token may have of the least size; more heads than a vector has lanes; odd widths."""
+    length = 5000
+    model = lively_model(tiny(num_attention_heads=heads, kv_lora_rank=latent), seed=5).to(dtype)
+    runners = [Runner(model, length // page_size + 2, page_size, length + 1, eager) for eager in (False, True)]
+    past_LMW = torch.randn(runners[0].cache.latents_LMW.shape, generator=torch.Generator().manual_seed(1))
+    for runner in runners:
+        runner.cache.latents_LMW.copy_(past_LMW)
+    stretches = [Stretch([1, 2, 3], length - 3, range(length // page_size + 1)), Stretch([4], 130, range(200))]
+    ours, theirs = (runner.main(stretches, range(4)) for runner in runners)
+    tolerance = 2e-5 if dtype == torch.float32 else 0.03
+    for found, expected in zip(ours[:2], theirs[:2], strict=True):
+        assert (found - expected).norm() <= tolerance * expected.norm()
 
 
 @pytest.mark.parametrize("eager", [True, pytest.param(False, marks=native)])

@@ -8,6 +8,7 @@
 //
 // Letters as everywhere: N tokens, D hidden, H heads, P nope, R rope, V value, C latent, W = C+R, E experts, K choices.
 
+#include "latents.h"
 #include "rows.h"
 #include "select.h"
 
@@ -62,7 +63,8 @@ struct Step {
 namespace {
 
 constexpr int64_t kRowBlock = 32;    // rows of a matrix a thread takes at a time
-constexpr int64_t kStretch = 128;    // cached tokens attended at a time; a multiple or a divisor of the page size
+constexpr int64_t kLeastPart = 128;  // cached tokens that one thread attends at a time, while a token has few parts
+constexpr int64_t kMostParts = 32;   // of one token: each leaves a row a head to put together in the end
 constexpr int64_t kPadding = 16;     // keeps equal places of neighbouring rows from sharing one place in the caches
 
 // (rows, columns) floats, rows padded apart.
@@ -274,36 +276,28 @@ class Pass {
             mix_rows(static_cast<const bf16*>(rows.data), rows.columns, rows.rows, rows.columns, weights, outs, 1);
     }
 
-    // Every part attends one stretch of one token's past, all heads at once: the latents are key and value of them all.
+    // Every part attends some of one token's past, all heads at once.
     void attend(const T* cache) {
 #pragma omp single
         plan_parts();
         const int64_t heads = plan_.heads, parts = b_.part_token.size();
-        std::vector<float> powers(heads * kStretch);
-        std::vector<float*> rows(heads), outs(heads);
+        Heads<T> all(heads, plan_.latent, width_);
 #pragma omp for schedule(dynamic)
         for (int64_t part = 0; part < parts; part++) {
             const int64_t token = b_.part_token[part];
-            const int64_t from = std::max(b_.part_first[part], begin_);
-            const int64_t end = std::min(b_.part_first[part] + kStretch, step_.positions[token] + 1);
+            const int64_t end = std::min(b_.part_first[part] + part_size(token), step_.positions[token] + 1);
             const int64_t* pages = step_.pages + step_.owners[token] * step_.most_pages;
-            float* const* queries = b_.queries.all() + token * heads;
-            each_run(pages, from, end, [&](int64_t slot, int64_t at, int64_t count) {
-                for (int64_t h = 0; h < heads; h++) rows[h] = powers.data() + h * kStretch + at - from;
-                const Weight keys{cache + slot * width_, nullptr, sizeof(T) == 4 ? kFloat32 : kBfloat16, count, width_};
-                rows_times(keys, 0, count, queries, rows.data(), heads);
-            });
-            for (int64_t h = 0; h < heads; h++)
-                weigh(powers.data() + h * kStretch, end - from, b_.highest[part * heads + h], b_.total[part * heads + h]);
-            for (int64_t h = 0; h < heads; h++) {
-                outs[h] = b_.parts[part * heads + h];
-                std::fill(outs[h], outs[h] + plan_.latent, 0.0f);
-            }
-            each_run(pages, from, end, [&](int64_t slot, int64_t at, int64_t count) {
-                for (int64_t h = 0; h < heads; h++) rows[h] = powers.data() + h * kStretch + at - from;
-                mix_rows(cache + slot * width_, width_, count, plan_.latent, rows.data(), outs.data(), heads);
-            });
+            all.ask(b_.queries.all() + token * heads);
+            all.begin(b_.parts.all() + part * heads, &b_.highest[part * heads], &b_.total[part * heads]);
+            each_run(pages, std::max(b_.part_first[part], begin_), end,
+                     [&](int64_t slot, int64_t count) { all.attend(cache + slot * width_, count); });
+            all.end();
         }
+    }
+
+    // Of its token's position alone, so that sums are the same in any company and for any number of threads.
+    int64_t part_size(int64_t token) const {
+        return kLeastPart * (step_.positions[token] / (kLeastPart * kMostParts) + 1);
     }
 
     void plan_parts() {
@@ -311,7 +305,7 @@ class Pass {
         b_.part_first.clear();
         b_.parts_before.assign(1, 0);
         for (int64_t n = 0; n < tokens_; n++) {
-            for (int64_t first = 0; first <= step_.positions[n]; first += kStretch) {
+            for (int64_t first = 0; first <= step_.positions[n]; first += part_size(n)) {
                 b_.part_token.push_back(n);
                 b_.part_first.push_back(first);
             }
@@ -323,28 +317,15 @@ class Pass {
         b_.total.resize(rows);
     }
 
-    // body(slot, position, count) for each stretch of positions that lies in one page.
+    // body(slot, count) for each run of positions that lies in one page.
     template <class Body>
     void each_run(const int64_t* pages, int64_t from, int64_t end, Body body) {
         for (int64_t at = from; at < end;) {
-            const int64_t page = at / plan_.page_size, next = std::min(end, (page + 1) * plan_.page_size);
-            body(pages[page] * plan_.page_size + at % plan_.page_size, at, next - at);
+            const int64_t page = at / plan_.page_size;
+            const int64_t next = std::min({end, (page + 1) * plan_.page_size, at + kRun});
+            body(pages[page] * plan_.page_size + at % plan_.page_size, next - at);
             at = next;
         }
-    }
-
-    static void weigh(float* scores, int64_t count, float& highest, float& total) {
-        highest = -INFINITY;
-        each(count, [&](int64_t i, int64_t n) {
-            highest = std::max(highest, largest(keep(load(scores + i, n), n, -INFINITY)));
-        });
-        Floats sums = {};
-        each(count, [&](int64_t i, int64_t n) {
-            Floats powers = keep(exponential(load(scores + i, n) - highest), n, 0.0f);
-            sums += powers;
-            store(scores + i, powers, n);
-        });
-        total = sum(sums);
     }
 
     // Puts the parts of each token together, and from latents makes every head's values.

@@ -54,10 +54,16 @@ inline Floats load(const float* from) {
     return value;
 }
 
+// Compilers widen a vector in halves unless told how.
 inline Floats load(const bf16* from) {
+#ifdef __AVX512F__
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+#else
     Halves halves;
     std::memcpy(&halves, from, sizeof halves);
     return (Floats)(__builtin_convertvector(halves, Words) << 16);
+#endif
 }
 
 inline void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ from fathom.study.plan.here.peak import expert_heights, peak
 from fathom.study.plan.here.rates import Machine
 from fathom.study.plan.here.report import shape_of
 from fathom.study.plan.here.saved import Shape, saved_bytes, stages
-from fathom.study.plan.here.step import step_time
+from fathom.study.plan.here.step import muon_batches, step_time
 from fathom.train.loss import Objective, target_counts
+from fathom.train.optim import build_optimizers
 from fathom.train.run import Run
 from tests.model.configs import tiny
 
@@ -88,7 +90,7 @@ def test_gradients_are_made_for_every_parameter() -> None:
 
 def test_heights_are_those_the_experts_pad_to() -> None:
     shape = Shape(presets.nano().model, 8, 512, 2)  # a mean load of 1024
-    loads = torch.arange(64, 4096 + 1)
+    loads = torch.arange(1, 4096 + 1)
     assert expert_heights(shape) == set(padded_loads(loads).tolist())
 
 
@@ -120,8 +122,11 @@ class Paper(Machine):
     bandwidth: float = float("inf")
     norm = activation = copy = cross_entropy = softmax = overhead = 0.0  # type: ignore[assignment]
 
-    def product(self, rows: int, inner: int, columns: int, alone: bool = False, transposed: bool = False) -> float:
+    def product(self, rows: int, inner: int, columns: int, **kind: bool) -> float:
         return 2.0 * rows * inner * columns
+
+    def orthogonalized(self, count: int, short: int, long: int) -> float:
+        return 5 * 2.0 * count * short * short * (2 * long + short)
 
 
 def paper(run: Run) -> Any:
@@ -134,8 +139,7 @@ def test_products_are_the_models_flops() -> None:
     run = Run(model=model, train=train)
     time = paper(run)
     counts = model.parameter_counts()
-    gates = (model.num_moe_layers + 1) * model.n_routed_experts * model.hidden_size
-    weights = counts.active_matrices + counts.active_mtp_matrices - gates
+    weights = counts.active_matrices + counts.active_mtp_matrices
     assert time.projections + time.experts + time.head == 256 * 6 * weights
     # One block of 256 queries sees all keys: twice the causal half.
     layers = model.num_hidden_layers + 1
@@ -154,8 +158,42 @@ def test_a_step_is_its_micro_batches_and_one_update() -> None:
     assert paper(adamw).optimizer == 0
 
 
+def test_muon_takes_matrices_of_one_shape_together() -> None:
+    """The batches are those in which the optimizer calls for them."""
+    run = presets.nano()
+    config = replace(run.model, hidden_size=512, moe_intermediate_size=512)  # large enough for several batches
+    model, seen = Model(config), list[tuple[int, ...]]()
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    _, muon = build_optimizers(model, run.optimizer)
+    with patch("fathom.train.optim.orthogonalize", lambda x: (seen.append(tuple(x.shape)), x)[1]):
+        muon.step()
+    planned = muon_batches(shape_of(replace(run, model=config)))
+    assert sum(map(len, planned.values())) > len(planned)
+    for sides, counts in planned.items():
+        found = [count for count, *shape in seen if tuple(shape) == sides]
+        assert sum(found) == sum(counts)
+        assert abs(max(found) - max(counts)) < config.n_routed_experts * 2  # a stack of experts is never divided
+
+
 def test_rates_are_kept_to_be_printed() -> None:
     machine = Machine(torch.float32)
-    seconds = machine.product(64, 32, 16)
+    seconds, muons = machine.product(64, 32, 16), machine.orthogonalized(2, 8, 16)
     assert seconds == machine.product(64, 32, 16) > 0
-    assert machine.products == {"64 x 32 x 16": pytest.approx(2 * 64 * 32 * 16 / seconds)}
+    assert muons == machine.orthogonalized(2, 8, 16) > 0
+    assert machine.products == {
+        "64 x 32 x 16": pytest.approx(2 * 64 * 32 * 16 / seconds),
+        "2 of 8 x 16, orthogonalised": pytest.approx(5 * 2 * 2 * 8 * 8 * (2 * 16 + 8) / muons),
+    }
+
+
+def test_the_optimizers_matrices_may_be_what_is_most() -> None:
+    """Muon's directions and iterates beside all gradients; activations that were there before left room between."""
+    run = presets.nano()
+    run = replace(
+        run, train=replace(run.train, compute="bfloat16", batch_size=2, micro_batch_size=2, sequence_length=256)
+    )
+    adamw = replace(run, optimizer=replace(run.optimizer, kind="adamw"))
+    muon, other = peak(run, shape_of(run)), peak(adamw, shape_of(adamw))
+    assert (muon.gradients, muon.kept) == (muon.weights, 0) and muon.passing > 0 < muon.holes
+    assert muon.prepared > other.prepared and other.kept > 0

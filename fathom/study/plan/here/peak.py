@@ -1,29 +1,34 @@
 """The most memory a step of our training takes on this machine, above the program itself.
 
 Weights and moments stay. What autograd keeps (saved.py) grows to the losses and shrinks as gradients take its place;
-the peak is the worst moment of that walk. Three things come on top that no tensor shows: products that oneDNN has
-prepared, one for every shape it met, the threads' own buffers (fathom/ops/cpu/products.h), and holes in the heap.
+the peak is the worst moment of that walk, or the optimizer's. Three things come on top that no tensor shows: products
+that oneDNN has prepared, one for every shape it met, the threads' own buffers (fathom/ops/cpu/products.h), and holes in
+the heap.
+
+Holes come about because torch asks glibc for aligned memory: that takes up to 96 bytes more than it keeps, gives the
+rest back, and small objects settle there. A piece that is freed then neither holds one of its own size again nor joins
+its neighbours.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from fathom.study.plan.here.saved import Shape, Stage, stages
+from fathom.study.plan.here.saved import Shape, Stage, query_block, stages
+from fathom.study.plan.here.step import matrices, muon_batches
 from fathom.train.run import Run
 
-PREPARED_BYTES = 570_000
-"""What oneDNN keeps for one prepared bfloat16 product: 552 KB where neither factor is transposed, 600 KB for a weight's
-gradient (malloc's own count before and after, torch 2.13). float32 products keep nothing."""
+PREPARED_BYTES = 580_000
+"""What oneDNN keeps for one prepared bfloat16 product: 552 KB where neither factor is transposed, 596 KB for a weight's
+gradient (malloc's own count before and after, torch 2.13), and 8 to 22 KB of machine code. float32 products keep
+nothing."""
 PREPARED_MOST = 1024
 """oneDNN forgets the oldest beyond so many."""
-LOAD_SPREAD = (1 / 16, 4)
-"""An expert's load, relative to the mean, lies between these while a router is untrained; every padded height between
-is met sooner or later, and each is prepared for six products (two forward, four backward)."""
-HEAP_HOLES = 0.25
-"""Freed memory between pieces in use when most is needed, as a share of the most that activations take in a step:
-moments and prepared products are made in the midst of activations and keep what is freed around them from joining up,
-and gradients are larger than most of what they could fill. Measured between 0.2 and 0.8 (docs/planning.md)."""
+HOLES_AMONG_ACTIVATIONS = 1 / 3
+"""Holes while most of the memory is activations', as a share of them: pieces of many sizes refill what was freed."""
+HOLES_UNDER_GRADIENTS = 0.9
+"""Later, of what activations have left again: gradients and the optimizer's matrices are larger than most of those
+pieces and use little of their room. Both shares were measured, not derived (docs/planning.md)."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Peak:
     kept: int
     """What autograd keeps at that moment."""
     passing: int
-    """What exists only then: a chunk of logits, or gradients of activations."""
+    """What exists only then: a chunk of logits, gradients of activations, or matrices that Muon orthogonalises."""
     prepared: int
     """oneDNN's prepared products."""
     buffers: int
@@ -58,28 +63,50 @@ def peak(run: Run, shape: Shape) -> Peak:
     counts = shape.config.parameter_counts()
     numbers = counts.total + counts.mtp - _biases(shape)
     moments = _moments(run, shape, numbers)
-    gradients, kept, passing = max(moments, key=sum)
+    activations = max(moment.kept + moment.passing for moment in moments if not moment.optimizing)
+    worst = max(moments, key=lambda moment: moment.in_use + _holes(moment, activations))
     copies = (1 if run.optimizer.kind == "muon" else 2) + (1 if run.optimizer.ema_decay else 0)
     return Peak(
         weights=4 * numbers,
         moments=4 * copies * numbers,
-        gradients=gradients,
-        kept=kept,
-        passing=passing,
-        prepared=prepared_bytes(shape),
+        gradients=worst.gradients,
+        kept=worst.kept,
+        passing=worst.passing,
+        prepared=prepared_bytes(run, shape),
         buffers=torch.get_num_threads() * _thread_bytes(shape),
-        holes=int(HEAP_HOLES * max(moment[1] + moment[2] for moment in moments)),
+        holes=_holes(worst, activations),
     )
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """Bytes that exist at a moment beside weights and moments."""
+
+    gradients: int
+    kept: int
+    passing: int
+    optimizing: bool = False
+
+    @property
+    def in_use(self) -> int:
+        return self.gradients + self.kept + self.passing
+
+
+def _holes(moment: _Moment, activations: int) -> int:
+    """`activations`: the most they take in a step."""
+    there = 0 if moment.optimizing else moment.kept + moment.passing
+    if there > moment.gradients:
+        return int(HOLES_AMONG_ACTIVATIONS * there)
+    return int(HOLES_UNDER_GRADIENTS * (activations - there))
 
 
 def _thread_bytes(shape: Shape) -> int:
     """A thread's buffers grow to the largest expert and the longest head that it has had."""
     config, length = shape.config, shape.length
     d, f, x, v = config.hidden_size, config.moe_intermediate_size, config.qk_head_dim, config.v_head_dim
-    most = int(LOAD_SPREAD[1] * shape.tokens * config.num_experts_per_tok / config.n_routed_experts)
-    rows = min(shape.tokens, most)
-    expert = rows * (2 * d + 4 * f) + 2 * f * d
-    head = 4 * length * x + 2 * length * v + 2 * min(512, max(256, length // 8)) * length
+    # An untrained router sends nearly everything to one expert now and then.
+    expert = shape.tokens * (2 * d + 4 * f) + 2 * f * d
+    head = 4 * length * x + 2 * length * v + 2 * query_block(shape) * length
     # Slots are shared between experts and heads, but for the gradients that heads add up in float32.
     return max(expert, head) * shape.itemsize + length * (x + v) * 4
 
@@ -90,21 +117,36 @@ def _biases(shape: Shape) -> int:
     return (config.num_moe_layers + config.num_nextn_predict_layers) * config.n_routed_experts
 
 
-def _moments(run: Run, shape: Shape, numbers: int) -> list[tuple[int, int, int]]:
-    """(gradients, kept, passing) at every moment that could be the worst."""
+def _moments(run: Run, shape: Shape, numbers: int) -> list[_Moment]:
+    """Every moment that could be the worst."""
     walk = stages(shape)
     micro_batches = run.train.batch_size // run.train.micro_batch_size
     # From the second micro-batch on the gradients of the first are there all along.
     there = 4 * numbers if micro_batches > 1 else 0
     kept = sum(stage.bytes for stage in walk)
-    moments = [(there, kept - _last_head(walk), logits_bytes(shape) + _last_head(walk))]
+    moments = [_Moment(there, kept - _last_head(walk), logits_bytes(shape) + _last_head(walk))]
     made = 0
     for stage in reversed(walk):
         made += 4 * stage.weights
-        moments.append((there or made, kept, stage.passing))
+        moments.append(_Moment(there or made, kept, stage.passing))
         kept -= stage.bytes
-    moments.append((4 * numbers, 0, 0))
+    moments.append(_Moment(4 * numbers, 0, _muon_bytes(run, shape), optimizing=True))
     return moments
+
+
+def _muon_bytes(run: Run, shape: Shape) -> int:
+    """What Muon holds at its worst, in bfloat16: the directions that wait, and a batch's copy, two iterates, two grams.
+
+    Nothing for AdamW, which updates in place.
+    """
+    if run.optimizer.kind != "muon":
+        return 0
+    batches = muon_batches(shape)
+    directions = sum(short * long * count for (short, long), counts in batches.items() for count in counts[-1:])
+    largest = max(
+        count * short * (3 * long + 2 * short) for (short, long), counts in batches.items() for count in counts
+    )
+    return 2 * (directions + largest)
 
 
 def _last_head(walk: list[Stage]) -> int:
@@ -120,25 +162,25 @@ def logits_bytes(shape: Shape) -> int:
     return (2 * chunk * config.vocab_size + 2 * head) * shape.itemsize
 
 
-def prepared_bytes(shape: Shape) -> int:
-    """oneDNN's products: six for every padded height of an expert's rows, a few dozen for everything else."""
+def prepared_bytes(run: Run, shape: Shape) -> int:
+    """oneDNN's products: six for every padded height of an expert's rows, three for every matrix, and attention's."""
     if shape.itemsize == 4:
         return 0
     config = shape.config
     sparse = config.num_moe_layers + config.num_nextn_predict_layers
     products = 6 * len(expert_heights(shape)) if sparse else 0
-    # Three products for each kind of matrix, five for each block of queries.
-    products += 3 * (8 + 3 * bool(config.first_k_dense_replace) + 2) + 5 * max(1, shape.length // 256)
+    products += 3 * (len(matrices(shape)) + 1) + 6 * -(-shape.length // query_block(shape))
+    products += 3 * len(muon_batches(shape)) if run.optimizer.kind == "muon" else 0
     return min(PREPARED_MOST, products) * PREPARED_BYTES
 
 
 def expert_heights(shape: Shape) -> set[int]:
-    """Heights that the padded rows of an expert take, over many steps (fathom/ops/experts.py)."""
-    config = shape.config
-    mean = shape.tokens * config.num_experts_per_tok / config.n_routed_experts
-    low, high = (int(mean * share) for share in LOAD_SPREAD)
+    """Heights that the padded rows of an expert take, over many steps (fathom/ops/experts.py): from one to all tokens.
+
+    Loads of an untrained router lie anywhere between, and each is met sooner or later.
+    """
+    config, loads = shape.config, range(1, shape.tokens + 1)
     pads = shape.tokens * config.num_experts_per_tok >= 32 * config.n_routed_experts
-    loads = range(max(1, low), min(shape.tokens, high) + 1)
     return {_padded(load) for load in loads} if pads else set(loads)
 
 

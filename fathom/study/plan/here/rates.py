@@ -17,8 +17,10 @@ from torch import Tensor
 from fathom.model.transformer import Model
 from fathom.ops.loss import linear_cross_entropy
 from fathom.ops.norm import rms_norm
+from fathom.ops.precision import bfloat16_is_emulated
 from fathom.ops.swiglu import swiglu
 from fathom.presets import nano
+from fathom.train.optim import NEWTON_SCHULZ_STEPS, orthogonalize
 
 _REPEATS = 5
 _PATIENCE = 0.2
@@ -39,23 +41,34 @@ class Machine:
     products: dict[str, float] = field(default_factory=dict)
     """FLOP/s of the products measured so far, by shape."""
 
-    def product(self, rows: int, inner: int, columns: int, alone: bool = False, transposed: bool = False) -> float:
-        """Seconds of (rows, inner)·(inner, columns), on all threads or `alone` on one; left `transposed` as it lies."""
-        name = (
-            f"{rows} x {inner} x {columns}" + (", one thread" if alone else "") + (", transposed" if transposed else "")
-        )
+    def product(
+        self, rows: int, inner: int, columns: int, *, alone: bool = False, transposed: bool = False, wide: bool = False
+    ) -> float:
+        """Seconds of (rows, inner)·(inner, columns), on all threads or `alone` on one; left `transposed` as it lies.
+
+        A `wide` one is in float32 whatever the activations are.
+        """
+        said = {"one thread": alone, "transposed": transposed, "float32": wide and self.dtype != torch.float32}
+        name = ", ".join([f"{rows} x {inner} x {columns}", *(word for word, so in said.items() if so)])
+        dtype = torch.float32 if wide else self.dtype
         flops = 2 * rows * inner * columns
         if name not in self.products:
             # What one thread does for itself it finds in its cache; shared products come from memory.
-            sets = 1 if alone else max(1, _UNCACHED // (self.dtype.itemsize * (rows * inner + inner * columns)))
-            operands = cycle([self._operands(rows, inner, columns, transposed) for _ in range(min(sets, 16))])
+            sets = 1 if alone else max(1, _UNCACHED // (dtype.itemsize * (rows * inner + inner * columns)))
+            operands = cycle([_operands(rows, inner, columns, transposed, dtype) for _ in range(min(sets, 16))])
             with _threads(1 if alone else self.threads):
                 self.products[name] = flops / timed(lambda: _multiply(*next(operands)))
         return flops / self.products[name]
 
-    def _operands(self, rows: int, inner: int, columns: int, transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
-        left = torch.randn(inner, rows).to(self.dtype).t() if transposed else torch.randn(rows, inner).to(self.dtype)
-        return left, torch.randn(inner, columns).to(self.dtype), torch.empty(rows, columns, dtype=self.dtype)
+    def orthogonalized(self, count: int, short: int, long: int) -> float:
+        """Seconds in which Muon orthogonalises a batch of so many (short, long) matrices."""
+        name = f"{count} of {short} x {long}, orthogonalised"
+        flops = NEWTON_SCHULZ_STEPS * 2 * count * short * short * (2 * long + short)
+        if name not in self.products:
+            dtype = torch.float32 if bfloat16_is_emulated(torch.device("cpu")) else torch.bfloat16
+            matrices = torch.randn(count, short, long).to(dtype)
+            self.products[name] = flops / timed(lambda: orthogonalize(matrices))
+        return flops / self.products[name]
 
     @cached_property
     def overhead(self) -> float:
@@ -117,6 +130,13 @@ def timed(call: Callable[[], object]) -> float:
         call()
         times.append(time.perf_counter() - began)
     return median(times)
+
+
+def _operands(
+    rows: int, inner: int, columns: int, transposed: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    left = torch.randn(inner, rows).to(dtype).t() if transposed else torch.randn(rows, inner).to(dtype)
+    return left, torch.randn(inner, columns).to(dtype), torch.empty(rows, columns, dtype=dtype)
 
 
 def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:

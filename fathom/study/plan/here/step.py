@@ -8,7 +8,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from fathom.study.plan.here.rates import Machine
-from fathom.study.plan.here.saved import Shape
+from fathom.study.plan.here.saved import Shape, query_block
+from fathom.train.optim import BATCH_NUMBERS
 from fathom.train.run import Run
 
 _ADAMW_BYTES = 28
@@ -19,7 +20,6 @@ _MUON_BYTES = 44
 """Per parameter: momentum and mixed direction made, weight decayed and moved."""
 _NARROW_BYTES = 12
 """Per weight and micro-batch under bfloat16: read and narrowed forward, its gradient read and widened backward."""
-_NEWTON_SCHULZ_STEPS = 5
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,11 @@ def matrices(shape: Shape) -> Counter[tuple[int, int]]:
 
 
 def _projections(shape: Shape, machine: Machine) -> float:
-    """Three products a matrix: forward, and backward to its input and to itself."""
-    n = shape.tokens
-    seconds = 0.0
+    """Three products a matrix: forward, and backward to its input and to itself. Routers' are float32 ones."""
+    config, n = shape.config, shape.tokens
+    routers, d, e = _blocks(shape)[1], config.hidden_size, config.n_routed_experts
+    gate = machine.product(n, d, e, wide=True) + machine.product(n, e, d, wide=True)
+    seconds = routers * (gate + machine.product(e, n, d, transposed=True, wide=True)) if routers else 0.0
     for (inputs, outputs), count in matrices(shape).items():
         forward, to_input = machine.product(n, inputs, outputs), machine.product(n, outputs, inputs)
         seconds += count * (forward + to_input + machine.product(outputs, n, inputs, transposed=True))
@@ -124,7 +126,7 @@ def _attention(shape: Shape, machine: Machine) -> float:
     """Per head and block of queries two products forward and four backward; long sequences' scores once more."""
     config, length = shape.config, shape.length
     x, v = config.qk_head_dim, config.v_head_dim
-    block = min(512, max(256, length // 8))
+    block = query_block(shape)
     seconds = 0.0
     for start in range(0, length, block):
         end = min(start + block, length)
@@ -179,19 +181,25 @@ def _optimizer(run: Run, shape: Shape, machine: Machine) -> float:
     average = 12 * numbers / machine.bandwidth if run.optimizer.ema_decay else 0.0
     if run.optimizer.kind == "adamw":
         return clip + average + _ADAMW_BYTES * numbers / machine.bandwidth
-    return clip + average + _MUON_BYTES * numbers / machine.bandwidth + _newton_schulz(shape, machine)
+    return clip + average + _MUON_BYTES * numbers / machine.bandwidth + _orthogonalizing(shape, machine)
 
 
-def _newton_schulz(shape: Shape, machine: Machine) -> float:
-    """Muon's products, for every matrix of the layers and every expert's."""
+def muon_batches(shape: Shape) -> dict[tuple[int, int], list[int]]:
+    """By (short, long) side, how many of the layers' and experts' matrices Muon orthogonalises at once, by batch."""
     config = shape.config
-    sparse = _blocks(shape)[1]
-    d, f = config.hidden_size, config.moe_intermediate_size
     found = matrices(shape)
-    found[d, f] += 3 * config.n_routed_experts * sparse
-    seconds = 0.0
-    for sides, count in found.items():
-        short, long = sorted(sides)
-        wide = machine.product(short, long, short) + machine.product(short, short, long)
-        seconds += count * _NEWTON_SCHULZ_STEPS * (wide + machine.product(short, short, short))
-    return seconds
+    found[config.hidden_size, config.moe_intermediate_size] += 3 * config.n_routed_experts * _blocks(shape)[1]
+    counts = Counter[tuple[int, int]]()
+    for (inputs, outputs), count in found.items():
+        counts[min(inputs, outputs), max(inputs, outputs)] += count
+    batches = {}
+    for (short, long), count in counts.items():
+        most = -(-BATCH_NUMBERS // (short * long))
+        batches[short, long] = [most] * (count // most) + [count % most] * bool(count % most)
+    return batches
+
+
+def _orthogonalizing(shape: Shape, machine: Machine) -> float:
+    return sum(
+        machine.orthogonalized(count, *sides) for sides, counts in muon_batches(shape).items() for count in counts
+    )

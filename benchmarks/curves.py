@@ -1,0 +1,154 @@
+"""Tokens per second against context length and against concurrency, drawn: `python benchmarks/curves.py`.
+
+    python benchmarks/curves.py --figure FILE.png --json FILE.json
+
+bench-medium with random weights in bfloat16 beside the peers of benchmarks/decode.py, in the same turns; then drafting
+with the demo's model (`make demo`, or --demo) on held-out code. Peers stop where reading the prompts takes minutes.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+import transformers
+from decode import Drafting, Programs, in_turn
+from decoders import Steps, random_prompts
+from matplotlib import pyplot
+from rich.console import Console
+from rich.table import Table
+from side import cpu_model
+
+from fathom.checkpoint.huggingface import load_model
+from fathom.config import atomic_write, from_json
+from fathom.data.pack import open_prepared
+from fathom.train.hardware import keep_freed_memory
+from fathom.train.run import Run
+from fathom.train.setup import rows_of
+
+CONTEXTS = (512, 2048, 4096, 8192, 16384)
+CONCURRENCY = (1, 2, 4, 8, 16, 32)
+LONGEST = {"transformers": 4096, "llama.cpp bf16": 8192}
+"""Context up to which a peer is measured."""
+
+SHORT = 128
+"""Prompt of each sequence where several are decoded."""
+
+Curve = dict[int, float]
+"""Tokens per second by context length or by number of sequences."""
+
+
+class Panel(NamedTuple):
+    title: str
+    axis: str
+    curves: dict[str, Curve]
+
+
+def over_contexts(programs: Programs) -> Panel:
+    curves = _curves(programs, CONTEXTS, lambda length: [length], LONGEST)
+    return Panel("bench-medium, one sequence", "context, tokens", curves)
+
+
+def over_sequences(programs: Programs) -> Panel:
+    curves = _curves(programs, CONCURRENCY, lambda count: [SHORT] * count, {})
+    return Panel(f"bench-medium, {SHORT}-token prompts", "sequences", curves)
+
+
+def _curves(
+    programs: Programs, places: Sequence[int], lengths: Callable[[int], list[int]], longest: dict[str, int]
+) -> dict[str, Curve]:
+    curves: dict[str, Curve] = {}
+    for place in places:
+        prompts = random_prompts(programs.config.vocab_size, lengths(place))
+        sides: dict[str, Steps] = {
+            side.name: side.steps(prompts)
+            for side in (programs.fathom, programs.transformers, programs.llama)
+            if side is not None and place <= longest.get(side.name, place)
+        }
+        for name, seconds in in_turn(sides).items():
+            curves.setdefault(name, {})[place] = len(prompts) / seconds
+    return curves
+
+
+def drafting(demo: Path) -> Panel:
+    """As many drafts as pay, against none."""
+    run = from_json(Run, json.loads((demo / "run.json").read_text()), where=str(demo / "run.json"))
+    rows = rows_of(open_prepared(demo / "data"), run, "valid")
+    model = load_model(demo / "model", torch.bfloat16)
+    chosen = torch.linspace(0, len(rows) - 1, max(CONCURRENCY)).long().tolist()
+    prompts = [rows.sequential(row, 1).tokens_BW[0, :SHORT].tolist() for row in chosen]
+    curves: dict[str, Curve] = {"without drafts": {}, "as many drafts as pay": {}}
+    for batch in CONCURRENCY:
+        engines = [Drafting(model, speculative, batch) for speculative in (0, True)]
+        groups = [prompts[first : first + batch] for first in range(0, len(prompts), batch)]
+        rates: list[list[float]] = [[], []]
+        for turn in range(max(4, len(groups)) + 2):
+            for engine, rate in zip(engines, rates, strict=True):
+                before = engine.tokens, engine.seconds
+                engine.go_on(groups[turn % len(groups)], counted=turn > 1)
+                if turn > 1:  # engines warm up, and learn what steps cost and bring
+                    rate.append((engine.tokens - before[0]) / (engine.seconds - before[1]))
+        for curve, rate in zip(curves.values(), rates, strict=True):
+            curve[batch] = median(rate)
+    return Panel("the demo's model, held-out code", "sequences", curves)
+
+
+def measured(demo: Path, console: Console) -> Iterator[Panel]:
+    with tempfile.TemporaryDirectory() as folder:
+        programs = Programs.around("bench-medium", Path(folder))
+        yield over_contexts(programs)
+        yield over_sequences(programs)
+    if demo.is_dir():
+        yield drafting(demo)
+    else:
+        console.print(f"no demo in {demo}: drafting is not measured (make demo)", style="yellow")
+
+
+def draw(panels: Sequence[Panel], machine: str, path: Path) -> None:
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.8), layout="constrained")
+    for panel, ax in zip(panels, axes, strict=True):
+        for (name, curve), marker in zip(panel.curves.items(), "os^", strict=False):
+            ax.plot(list(curve), list(curve.values()), marker=marker, label=name)
+        places = sorted({place for curve in panel.curves.values() for place in curve})
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(places, [f"{place // 1024}K" if place >= 1024 else str(place) for place in places])
+        ax.set(title=panel.title, xlabel=panel.axis, ylabel="tokens/s", ylim=(0, None))
+        ax.grid(alpha=0.3)
+        ax.legend(frameon=False)
+    figure.suptitle(machine, fontsize="small", color="gray")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", type=Path, default=Path("runs/demo"), help="directory of a demo's run")
+    parser.add_argument("--figure", type=Path, help="file to draw to (.png, .svg)")
+    parser.add_argument("--json", type=Path, help="file to write the numbers to")
+    options = parser.parse_args()
+    keep_freed_memory()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    console = Console(width=120)
+    machine = f"{cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}, bfloat16"
+    panels = []
+    for panel in measured(options.demo, console):
+        panels.append(panel)
+        places = sorted({place for curve in panel.curves.values() for place in curve})
+        table = Table(panel.axis, *map(str, places), title=f"{panel.title}: tokens/s", box=None)
+        for name, curve in panel.curves.items():
+            table.add_row(name, *(f"{curve[place]:.4g}" if place in curve else "" for place in places))
+        console.print(table)
+    console.print(machine, highlight=False)
+    if options.figure:
+        draw(panels, machine, options.figure)
+    if options.json:
+        content = {"machine": machine, "panels": [panel._asdict() for panel in panels]}
+        atomic_write(options.json, json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
