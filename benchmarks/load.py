@@ -47,7 +47,7 @@ class Asked:
         counted = re.findall(rb'"completion_tokens": ?(\d+)', raw)
         tokens = int(counted[-1]) if counted else None
         good = raw.startswith(b"HTTP/1.1 200") and b'data: {"error"' not in raw
-        return Answer(self.sent, times, tokens, good and (tokens == self.length or not self.over))
+        return Answer(self.sent, times, tokens, good and tokens == self.length if self.over else good or not raw)
 
 
 class Answer(NamedTuple):

@@ -1,18 +1,18 @@
 """The server under load, against `transformers serve` and llama.cpp's server on the same weights.
 
-    python benchmarks/serve.py runs/demo/model        # a trained model, so that drafts are accepted; five minutes
     python benchmarks/serve.py                        # bench-small with random weights
+    python benchmarks/serve.py bench-medium           # another preset; takes 16 GB of memory
+    python benchmarks/serve.py runs/demo/model        # a trained model, so that drafts are accepted
     python benchmarks/serve.py MODEL --quick          # up to 32 clients, shorter
     python benchmarks/serve.py MODEL --json FILE      # rows {name, ours, peer, ratio, floor, goal} as well
 
 Starts the servers itself, each with its own best settings for this machine, and asks each in turn for the same texts
-and lengths (benchmarks/load.py). `llama-server` is taken from the PATH or from --llama-server; without one,
-llama-cpp-python's server, if that is installed, which answers one request at a time. What HTTP costs is measured apart:
-the same requests, 32 of them at any time, by the engine alone and through the server, in turn.
+and lengths (benchmarks/load.py). `llama-server` is taken from the PATH or from --llama-server; without one that peer is
+left out. What HTTP costs is measured apart: the same requests, 32 of them at any time, by the engine alone and through
+the server, in turn.
 """
 
 import argparse
-import importlib.util
 import itertools
 import json
 import os
@@ -30,9 +30,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import load
+import psutil
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import fathom
 from fathom import presets
@@ -43,6 +42,8 @@ from fathom.model.transformer import Model
 CLIENTS = (1, 8, 32, 128)
 MAX_BATCH = 32
 SECONDS = 15.0
+HEAD = """| clients | | tokens/s | first token p50 / p99, ms | per token p50 / p99, ms | answered | failed |
+| ---: | --- | ---: | ---: | ---: | ---: | ---: |"""
 ROUNDS = 5
 """Of the engine alone and the server in turn."""
 
@@ -53,6 +54,14 @@ class Server(NamedTuple):
     name: str
     address: tuple[str, int]
     body: load.Body
+    process: psutil.Process
+
+    def until_idle(self) -> None:
+        """Wait for what was cut off to end: requests that waited may all begin before they notice."""
+        for _ in range(300):
+            if self.process.cpu_percent(1.0) < 10:
+                return
+        sys.exit(f"{self.name} still works five minutes after its clients left")
 
 
 # ------------------------------------------------------------------------------------------------------ the servers
@@ -83,7 +92,7 @@ def started(name: str, command: list[str], body: load.Body, path: str = "/health
         subprocess.Popen([*command, "--port", str(port)], stdout=log, stderr=log, env=environment) as process,
     ):
         try:
-            server = Server(name, ("127.0.0.1", port), body)
+            server = Server(name, ("127.0.0.1", port), body, psutil.Process(process.pid))
             for _ in range(600):
                 if process.poll() is not None:
                     log.seek(0)
@@ -112,21 +121,15 @@ def transformers_server(model: Path) -> Any:
 def llama_server(model: Path, folder: Path, binary: str | None) -> Any:
     """None where there is none."""
     program = binary or shutil.which("llama-server")
-    library = (
-        importlib.util.find_spec("llama_cpp") is not None and importlib.util.find_spec("sse_starlette") is not None
-    )
-    if program is None and not library:
+    if program is None:
         return None
     export = [sys.executable, "-m", "fathom", "export", str(model), "--to", "gguf", "--dtype", "bf16"]
     subprocess.run([*export, "--out", str(folder)], check=True, capture_output=True)
     [weights] = folder.glob("*.gguf")
     threads = str(torch.get_num_threads())
     context = min(1024, context_of(model))
-    if program is None:
-        flags = ["--n_threads", threads, "--n_ctx", str(context), "--host", "127.0.0.1"]
-        command = [sys.executable, "-m", "llama_cpp.server", "--model", str(weights), *flags]
-        return started("llama-cpp-python's server", command, ours, "/v1/models")
-    flags = ["-t", threads, "-np", str(MAX_BATCH), "-c", str(MAX_BATCH * context), "--offline"]
+    # No two texts begin alike: keeping what was read would only cost it time.
+    flags = ["-t", threads, "-np", str(MAX_BATCH), "-c", str(MAX_BATCH * context), "--cache-ram", "0", "--offline"]
     return started("llama.cpp's server", [program, "-m", str(weights), *flags], ours)
 
 
@@ -169,8 +172,8 @@ def context_of(model: Path) -> int:
     return int(json.loads((model / "config.json").read_text())["max_position_embeddings"])
 
 
-def random_model(folder: Path, pool: list[str]) -> Path:
-    config = presets.bench_small().model
+def random_model(preset: str, folder: Path, pool: list[str]) -> Path:
+    config = presets.ALL[preset]().model
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     fathom.save_model(Model(config), folder)
@@ -182,7 +185,7 @@ def random_model(folder: Path, pool: list[str]) -> Path:
 # ------------------------------------------------------------------------------------------------------ measuring
 
 
-def alone(engine: Engine, waiting: list[load.Asked]) -> float:
+def by_itself(engine: Engine, waiting: list[load.Asked]) -> float:
     """Tokens per second of the engine by itself, as many requests in it at any time as the server would be given."""
     queue, running = iter(waiting), set()
     began, tokens = time.perf_counter(), 0
@@ -210,8 +213,8 @@ def cost_of_http(server: Server, engine: Engine, draw: Any, rounds: int) -> tupl
     """Medians through the server and by the engine alone."""
     pairs = []
     for turn in range(rounds + 1):
-        waiting = [list(itertools.islice(draw(1000 + turn), 3 * MAX_BATCH)) for _ in range(2)]
-        pair = through(server, waiting[0]), alone(engine, waiting[1])
+        waiting = [list(itertools.islice(draw(1000 + turn), (3 if turn else 1) * MAX_BATCH)) for _ in range(2)]
+        pair = through(server, waiting[0]), by_itself(engine, waiting[1])
         pairs += [pair] if turn else []  # the first finds the drafting not settled
     print("through HTTP / alone:", ", ".join(f"{a:.0f}/{b:.0f}" for a, b in pairs))
     return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
@@ -240,29 +243,31 @@ def _ratio(row: dict[str, Any]) -> float:
     return float("nan") if not ours or not peer else ours / peer if "tokens/s" in row["name"] else peer / ours
 
 
-def shown(clients: int, seen: dict[str, load.Seen], table: Table) -> None:
-    for name, each in seen.items():
-        first, token = (f"{pair[0] * 1e3:,.1f} / {pair[1] * 1e3:,.1f}" for pair in (each.first, each.each))
-        cells = [f"{each.tokens_per_second:,.0f}", first, token, str(each.answered), str(each.failed)]
-        table.add_row(str(clients), name, *cells)
+def shown(clients: int, name: str, seen: load.Seen) -> str:
+    """A line of the table, which is also one in Markdown."""
+    times = [f"{pair[0] * 1e3:,.1f} / {pair[1] * 1e3:,.1f}" for pair in (seen.first, seen.each)]
+    cells = [str(clients), name, f"{seen.tokens_per_second:,.0f}", *times, str(seen.answered), str(seen.failed)]
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, nargs="?", help="model directory; bench-small with random weights without")
+    parser.add_argument(
+        "model", nargs="?", default="bench-small", help="model directory, or preset with random weights"
+    )
     parser.add_argument("--quick", action="store_true", help="up to 32 clients, a third of the time")
     parser.add_argument("--llama-server", help="llama.cpp's llama-server")
-    parser.add_argument("--only-http", action="store_true", help="only what HTTP costs")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--only-http", action="store_true", help="only what HTTP costs")
+    only.add_argument("--no-http", action="store_true", help="only the servers against each other")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     options = parser.parse_args()
     counts, seconds = (CLIENTS[:3], SECONDS / 3) if options.quick else (CLIENTS, SECONDS)
-    pool, console = texts(), Console(highlight=False)
-    table = Table(
-        "clients", "", "tokens/s", "first token p50 / p99, ms", "per token p50 / p99, ms", "answered", "failed"
-    )
+    pool = texts()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        model = options.model or random_model(Path(folder, "model"), pool)
+        random_weights = options.model in presets.ALL
+        model = random_model(options.model, Path(folder, "model"), pool) if random_weights else Path(options.model)
         tokenizer, context = load_tokenizer(model), context_of(model)
         draw = lambda seed: requests(tokenizer, context, seed, pool)  # noqa: E731
         servers = [stack.enter_context(our_server(model))]
@@ -272,21 +277,22 @@ def main() -> None:
                 servers.append(stack.enter_context(llama))
             for server in servers:  # what is made at the first request is made
                 load.run(server.address, server.body, itertools.islice(draw(0), 2), 1, 20)
+            print(HEAD)
             for clients in counts:
                 seen = {}
                 for server in servers:
                     sent = load.run(server.address, server.body, draw(clients), clients, seconds)
                     seen[server.name] = load.summary(sent, seconds)
-                    time.sleep(1.0)  # until what was cut off has ended
+                    print(shown(clients, server.name, seen[server.name]), flush=True)
+                    server.until_idle()
                 rows += rows_of(clients, seen)
-                shown(clients, seen, table)
-            console.print(table)
-        engine = Engine(fathom.load_model(model, torch.bfloat16), tokenizer, max_batch=MAX_BATCH)
-        http, engine_alone = cost_of_http(servers[0], engine, draw, 3 if options.quick else ROUNDS)
-    shared = {"name": "tokens/s through HTTP against the engine alone, 32 clients", "floor": 0.97, "goal": 1.0}
-    rows.append(shared | {"ours": http, "peer": engine_alone, "ratio": http / engine_alone})
-    console.print(f"through HTTP {http:,.0f} tokens/s, the engine alone {engine_alone:,.0f}: {http / engine_alone:.3f}")
-    console.print(versions())
+        if not options.no_http:
+            engine = Engine(fathom.load_model(model, torch.bfloat16), tokenizer, max_batch=MAX_BATCH)
+            http, alone = cost_of_http(servers[0], engine, draw, 3 if options.quick else ROUNDS)
+            shared = {"name": "tokens/s through HTTP against the engine alone, 32 clients", "floor": 0.97, "goal": 1.0}
+            rows.append(shared | {"ours": http, "peer": alone, "ratio": http / alone})
+            print(f"through HTTP {http:,.0f} tokens/s, the engine alone {alone:,.0f}: {http / alone:.3f}")
+    print(versions())
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
 

@@ -6,6 +6,7 @@ never becomes a control token: every spelling of one inside a message is broken 
 sees it, the template's own control tokens are then found in the result, and the marks are taken out of the rest.
 """
 
+import contextvars
 import datetime
 import functools
 import json
@@ -17,7 +18,9 @@ from types import FrameType
 from typing import Any, cast
 
 import jinja2
+from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
 
 from fathom.data.tokenizer import Tokenizer
 
@@ -32,6 +35,9 @@ _WIDEST = 10_000
 
 _WIDE = re.compile(r"\d{5}")
 """Such a width inside a format."""
+
+_LARGEST_PRODUCT = 1 << 28
+"""The same for filters and methods, which may put one of their operands in place of every character of another."""
 
 _MARKS = [chr(code) for code in range(0xE000, 0xE100)]
 """Private code points, of which one that no message holds serves as the mark."""
@@ -59,7 +65,9 @@ class ChatTemplate:
         self._specials = re.compile("|".join(map(re.escape, self._spellings)) or r"(?!)")
         self.knows_tools = "tools" in source
         """Whether functions are shown to the model by the template itself."""
-        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment = _Sandbox(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"], finalize=_count_output
+        )
         environment.filters = {name: _bounded(each) for name, each in environment.filters.items() if name != "format"}
         environment.filters["tojson"] = _bounded(_to_json)
         environment.globals.update(raise_exception=_refuse, strftime_now=_now)
@@ -76,6 +84,7 @@ class ChatTemplate:
         config = self._tokenizer.config
         spelled = {name: _spelling(config[name]) for name in config if name.endswith("_token") and config[name]}
         with _Deadline(_SECONDS):
+            _written.set(0)
             try:
                 return self._template.render(
                     **spelled, messages=list(messages), tools=tools, documents=None, add_generation_prompt=True
@@ -181,9 +190,15 @@ class _TooMuchError(Exception):
 class _Sandbox(ImmutableSandboxedEnvironment):
     """jinja2's sandbox, which bounds `range`, with bounds on the operators that can make something huge of little."""
 
-    intercepted_binops = frozenset({"*", "**", "%"})
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        """`a ~ b` is read as the sum of two texts, which is bounded like any other."""
+        return _Sums().visit(super()._parse(source, name, filename)).set_environment(self)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "+" and _size([left, right]) > _LARGEST:
+            raise _TooMuchError(f"makes something of more than {_LARGEST} elements")
         if operator == "*":
             size = max(len(each) if isinstance(each, str | list | tuple) else 0 for each in (left, right))
             times = max(each if isinstance(each, int) else 0 for each in (left, right))
@@ -201,6 +216,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         text = getattr(method, "__self__", None)
         if isinstance(text, str):
             _check_sizes(*args, *kwargs.values())
+            _check_growth(method.__name__, text, *args, *kwargs.values())
             if method.__name__ in ("format", "format_map") and _WIDE.search(text):
                 raise _TooMuchError("formats to a large width")
         return super().call(__context, __obj, *args, **kwargs)
@@ -212,6 +228,7 @@ def _bounded(filter_: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(filter_)  # with the marks by which jinja2 knows what a filter wants to be given
     def checked(*args: Any, **kwargs: Any) -> Any:
         _check_sizes(*args[1:], *kwargs.values())
+        _check_growth(filter_.__name__, *args, *kwargs.values())
         return filter_(*args, **kwargs)
 
     return checked
@@ -221,6 +238,51 @@ def _check_sizes(*values: Any) -> None:
     large = next((value for value in values if isinstance(value, int) and abs(value) > _WIDEST), None)
     if large is not None:
         raise _TooMuchError(f"asks for a size of {large}; the limit is {_WIDEST}")
+
+
+def _check_growth(name: str, *operands: Any) -> None:
+    sizes = sorted(
+        1 + (_size(each) if isinstance(each, str | list | tuple | dict) else abs(each))
+        for each in operands
+        if isinstance(each, str | list | tuple | dict) or (isinstance(each, int) and name != "do_truncate")
+    )
+    largest, second = (*reversed(sizes), 1, 1)[:2]
+    if largest > _LARGEST or largest * second > _LARGEST_PRODUCT:
+        raise _TooMuchError(f"could make more than {_LARGEST_PRODUCT} characters at once")
+
+
+def _size(value: Any) -> int:
+    """Characters and elements, however often they are repeated in it; counted no further than is allowed."""
+    size, waiting = 0, [value]
+    while waiting and size <= _LARGEST:
+        one = waiting.pop()
+        if isinstance(one, str):
+            size += len(one)
+        elif isinstance(one, list | tuple | dict):
+            size += len(one)
+            waiting += [*one, *one.values()] if isinstance(one, dict) else one if size <= _LARGEST else []
+        else:
+            size += 1
+    return size
+
+
+_written: contextvars.ContextVar[int] = contextvars.ContextVar("written", default=0)
+"""What the template has put out, blocks and macros included."""
+
+
+def _count_output(value: Any) -> Any:
+    _written.set(_written.get() + _size(value))
+    if _written.get() > _LARGEST:
+        raise _TooMuchError(f"puts out more than {_LARGEST} characters")
+    return value
+
+
+class _Sums(NodeTransformer):
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:  # noqa: N802, as jinja2 names them
+        """Without `~`."""
+        self.generic_visit(node)
+        texts: list[nodes.Expr] = [nodes.Filter(each, "string", [], [], None, None) for each in node.nodes]
+        return functools.reduce(lambda left, right: nodes.Add(left, right, lineno=node.lineno), texts)
 
 
 class _Deadline:

@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -93,7 +94,10 @@ def serve(command: ServeCommand) -> int:
     directory = model_directory(command.path)
     tokenizer = load_tokenizer(directory)
     console.print(f"loading    {directory}", soft_wrap=True)
-    engine = _engine(command, directory, tokenizer)
+    # In a thread that ends: OpenMP keeps helpers for every thread that has computed, and with more of them than
+    # processors those of the engine's thread would sleep at each of a step's barriers instead of waiting awake.
+    with ThreadPoolExecutor(1) as loading:
+        engine = loading.submit(_engine, command, directory, tokenizer).result()
     name = command.name or Path(command.path).absolute().name
     server: uvicorn.Server
 

@@ -1,8 +1,8 @@
 """The engine in a thread of its own, and how coroutines of one event loop speak with it.
 
 Only that thread touches the engine. Coroutines leave commands in a queue; after every step the thread leaves what is
-new with the event loop, all requests together. A reader that is slow only lets its own events pile up, which are no
-more than its answer is long.
+new with the event loop, all requests together, and the loop hands it on to those who wait for it, not more often than
+it can afford. A reader that is slow only lets its own events pile up, which are no more than its answer is long.
 """
 
 import asyncio
@@ -26,6 +26,10 @@ _RATE_SECONDS = 5.0
 
 _SNAPSHOT_SECONDS = 0.1
 """How old the engine's counts may be that others see."""
+
+_PIECES_PER_SECOND = 300.0
+"""How many pieces of answers are handed on at most, all requests together. A small model writes more tokens than that,
+and sending each of them by itself would take the processor from it. First pieces and last ones never wait."""
 
 
 class EngineDiedError(RuntimeError):
@@ -73,6 +77,9 @@ class Worker:
         self._stopping = False
         self._snapshot_at = 0.0
         self._history: deque[Rate] = deque(maxlen=512)
+        self._held: dict[tuple[Job, int], Event] = {}
+        self._handed_on = 0.0
+        self._timer: asyncio.TimerHandle | None = None
         self.stats: Stats = engine.core.stats()
         """What the engine does; at most a tenth of a second old while it works."""
         self.failure: BaseException | None = None
@@ -146,7 +153,7 @@ class Worker:
 
     def _report(self) -> None:
         """One step, and what it brought to the event loop."""
-        news: list[tuple[Job, Event]] = []
+        news: list[tuple[Job, Event, bool]] = []
         now = 0.0
         for update in self._engine.step():
             generation = update.generation
@@ -159,9 +166,30 @@ class Worker:
             if generation.finished:
                 del self._jobs[generation]
                 job.finished = now
-            news.append((job, Event(choice, len(generation.token_ids), generation.finished)))
+            made = len(generation.token_ids)
+            urgent = generation.finished or made == len(update.tokens)
+            news.append((job, Event(choice, made, generation.finished), urgent))
         if news:
-            self._loop.call_soon_threadsafe(_deliver, news)
+            self._loop.call_soon_threadsafe(self._arrived, news)
+
+    def _arrived(self, news: list[tuple[Job, Event, bool]]) -> None:
+        """Hand on what is urgent, and the rest when its turn comes: of each choice the last event tells all."""
+        for job, event, urgent in news:
+            if urgent:
+                self._held.pop((job, event.choice), None)
+                job.events.put_nowait(event)
+            else:
+                self._held[job, event.choice] = event
+        if self._held and self._timer is None:
+            due = self._handed_on + len(self._held) / _PIECES_PER_SECOND
+            self._timer = self._loop.call_at(due, self._hand_on)
+
+    def _hand_on(self) -> None:
+        self._timer = None
+        self._handed_on = self._loop.time()
+        for (job, _), event in self._held.items():
+            job.events.put_nowait(event)
+        self._held.clear()
 
     def _look(self, force: bool) -> None:
         now = time.monotonic()
@@ -199,11 +227,6 @@ class Worker:
         for job in {job for job, _ in self._jobs.values()}:
             job.events.put_nowait(EngineDiedError("the engine has stopped"))
         self._died(error)
-
-
-def _deliver(news: list[tuple[Job, Event]]) -> None:
-    for job, event in news:
-        job.events.put_nowait(event)
 
 
 def _fail(answer: "asyncio.Future[Job]", error: Exception) -> None:

@@ -94,6 +94,22 @@ ENDLESS = [
     "{{ 'a'|center(999999999) }}",
     "{{ 'a\n'|indent(width=999999999, first=True) }}",
     "{{ messages|tojson(indent=999999999) }}",
+    *(
+        "{% set ns = namespace(x='aaaaaaaa') %}{% for i in range(60) %}" + grow + "{% endfor %}"
+        for grow in (
+            "{% set ns.x = ns.x ~ ns.x %}",
+            "{% set ns.x = ns.x + ns.x %}",
+            "{% set ns.x = ns.x * 2 %}",
+            "{% set ns.x = ns.x.replace('a', 'aa') %}",
+            "{% set ns.x = ns.x|replace('a', ns.x) %}",
+            "{% set ns.x = [ns.x, ns.x]|join %}",
+            "{% set ns.x = '{0}{0}'.format(ns.x) %}",
+            "{% set ns.x = [ns.x, ns.x] %}{% if i > 40 %}{{ ns.x }}{% endif %}",
+            "{% set ns.x = [ns.x, ns.x] %}{% if i > 40 %}{{ ns.x|tojson }}{% endif %}",
+            "{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}",
+            "{{ 'a' * 9999999 }}",
+        )
+    ),
 ]
 
 

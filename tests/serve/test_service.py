@@ -111,6 +111,30 @@ def test_a_cancelled_request_gives_its_pages_back_within_one_step(engine: Engine
     assert engine.core.stats().pages_used == 0
 
 
+def test_many_tokens_a_second_are_handed_on_in_few_pieces(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first piece and the last come at once, and nothing is lost in between."""
+    monkeypatch.setattr("fathom.serve.worker._PIECES_PER_SECOND", 20.0)
+
+    async def serve() -> list[list[int]]:
+        worker = Worker(engine)
+        worker.start()
+        params = SamplingParams(max_tokens=200, ignore_eos=True)
+        jobs = [await worker.submit([Request("f", params, stream=place)]) for place in range(3)]
+        told: list[list[int]] = []
+        for job in jobs:
+            events = [await job.events.get()]
+            while not events[-1].finished:
+                events.append(await asyncio.wait_for(job.events.get(), 30))
+            told.append([event.tokens for event in events])
+        await asyncio.to_thread(worker.stop)
+        return told
+
+    began = time.monotonic()
+    for tokens in asyncio.run(serve()):
+        assert tokens[0] <= 2 and tokens[-1] == 200 and tokens == sorted(tokens)
+        assert len(tokens) <= 3 + 20 * (time.monotonic() - began)
+
+
 CHAT = {"messages": [{"role": "user", "content": "?"}], "max_tokens": 2}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 FORMAT = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}

@@ -1,7 +1,7 @@
 """A crowd that behaves badly: disconnects, cancelled streams, malformed bodies, prompts that are too long.
 
 Meanwhile every well-formed request must be answered with its own text, no page may leak, and memory stays flat.
-`make soak` runs ten minutes of it; here it is SOAK_SECONDS, 20 by default.
+It takes SOAK_SECONDS, a minute by default, ten in `make soak`; after a quarter of that, memory must not grow.
 """
 
 import asyncio
@@ -26,30 +26,30 @@ psutil = pytest.importorskip("psutil", reason="memory is read by psutil")
 pytest.importorskip("llguidance", reason="the server needs llguidance")
 pytestmark = pytest.mark.slow
 
-SECONDS = float(os.environ.get("SOAK_SECONDS", "20"))
+SECONDS = float(os.environ.get("SOAK_SECONDS", "60"))
 CLIENTS = 12
 MARKERS = [f"{number} is [{number * 7}] " for number in range(24)]
 
 
-def body(rng: random.Random, marker: str, **changes: Any) -> dict[str, Any]:
+def body(marker: str, **changes: Any) -> dict[str, Any]:
     return {"prompt": marker, "max_tokens": 24, "temperature": 0, **changes}
 
 
 async def well_formed(
     client: httpx.AsyncClient, rng: random.Random, expected: dict[str, str], seen: Counter[str]
 ) -> None:
+    """Asked again for as long as the server is full."""
     marker = rng.choice(MARKERS)
-    reply = await client.post("/v1/completions", json=body(rng, marker))
-    if reply.status_code == 429:
+    while (reply := await client.post("/v1/completions", json=body(marker, echo=True))).status_code == 429:
         seen["told to come back"] += 1
-        return
+        await asyncio.sleep(0.1)
     assert reply.status_code == 200, reply.text
-    assert reply.json()["choices"][0]["text"] == expected[marker]
+    assert reply.json()["choices"][0]["text"] == marker + expected[marker]
     seen["answered"] += 1
 
 
 async def left_early(client: httpx.AsyncClient, rng: random.Random, seen: Counter[str]) -> None:
-    long = body(rng, rng.choice(MARKERS), max_tokens=400, stream=True, ignore_eos=True)
+    long = body(rng.choice(MARKERS), max_tokens=400, stream=True, ignore_eos=True)
     async with client.stream("POST", "/v1/completions", json=long) as reply:
         lines = reply.aiter_lines()
         for _ in range(rng.randint(0, 6)):
@@ -59,7 +59,7 @@ async def left_early(client: httpx.AsyncClient, rng: random.Random, seen: Counte
 
 
 async def cancelled(client: httpx.AsyncClient, rng: random.Random, seen: Counter[str]) -> None:
-    long = body(rng, rng.choice(MARKERS), max_tokens=400, n=2, ignore_eos=True)
+    long = body(rng.choice(MARKERS), max_tokens=400, n=2, ignore_eos=True)
     try:
         async with asyncio.timeout(rng.random() * 0.1):
             await client.post("/v1/completions", json=long)
@@ -69,8 +69,8 @@ async def cancelled(client: httpx.AsyncClient, rng: random.Random, seen: Counter
 
 async def refused(client: httpx.AsyncClient, rng: random.Random, seen: Counter[str]) -> None:
     wrong: list[dict[str, Any]] = [
-        {"json": body(rng, "x" * 5000)},
-        {"json": body(rng, "x", temperature=-1)},
+        {"json": body("x" * 5000)},
+        {"json": body("x", temperature=-1)},
         {"json": {"prompt": [2**31 - 1]}},
         {"content": rng.randbytes(40), "headers": {"Content-Type": "application/json"}},
     ]
@@ -131,11 +131,11 @@ def test_soak(tmp_path: Path) -> None:
         asyncio.run(crowd(server, expected, SECONDS / 4))  # what is made once is made
         settled(server)
         before = process.memory_info().rss
-        seen = asyncio.run(crowd(server, expected, SECONDS))
+        seen = asyncio.run(crowd(server, expected, SECONDS * 3 / 4))
         now = settled(server)
         grown = process.memory_info().rss / before - 1
         assert server.process.poll() is None
     print(dict(seen), f"memory {grown:+.1%}", f"{now['generated_tokens']} tokens")
     assert all(seen[kind] > 0 for kind in ("answered", "left early", "cancelled", "refused"))
     # Ten minutes must stay within 2 %; in seconds the allocator still moves by a few megabytes.
-    assert grown < (0.02 if SECONDS >= 300 else 0.05)
+    assert abs(grown) < (0.02 if SECONDS >= 300 else 0.05)

@@ -1,0 +1,36 @@
+"""The page about serving names every flag and every metric."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the server needs fastapi")
+pytest.importorskip("llguidance", reason="the server needs llguidance")
+from prometheus_client.parser import text_string_to_metric_families
+
+from fathom.checkpoint.huggingface import load_model
+from fathom.infer.engine import Engine
+from fathom.serve.metrics import Metrics
+from fathom.serve.server import ServeCommand
+from fathom.serve.worker import Worker
+from tests.serve.random_model import save_random_model
+
+DOCS = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(ServeCommand) if field.name != "path"])
+def test_every_flag_is_described(field: str) -> None:
+    name = "no-speculative" if field == "speculative" else field.replace("_", "-")
+    assert f"`--{name}`" in DOCS
+
+
+def test_every_metric_is_named(tmp_path: Path) -> None:
+    engine = Engine(load_model(save_random_model(tmp_path / "model")), None, max_batch=1)
+    text = Metrics(Worker(engine)).text().decode()
+    names = {
+        family.name + ("_total" if family.type == "counter" else "") for family in text_string_to_metric_families(text)
+    }
+    assert len(names) > 15
+    # Of every histogram the library also says when it was made.
+    assert {name for name in names if f"`{name}" not in DOCS and not name.endswith("_created")} == set()
