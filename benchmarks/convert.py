@@ -41,7 +41,7 @@ from fathom.model.config import ModelConfig
 
 SHARD_BYTES = 10**9
 RESIDENT_LIMIT = 2 * 10**9
-FLOOR, GOAL = 0.5, 0.7
+FLOOR, GOAL = 0.7, 1.0
 _CHUNK = 1 << 24
 
 
