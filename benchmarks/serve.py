@@ -1,7 +1,7 @@
 """The server under load, against `transformers serve` and llama.cpp's server on the same weights.
 
     python benchmarks/serve.py                        # bench-small with random weights
-    python benchmarks/serve.py bench-medium           # another preset; takes 16 GB of memory
+    python benchmarks/serve.py bench-medium --seconds 60    # another preset; takes 16 GB of memory
     python benchmarks/serve.py runs/demo/model        # a trained model, so that drafts are accepted
     python benchmarks/serve.py MODEL --quick          # up to 32 clients, shorter
     python benchmarks/serve.py MODEL --json FILE      # rows {name, ours, peer, ratio, floor, goal} as well
@@ -256,6 +256,8 @@ def main() -> None:
         "model", nargs="?", default="bench-small", help="model directory, or preset with random weights"
     )
     parser.add_argument("--quick", action="store_true", help="up to 32 clients, a third of the time")
+    parser.add_argument("--seconds", type=float, help="of each load; a large model reads its first prompts so long")
+    parser.add_argument("--clients", type=int, nargs="+", help="how many at a time, in turn")
     parser.add_argument("--llama-server", help="llama.cpp's llama-server")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--only-http", action="store_true", help="only what HTTP costs")
@@ -263,6 +265,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     options = parser.parse_args()
     counts, seconds = (CLIENTS[:3], SECONDS / 3) if options.quick else (CLIENTS, SECONDS)
+    counts, seconds = options.clients or counts, options.seconds or seconds
     pool = texts()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
