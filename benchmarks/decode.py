@@ -306,7 +306,7 @@ def drafting(name: str, model: Model, prompts: Sequence[list[int]], trained: boo
 
 
 def drafting_peer(model: Model, prompts: Sequence[list[int]], folder: Path) -> Row:
-    """One draft a step, one sequence, against llama.cpp's drafting with the same module."""
+    """One draft a step, one sequence, against llama.cpp's drafting with the same module, which needs a query rank."""
     config = model.config
     save_gguf(model, None, folder / "drafting.gguf", "bf16")
     peer = LlamaDrafting(folder / "drafting.gguf", config.hidden_size, config.vocab_size, 512)
@@ -318,11 +318,11 @@ def drafting_peer(model: Model, prompts: Sequence[list[int]], folder: Path) -> R
             went = peer.go_on(prompt, DRAFTED - 1)
             if turn:
                 tokens, seconds = tokens + len(went.tokens), seconds + went.seconds
-    name = "demo's model, one draft, batch 1: tokens/s, against llama.cpp's draft-mtp"
+    name = "bench-medium, one draft, batch 1: tokens/s, against llama.cpp's draft-mtp"
     return against(name, engine.tokens / engine.seconds, tokens / seconds)
 
 
-def trained(demo: Path, folder: Path) -> Iterator[Row]:
+def trained(demo: Path) -> Iterator[Row]:
     """Drafting on held-out code, and what fewer bits lose, with the demo's model."""
     run = from_json(Run, json.loads((demo / "run.json").read_text()), where=str(demo / "run.json"))
     prepared = open_prepared(demo / "data")
@@ -331,8 +331,6 @@ def trained(demo: Path, folder: Path) -> Iterator[Row]:
     chosen = torch.linspace(0, len(rows) - 1, 32).long().tolist()
     prompts = [rows.sequential(row, 1).tokens_BW[0, :128].tolist() for row in chosen]
     yield from drafting("demo's model", model, prompts, trained=True)
-    if llama_cpp is not None:
-        yield drafting_peer(model, prompts, folder)
     batches = [rows.sequential(row, 1) for row in range(0, len(rows), max(1, len(rows) // 64))]
     size = round(prepared.valid_bytes * len(batches) * run.train.sequence_length / prepared.valid_tokens)
     bits = evaluate(model, batches, size, torch.bfloat16).bits_per_byte
@@ -363,6 +361,8 @@ def medium(folder: Path) -> Iterator[Row]:
     yield from longer_contexts(programs)
     prompts = random_prompts(programs.config.vocab_size, [128] * 8)
     yield from drafting("bench-medium", programs.model, prompts, trained=False)
+    if llama_cpp is not None:
+        yield drafting_peer(programs.model, prompts[:2], folder)
 
 
 def measured(options: argparse.Namespace, console: Console) -> Iterator[Row]:
@@ -370,7 +370,7 @@ def measured(options: argparse.Namespace, console: Console) -> Iterator[Row]:
     if not options.quick:
         parts |= {"bench-medium": medium, "numbers of experts": lambda _: more_experts()}
     if options.demo.is_dir():
-        parts["the demo's model"] = lambda folder: trained(options.demo, folder)
+        parts["the demo's model"] = lambda _: trained(options.demo)
     else:
         console.print(
             f"no demo in {options.demo}: nothing about trained models is measured (make demo)", style="yellow"

@@ -52,6 +52,8 @@ class _Costs:
     wait: int = _SHORTEST_WAIT
     turn: int = 0
     """Which neighbour is tried next."""
+    best: int | None = None
+    """The length that pays most; None: to be found out again, for costs have changed."""
 
     def known(self, drafts: int) -> bool:
         return len(self.latest[drafts]) >= _FIRST_LOOKS
@@ -63,6 +65,7 @@ class _Costs:
             latest.popleft()
         latest.append(seconds)
         self.typical[drafts] = median(latest)
+        self.best = None
 
 
 class DraftLength:
@@ -128,8 +131,10 @@ class DraftLength:
 
     def _best(self, costs: _Costs) -> int:
         """The length of most tokens per second among those whose costs are known; the shortest of equals."""
-        known = [drafts for drafts in range(self.most + 1) if costs.known(drafts)]
-        return max(known, key=lambda drafts: self._tokens(drafts) / costs.typical[drafts], default=0)
+        if costs.best is None:
+            known = [drafts for drafts in range(self.most + 1) if costs.known(drafts)]
+            costs.best = max(known, key=lambda drafts: self._tokens(drafts) / costs.typical[drafts], default=0)
+        return costs.best
 
     def _tokens(self, drafts: int) -> float:
         """Expected tokens per row and step."""
@@ -152,3 +157,6 @@ class DraftLength:
             self._offered[place] = kept * self._offered[place] + offered
             self._accepted[place] = kept * self._accepted[place] + accepted
             offered = accepted
+        if accepted_at:
+            for costs in self._costs.values():
+                costs.best = None
