@@ -4,8 +4,10 @@ Judges: the whole model run over every prefix, the drafting module run over the 
 compiled step.
 """
 
+import copy
 import math
 import random
+import statistics
 from typing import Any
 
 import pytest
@@ -160,15 +162,16 @@ def test_a_token_is_the_same_bits_alone_and_in_company() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("seed", range(6))
 def test_the_compiled_step_is_the_model(seed: int, dtype: torch.dtype) -> None:
-    """Random stretches of random sequences, behind one another in scattered pages, through module and model."""
+    """Random stretches of random sequences, behind one another in scattered pages, through module and model, against
+    plain torch in float32 with the same weights."""
     rng = random.Random(seed)
     changes = list(CONFIGS.values())[seed % 3]
     model = lively_model(tiny(**{"num_nextn_predict_layers": 1, **changes}), seed=seed).to(dtype)
     words, size = model.config.vocab_size, rng.choice([1, 3, 8, 200])
-    runners = [Runner(model, 300, size, 400, eager) for eager in (False, True)]
+    runners = [Runner(model, 300, size, 400), Runner(copy.deepcopy(model).float(), 300, size, 400, eager=True)]
     pages, lengths = rng.sample(range(300), 300), [0, 0, 0]
     held = [pages[i * 100 : (i + 1) * 100] for i in range(3)]
-    tolerance = 2e-5 if dtype == torch.float32 else 0.08
+    errors: list[float] = []
     for _ in range(8):
         stretches = []
         for row in range(3):
@@ -177,12 +180,21 @@ def test_the_compiled_step_is_the_model(seed: int, dtype: torch.dtype) -> None:
             lengths[row] += count
         wanted = rng.sample(range(sum(len(s.tokens) for s in stretches)), 2)
         ours, theirs = (runner.main(stretches, wanted) for runner in runners)
-        for found, expected in zip(ours[:2], theirs[:2], strict=True):
-            assert (found - expected).norm() <= tolerance * expected.norm()
+        errors += _token_errors(ours.h_ND, theirs.h_ND) + _token_errors(ours.logits_NO, theirs.logits_NO)
         later = [stretch._replace(start=stretch.start + 1) for stretch in stretches]
         ours, theirs = (runner.draft(later, theirs.h_ND, wanted) for runner in runners)
-        for found, expected in zip(ours[:2], theirs[:2], strict=True):
-            assert (found - expected).norm() <= tolerance * expected.norm()
+        errors += _token_errors(ours.h_ND, theirs.h_ND) + _token_errors(ours.logits_NO, theirs.logits_NO)
+    if dtype == torch.float32:
+        assert max(errors) <= 2e-5
+    else:
+        # A token whose routing is a near tie may take another expert; most do not.
+        assert statistics.quantiles(errors, n=10)[-1] <= 0.02
+        assert statistics.median(errors) <= 0.006
+
+
+def _token_errors(found_ND: torch.Tensor, expected_ND: torch.Tensor) -> list[float]:
+    """Of each token by itself, over its norm."""
+    return ((found_ND - expected_ND).norm(dim=-1) / expected_ND.norm(dim=-1)).tolist()
 
 
 @native

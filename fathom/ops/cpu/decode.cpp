@@ -358,7 +358,11 @@ class Pass {
     // The experts of every token, and for each expert its places: (token, choice) pairs n·K + k. They are reported as
     // those of MoE layer number `sparse`, unless that is negative.
     void route(const Layer& layer, int64_t sparse) {
-        times(layer.router, b_.normed.all(), b_.router.all(), tokens_);
+        // In float32: a rounding here may change which experts are taken.
+#pragma omp for schedule(dynamic)
+        for (int64_t row = 0; row < plan_.experts; row += kRowBlock)
+            exact_rows_times(layer.router, row, std::min(row + kRowBlock, plan_.experts), b_.normed.all(), b_.router.all(),
+                             tokens_);
 #pragma omp single
         {
             const int64_t choices = plan_.choices;

@@ -83,11 +83,6 @@ inline Words everywhere(const void* word) {
     return (Words)_mm512_set1_epi32(value);
 }
 
-// sums[lane] + the product of the two pairs in that lane, one of each vector
-inline Floats add_pairs(Floats sums, Words x, Words y) {
-    return (Floats)_mm512_dpbf16_ps((__m512)sums, (__m512bh)x, (__m512bh)y);
-}
-
 // Two vectors of bfloat16 in words: x[i] and y[i] side by side.
 inline Words paired(Floats x, Floats y) {
     Halves low, high;

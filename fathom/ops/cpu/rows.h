@@ -8,6 +8,9 @@
 
 #include "vectors.h"
 
+#include <algorithm>
+#include <vector>
+
 // A matrix as it lies in memory, rows one after another; or the first of a stack of them. The packed formats are those
 // of fathom/ops/quantized.py.
 enum Format : int64_t { kFloat32, kBfloat16, kInt8, kInt4 };
@@ -192,15 +195,99 @@ void rows_times_as(const W& weight, int64_t first, int64_t last, const float* co
     }
 }
 
-// ys[v][row] = (or +=) dot(row, xs[v]) for the rows first … last − 1.
-inline void rows_times(const Weight& weight, int64_t first, int64_t last, const float* const* xs, float* const* ys,
-                       int64_t vectors, bool add = false) {
+#ifdef __AVX512BF16__
+
+// sums[lane] + the product of the two pairs in that lane, one of each vector
+inline Floats add_pairs(Floats sums, Words x, Words y) {
+    return (Floats)_mm512_dpbf16_ps((__m512)sums, (__m512bh)x, (__m512bh)y);
+}
+
+// `block` for bfloat16 rows and vectors; vectors are as long as rows, and zeros up to a multiple of kColumns.
+template <int kR, int kV>
+inline void pair_block(const bf16* rows, int64_t columns, int64_t row, const bf16* const* xs, float* const* ys, bool add) {
+    Floats sums[kR][kV] = {};
+    for (int64_t i = 0; i < columns; i += kColumns) {
+        const __mmask32 there = columns - i < kColumns ? (1u << (columns - i)) - 1 : ~0u;
+        Words w[kR];
+#pragma GCC unroll 4
+        for (int r = 0; r < kR; r++) {
+            const bf16* from = rows + (row + r) * columns + i;
+            fetch(from + kRowsAtOnce * columns);
+            w[r] = (Words)_mm512_maskz_loadu_epi16(there, from);
+        }
+#pragma GCC unroll 4
+        for (int v = 0; v < kV; v++) {
+            const Words x = (Words)_mm512_loadu_si512(xs[v] + i);
+#pragma GCC unroll 4
+            for (int r = 0; r < kR; r++) sums[r][v] = add_pairs(sums[r][v], w[r], x);
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kR; r++) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kV; v++) {
+            float* y = ys[v] + row + r;
+            *y = add ? *y + sum(sums[r][v]) : sum(sums[r][v]);
+        }
+    }
+}
+
+template <int kV>
+inline void pair_rows(const bf16* rows, int64_t columns, int64_t first, int64_t last, const bf16* const* xs, float* const* ys,
+                      bool add) {
+    int64_t row = first;
+    for (; row + kRowsAtOnce <= last; row += kRowsAtOnce) pair_block<kRowsAtOnce, kV>(rows, columns, row, xs, ys, add);
+    for (; row < last; row++) pair_block<1, kV>(rows, columns, row, xs, ys, add);
+}
+
+// Processors that multiply pairs of bfloat16 need half the instructions when the vectors are rounded, too.
+inline void pairs_times(const Weight& weight, int64_t first, int64_t last, const float* const* xs, float* const* ys,
+                        int64_t vectors, bool add) {
+    static thread_local std::vector<bf16> rounded;
+    static thread_local std::vector<const bf16*> at;
+    const int64_t columns = weight.columns, stride = (columns + kColumns - 1) / kColumns * kColumns;
+    const bf16* rows = static_cast<const bf16*>(weight.data);
+    if (int64_t(rounded.size()) < vectors * stride) rounded.resize(vectors * stride);
+    at.resize(vectors);
+    for (int64_t v = 0; v < vectors; v++) {
+        bf16* to = rounded.data() + v * stride;
+        convert(xs[v], to, columns);
+        std::fill(to + columns, to + stride, bf16{});
+        at[v] = to;
+    }
+    for (int64_t row = first; row < last; row += kRowsAtOnce) {
+        const int64_t end = row + kRowsAtOnce < last ? row + kRowsAtOnce : last;
+        for (int64_t v = 0; v < vectors; v += kVectors) {
+            switch (vectors - v) {
+                case 1: pair_rows<1>(rows, columns, row, end, &at[v], ys + v, add); break;
+                case 2: pair_rows<2>(rows, columns, row, end, &at[v], ys + v, add); break;
+                case 3: pair_rows<3>(rows, columns, row, end, &at[v], ys + v, add); break;
+                default: pair_rows<4>(rows, columns, row, end, &at[v], ys + v, add);
+            }
+        }
+    }
+}
+
+#endif
+
+// ys[v][row] = (or +=) dot(row, xs[v]) for the rows first … last − 1, the vectors in float32.
+inline void exact_rows_times(const Weight& weight, int64_t first, int64_t last, const float* const* xs, float* const* ys,
+                             int64_t vectors, bool add = false) {
     switch (weight.format) {
         case kFloat32: return rows_times_as(Plain<float>(weight), first, last, xs, ys, vectors, add);
         case kBfloat16: return rows_times_as(Plain<bf16>(weight), first, last, xs, ys, vectors, add);
         case kInt8: return rows_times_as(Int8(weight), first, last, xs, ys, vectors, add);
         default: return rows_times_as(Int4(weight), first, last, xs, ys, vectors, add);
     }
+}
+
+// The same; vectors are rounded to bfloat16 where weights are and the processor multiplies pairs.
+inline void rows_times(const Weight& weight, int64_t first, int64_t last, const float* const* xs, float* const* ys,
+                       int64_t vectors, bool add = false) {
+#ifdef __AVX512BF16__
+    if (weight.format == kBfloat16) return pairs_times(weight, first, last, xs, ys, vectors, add);
+#endif
+    exact_rows_times(weight, first, last, xs, ys, vectors, add);
 }
 
 template <int kV, class T>
