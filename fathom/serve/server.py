@@ -64,6 +64,8 @@ class ServeCommand:
     """Hold the weights in fewer bits."""
     speculative: bool = True
     """Let the prediction module draft where that pays."""
+    drafts: int | None = None
+    """How many at every step, whether that pays or not; none: as many as pay."""
     max_batch: int = 32
     """Requests that run at one time."""
     max_waiting: int = 256
@@ -146,7 +148,7 @@ def _engine(command: ServeCommand, directory: Path, tokenizer: Tokenizer) -> Eng
     return Engine(
         model,
         tokenizer,
-        command.speculative,
+        command.speculative if command.drafts is None else command.drafts,
         command.max_batch,
         cache_tokens=command.cache_tokens,
         prefill_budget=command.prefill_budget,
@@ -157,6 +159,10 @@ def _engine(command: ServeCommand, directory: Path, tokenizer: Tokenizer) -> Eng
 def _check(command: ServeCommand) -> None:
     if not 0 <= command.port < 65536:
         raise ConfigError(f"--port is {command.port}; it must be from 0 to 65535")
+    if command.drafts is not None and not (command.speculative and 1 <= command.drafts <= 16):
+        raise ConfigError(
+            f"--drafts is {command.drafts}; it must be from 1 to 16, and without --no-speculative, which drafts none"
+        )
     for name in ("deadline", "largest_body", "drain"):
         if getattr(command, name) <= 0:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(command, name)}; it must be above 0")
