@@ -88,9 +88,14 @@ def _visible(length: int, keys: int, device: torch.device) -> Tensor:
     return torch.ones(length, keys, dtype=torch.bool, device=device).tril(keys - length)
 
 
+def query_block(length: int) -> int:
+    """Queries taken at once: enough for full-speed products, few enough to skip most masked keys."""
+    return min(512, max(256, length // 8))
+
+
 def _query_blocks(length: int) -> list[tuple[int, int]]:
-    """Bounds of the query blocks: wide enough for full-speed products, narrow enough to skip most masked keys."""
-    size = min(512, max(256, length // 8))
+    """Bounds of the query blocks."""
+    size = query_block(length)
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 

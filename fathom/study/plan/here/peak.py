@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fathom.study.plan.here.saved import Shape, Stage, query_block, stages
+from fathom.ops.attention import query_block
+from fathom.study.plan.here.saved import Shape, Stage, stages
 from fathom.study.plan.here.step import matrices, muon_batches
 from fathom.train.run import Run
 
@@ -106,7 +107,7 @@ def _thread_bytes(shape: Shape) -> int:
     d, f, x, v = config.hidden_size, config.moe_intermediate_size, config.qk_head_dim, config.v_head_dim
     # An untrained router sends nearly everything to one expert now and then.
     expert = shape.tokens * (2 * d + 4 * f) + 2 * f * d
-    head = 4 * length * x + 2 * length * v + 2 * query_block(shape) * length
+    head = 4 * length * x + 2 * length * v + 2 * query_block(length) * length
     # Slots are shared between experts and heads, but for the gradients that heads add up in float32.
     return max(expert, head) * shape.itemsize + length * (x + v) * 4
 
@@ -169,7 +170,7 @@ def prepared_bytes(run: Run, shape: Shape) -> int:
     config = shape.config
     sparse = config.num_moe_layers + config.num_nextn_predict_layers
     products = 6 * len(expert_heights(shape)) if sparse else 0
-    products += 3 * (len(matrices(shape)) + 1) + 6 * -(-shape.length // query_block(shape))
+    products += 3 * (len(matrices(shape)) + 1) + 6 * -(-shape.length // query_block(shape.length))
     products += 3 * len(muon_batches(shape)) if run.optimizer.kind == "muon" else 0
     return min(PREPARED_MOST, products) * PREPARED_BYTES
 

@@ -10,6 +10,7 @@ E experts, K experts per token, F expert width, R rows: the (token, expert) pair
 from dataclasses import dataclass
 
 from fathom.model.config import ModelConfig
+from fathom.ops.attention import query_block
 
 _KEPT_LENGTH = 1024  # fathom/ops/attention.py keeps probabilities up to here
 _PAD = 16  # fathom/ops/experts.py pads an expert's rows in sixteenths of a power of two
@@ -117,17 +118,12 @@ def attention(shape: Shape, first: bool = False) -> Stage:
     return Stage("attention", kept, matrices + norms, passing)
 
 
-def query_block(shape: Shape) -> int:
-    """Queries that attention takes at once (fathom/ops/attention.py)."""
-    return min(512, max(256, shape.length // 8))
-
-
 def _probabilities(shape: Shape) -> int:
     """Kept probabilities: blocks of queries times the keys up to the block's end; none of long sequences."""
     length = shape.length
     if length > _KEPT_LENGTH:
         return 0
-    block = query_block(shape)
+    block = query_block(length)
     ends = [min(start + block, length) for start in range(0, length, block)]
     numbers = sum((end - start) * end for start, end in zip(range(0, length, block), ends, strict=True))
     return shape.batch * shape.config.num_attention_heads * numbers

@@ -7,8 +7,9 @@ lies between. Every rate is measured (rates.py); none is adjusted to a model.
 from collections import Counter
 from dataclasses import dataclass
 
+from fathom.ops.attention import query_block
 from fathom.study.plan.here.rates import Machine
-from fathom.study.plan.here.saved import Shape, query_block
+from fathom.study.plan.here.saved import Shape
 from fathom.train.optim import BATCH_NUMBERS
 from fathom.train.run import Run
 
@@ -126,7 +127,7 @@ def _attention(shape: Shape, machine: Machine) -> float:
     """Per head and block of queries two products forward and four backward; long sequences' scores once more."""
     config, length = shape.config, shape.length
     x, v = config.qk_head_dim, config.v_head_dim
-    block = query_block(shape)
+    block = query_block(length)
     seconds = 0.0
     for start in range(0, length, block):
         end = min(start + block, length)
