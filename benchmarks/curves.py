@@ -15,20 +15,14 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
-import transformers
-from decode import Drafting, Programs, in_turn
+from decode import Drafting, HeldOut, Programs, in_turn, settle
 from decoders import Steps, random_prompts
 from matplotlib import pyplot
 from rich.console import Console
 from rich.table import Table
 from side import cpu_model
 
-from fathom.checkpoint.huggingface import load_model
-from fathom.config import atomic_write, from_json
-from fathom.data.pack import open_prepared
-from fathom.train.hardware import keep_freed_memory
-from fathom.train.run import Run
-from fathom.train.setup import rows_of
+from fathom.config import atomic_write
 
 CONTEXTS = (512, 2048, 4096, 8192, 16384)
 CONCURRENCY = (1, 2, 4, 8, 16, 32)
@@ -76,14 +70,11 @@ def _curves(
 
 def drafting(demo: Path) -> Panel:
     """As many drafts as pay, against none."""
-    run = from_json(Run, json.loads((demo / "run.json").read_text()), where=str(demo / "run.json"))
-    rows = rows_of(open_prepared(demo / "data"), run, "valid")
-    model = load_model(demo / "model", torch.bfloat16)
-    chosen = torch.linspace(0, len(rows) - 1, max(CONCURRENCY)).long().tolist()
-    prompts = [rows.sequential(row, 1).tokens_BW[0, :SHORT].tolist() for row in chosen]
+    held_out = HeldOut.of(demo)
+    prompts = held_out.prompts
     curves: dict[str, Curve] = {"without drafts": {}, "as many drafts as pay": {}}
     for batch in CONCURRENCY:
-        engines = [Drafting(model, speculative, batch) for speculative in (0, True)]
+        engines = [Drafting(held_out.model, speculative, batch) for speculative in (0, True)]
         groups = [prompts[first : first + batch] for first in range(0, len(prompts), batch)]
         rates: list[list[float]] = [[], []]
         for turn in range(max(4, len(groups)) + 2):
@@ -129,9 +120,7 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, help="file to draw to (.png, .svg)")
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
     options = parser.parse_args()
-    keep_freed_memory()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    settle()
     console = Console(width=120)
     machine = f"{cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}, bfloat16"
     panels = []

@@ -33,7 +33,8 @@ from fathom import presets
 from fathom.checkpoint.gguf import save_gguf
 from fathom.checkpoint.huggingface import load_model, save_model
 from fathom.config import atomic_write, from_json
-from fathom.data.pack import open_prepared
+from fathom.data.pack import Prepared, open_prepared
+from fathom.data.stream import TokenRows
 from fathom.eval.bits import evaluate
 from fathom.infer.core import Core
 from fathom.infer.quantize import quantized
@@ -322,14 +323,28 @@ def drafting_peer(model: Model, prompts: Sequence[list[int]], folder: Path) -> R
     return against(name, engine.tokens / engine.seconds, tokens / seconds)
 
 
+class HeldOut(NamedTuple):
+    """The demo's model, what it was not trained on, and 32 prompts of 128 tokens from all over that."""
+
+    run: Run
+    prepared: Prepared
+    model: Model
+    rows: TokenRows
+    prompts: list[list[int]]
+
+    @classmethod
+    def of(cls, demo: Path) -> "HeldOut":
+        run = from_json(Run, json.loads((demo / "run.json").read_text()), where=str(demo / "run.json"))
+        prepared = open_prepared(demo / "data")
+        rows = rows_of(prepared, run, "valid")
+        chosen = torch.linspace(0, len(rows) - 1, 32).long().tolist()
+        prompts = [rows.sequential(row, 1).tokens_BW[0, :128].tolist() for row in chosen]
+        return cls(run, prepared, load_model(demo / "model", torch.bfloat16), rows, prompts)
+
+
 def trained(demo: Path) -> Iterator[Row]:
     """Drafting on held-out code, and what fewer bits lose, with the demo's model."""
-    run = from_json(Run, json.loads((demo / "run.json").read_text()), where=str(demo / "run.json"))
-    prepared = open_prepared(demo / "data")
-    model = load_model(demo / "model", torch.bfloat16)
-    rows = rows_of(prepared, run, "valid")
-    chosen = torch.linspace(0, len(rows) - 1, 32).long().tolist()
-    prompts = [rows.sequential(row, 1).tokens_BW[0, :128].tolist() for row in chosen]
+    run, prepared, model, rows, prompts = HeldOut.of(demo)
     yield from drafting("demo's model", model, prompts, trained=True)
     batches = [rows.sequential(row, 1) for row in range(0, len(rows), max(1, len(rows) // 64))]
     size = round(prepared.valid_bytes * len(batches) * run.train.sequence_length / prepared.valid_tokens)
@@ -340,6 +355,13 @@ def trained(demo: Path) -> Iterator[Row]:
 
 
 # --------------------------------------------------------------------------------------------------------- showing
+
+
+def settle() -> None:
+    """The same allocator setting for all, and no chatter of the peers'."""
+    keep_freed_memory()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 def small(folder: Path) -> Iterator[Row]:
@@ -399,9 +421,7 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, default=Path("runs/demo"), help="directory of a demo's run")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     options = parser.parse_args()
-    keep_freed_memory()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    settle()
     console = Console(width=150)
     rows = list(measured(options, console))
     table = Table("tokens per second, unless said", *("fathom", "peer", "ratio", "floor", "goal", "reached"), box=None)

@@ -281,7 +281,7 @@ class Pass {
 #pragma omp single
         plan_parts();
         const int64_t heads = plan_.heads, parts = b_.part_token.size();
-        Heads<T> all(heads, plan_.latent, width_);
+        LatentAttention<T> all(heads, plan_.latent, width_);
 #pragma omp for schedule(dynamic)
         for (int64_t part = 0; part < parts; part++) {
             const int64_t token = b_.part_token[part];
@@ -361,8 +361,8 @@ class Pass {
         // In float32: a rounding here may change which experts are taken.
 #pragma omp for schedule(dynamic)
         for (int64_t row = 0; row < plan_.experts; row += kRowBlock)
-            exact_rows_times(layer.router, row, std::min(row + kRowBlock, plan_.experts), b_.normed.all(), b_.router.all(),
-                             tokens_);
+            exact_rows_times(layer.router, row, std::min(row + kRowBlock, plan_.experts), b_.normed.all(),
+                             b_.router.all(), tokens_);
 #pragma omp single
         {
             const int64_t choices = plan_.choices;

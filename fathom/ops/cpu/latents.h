@@ -19,9 +19,9 @@ constexpr int64_t kRun = 128;  // rows taken at once at most
 
 // The plain form, and the interface of both.
 template <class T>
-class Heads {
+class LatentAttention {
   public:
-    Heads(int64_t heads, int64_t latent, int64_t width)
+    LatentAttention(int64_t heads, int64_t latent, int64_t width)
         : heads_(heads), latent_(latent), width_(width), powers_(heads * kRun) {
         for (int64_t h = 0; h < heads; h++) rows_.push_back(powers_.data() + h * kRun);
     }
@@ -94,11 +94,11 @@ inline Words paired(Floats x, Floats y) {
 // For scores a vector holds sixteen heads and a cached pair is repeated across it; no sum over a vector's lanes is ever
 // needed. For values a vector holds sixteen columns, and pairs are made of neighbouring rows.
 template <>
-class Heads<bf16> {
+class LatentAttention<bf16> {
   public:
-    Heads(int64_t heads, int64_t latent, int64_t width)
-        : heads_(heads), latent_(latent), width_(width), words_((width + 1) / 2), groups_((heads + kLanes - 1) / kLanes),
-          queries_(groups_ * words_), highest_(groups_), total_(groups_) {}
+    LatentAttention(int64_t heads, int64_t latent, int64_t width)
+        : heads_(heads), latent_(latent), width_(width), words_((width + 1) / 2),
+          groups_((heads + kLanes - 1) / kLanes), queries_(groups_ * words_), highest_(groups_), total_(groups_) {}
 
     void ask(const float* const* queries) {
         if (asked_ == queries) return;

@@ -204,7 +204,8 @@ inline Floats add_pairs(Floats sums, Words x, Words y) {
 
 // `block` for bfloat16 rows and vectors; vectors are as long as rows, and zeros up to a multiple of kColumns.
 template <int kR, int kV>
-inline void pair_block(const bf16* rows, int64_t columns, int64_t row, const bf16* const* xs, float* const* ys, bool add) {
+inline void pair_block(const bf16* rows, int64_t columns, int64_t row, const bf16* const* xs, float* const* ys,
+                       bool add) {
     Floats sums[kR][kV] = {};
     for (int64_t i = 0; i < columns; i += kColumns) {
         const __mmask32 there = columns - i < kColumns ? (1u << (columns - i)) - 1 : ~0u;
@@ -233,8 +234,8 @@ inline void pair_block(const bf16* rows, int64_t columns, int64_t row, const bf1
 }
 
 template <int kV>
-inline void pair_rows(const bf16* rows, int64_t columns, int64_t first, int64_t last, const bf16* const* xs, float* const* ys,
-                      bool add) {
+inline void pair_rows(const bf16* rows, int64_t columns, int64_t first, int64_t last, const bf16* const* xs,
+                      float* const* ys, bool add) {
     int64_t row = first;
     for (; row + kRowsAtOnce <= last; row += kRowsAtOnce) pair_block<kRowsAtOnce, kV>(rows, columns, row, xs, ys, add);
     for (; row < last; row++) pair_block<1, kV>(rows, columns, row, xs, ys, add);
@@ -271,8 +272,8 @@ inline void pairs_times(const Weight& weight, int64_t first, int64_t last, const
 #endif
 
 // ys[v][row] = (or +=) dot(row, xs[v]) for the rows first … last − 1, the vectors in float32.
-inline void exact_rows_times(const Weight& weight, int64_t first, int64_t last, const float* const* xs, float* const* ys,
-                             int64_t vectors, bool add = false) {
+inline void exact_rows_times(const Weight& weight, int64_t first, int64_t last, const float* const* xs,
+                             float* const* ys, int64_t vectors, bool add = false) {
     switch (weight.format) {
         case kFloat32: return rows_times_as(Plain<float>(weight), first, last, xs, ys, vectors, add);
         case kBfloat16: return rows_times_as(Plain<bf16>(weight), first, last, xs, ys, vectors, add);
