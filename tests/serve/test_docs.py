@@ -1,7 +1,8 @@
-"""The page about serving names every flag and every metric."""
+"""The page about serving names every flag and every metric; flags that make no sense are explained."""
 
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,9 +11,10 @@ pytest.importorskip("llguidance", reason="the server needs llguidance")
 from prometheus_client.parser import text_string_to_metric_families
 
 from fathom.checkpoint.huggingface import load_model
+from fathom.config import ConfigError
 from fathom.infer.engine import Engine
 from fathom.serve.metrics import Metrics
-from fathom.serve.server import ServeCommand
+from fathom.serve.server import ServeCommand, serve
 from fathom.serve.worker import Worker
 from tests.serve.random_model import save_random_model
 
@@ -34,3 +36,14 @@ def test_every_metric_is_named(tmp_path: Path) -> None:
     assert len(names) > 15
     # Of every histogram the library also says when it was made.
     assert {name for name in names if f"`{name}" not in DOCS and not name.endswith("_created")} == set()
+
+
+@pytest.mark.parametrize(("flags", "named"), [({"drafts": 0}, "--drafts is 0"), ({"drafts": 17}, "--drafts is 17")])
+def test_wrong_flags_are_named(flags: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        serve(ServeCommand("nowhere", **flags))
+
+
+def test_drafts_cannot_be_asked_for_and_forbidden() -> None:
+    with pytest.raises(ConfigError, match="--no-speculative"):
+        serve(ServeCommand("nowhere", speculative=False, drafts=2))
