@@ -395,12 +395,14 @@ class Core:
         """Note what `count` tokens took, the first of which is the sequence's token `start` and the pass's `first`."""
         if generation.routing is None:
             return
-        missing = start + count - len(generation.routing)
-        generation.routing += [None] * missing
         experts_NLK = routed.experts_LNK[:, first : first + count].transpose(0, 1).tolist()
         weights_NLK = routed.weights_LNK[:, first : first + count].transpose(0, 1).tolist()
-        found = [TokenRouting(*facts) for facts in zip(experts_NLK, weights_NLK, strict=True)]
-        generation.routing[start : start + count] = found
+        # Tokens whose latents were found in the cache took experts that nobody saw. All in one assignment, as another
+        # thread may be reading the list.
+        known = min(start, len(generation.routing))
+        found: list[TokenRouting | None] = [None] * (start - known)
+        found += [TokenRouting(*facts) for facts in zip(experts_NLK, weights_NLK, strict=True)]
+        generation.routing[known : start + count] = found
 
     def _count(self, generation: Generation, drafts: int, accepted: int) -> None:
         self._drafted, self._accepted = self._drafted + drafts, self._accepted + accepted

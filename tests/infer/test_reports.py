@@ -1,6 +1,7 @@
 """What the engine tells besides tokens: routing, counts; and what it is told: constraints."""
 
 import random
+import threading
 
 import pytest
 import torch
@@ -68,6 +69,20 @@ def test_cached_tokens_have_no_routing() -> None:
         "of the last one the state is read again"
     )
     assert second.routing[8:] == first.routing[8:]
+
+
+def test_routing_can_be_read_while_the_engine_steps() -> None:
+    """By a server's thread: a token's routing is there or not there yet, never empty."""
+    core = Core(lively_model(config(), seed=2), max_batch=1)
+    handle = core.submit([1, 2, 3], SamplingParams(max_tokens=400, ignore_eos=True), trace=True)
+    stepping = threading.Thread(target=finish, args=(core,))
+    stepping.start()
+    reads = gaps = 0
+    while stepping.is_alive():
+        assert handle.routing is not None
+        gaps += None in list(handle.routing)
+        reads += 1
+    assert reads > 100 and gaps == 0
 
 
 @ways
