@@ -221,7 +221,8 @@ def race(seed: int, sequence: int, position: int, size: int) -> Tensor:
     """The exponential random numbers of one position: (O) float32 for a vocabulary of `size`."""
     # Philox's counter has four words: the lowest counts the numbers of one position.
     generator = np.random.Philox(key=np.array([seed, sequence], dtype=np.uint64), counter=[0, position, 0, 0])
-    return torch.from_numpy(np.random.Generator(generator).standard_exponential(size, dtype=np.float32))
+    # Drawn in float64: in float32 one number in 2**23 is 0, which wins whatever its token's probability.
+    return torch.from_numpy(np.random.Generator(generator).standard_exponential(size)).float()
 
 
 def _check(right: bool, name: str, value: object, expected: str) -> None:

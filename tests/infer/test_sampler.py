@@ -201,6 +201,13 @@ def test_a_race_depends_on_seed_sequence_and_position_alone() -> None:
     assert torch.equal(race(7, 1, 9, 80)[:50], every[5])
 
 
+def test_what_hardly_ever_wins_does_not_win() -> None:
+    """Of 40 million races of tokens with a chance of 1e-13 each against one of the rest."""
+    probs_NO = torch.full((1, 1 << 20), 1e-13)
+    probs_NO[0, 0] = 1
+    assert all(draw(probs_NO, race(5, 0, position, 1 << 20)[None]).item() == 0 for position in range(40))
+
+
 def test_races_are_exponential_and_independent() -> None:
     numbers_NO = torch.stack([race(2**64 - 1, sequence, at, 4) for sequence in range(40) for at in range(500)])
     shares_NO = 1 - (-numbers_NO).exp()
