@@ -211,15 +211,19 @@ def through(server: Server, waiting: list[load.Asked]) -> float:
 
 def cost_of_http(server: Server, engine: Engine, draw: Any, rounds: int) -> list[tuple[float, float]]:
     """The same requests through the server and by the engine alone, which take turns in going first."""
-    pairs = []
+    pairs, times = [], 1
     for turn in range(rounds + 1):
-        waiting = list(itertools.islice(draw(1000 + turn), (3 if turn else 1) * MAX_BATCH))
+        began = time.perf_counter()
+        waiting = list(itertools.islice(draw(1000 + turn), times * MAX_BATCH))
         if turn % 2:
             pair = through(server, waiting), by_itself(engine, waiting)
         else:
             alone = by_itself(engine, waiting)
             pair = through(server, waiting), alone
-        pairs += [pair] if turn else []  # the first finds the drafting not settled
+        if turn:
+            pairs.append(pair)
+        elif time.perf_counter() - began < 30:  # the first finds the drafting not settled
+            times = 3
     print("through HTTP / alone:", ", ".join(f"{a:.0f}/{b:.0f}" for a, b in pairs))
     return pairs
 

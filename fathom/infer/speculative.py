@@ -46,7 +46,9 @@ class _Costs:
 
     latest: list[deque[float]]
     typical: list[float]
-    """Their medians."""
+    """Their medians, found anew when one step matters, else when all of the latest are new."""
+    unread: list[int]
+    """Steps since then."""
     waited: int = 0
     """Steps at the best length since another was tried."""
     wait: int = _SHORTEST_WAIT
@@ -64,8 +66,10 @@ class _Costs:
             # Old by now: two tries that agree shall outvote what is left.
             latest.popleft()
         latest.append(seconds)
-        self.typical[drafts] = median(latest)
-        self.best = None
+        self.unread[drafts] += 1
+        if after_wait or len(latest) <= _FIRST_LOOKS or self.unread[drafts] >= _COSTS_KEPT:
+            self.typical[drafts], self.unread[drafts] = median(latest), 0
+            self.best = None
 
 
 class DraftLength:
@@ -126,7 +130,7 @@ class DraftLength:
         bucket = (batch - 1).bit_length()
         if bucket not in self._costs:
             latest: list[deque[float]] = [deque(maxlen=_COSTS_KEPT) for _ in range(self.most + 1)]
-            self._costs[bucket] = _Costs(latest, [0.0] * (self.most + 1))
+            self._costs[bucket] = _Costs(latest, [0.0] * (self.most + 1), [0] * (self.most + 1))
         return self._costs[bucket]
 
     def _best(self, costs: _Costs) -> int:

@@ -39,7 +39,8 @@ def test_routing_is_that_of_the_whole_model(eager: bool, speculative: bool | int
     handles: list[Generation] = []
     for count in (1, 5, 14, 20):
         prompt = [rng.randrange(11) for _ in range(count)]
-        params = SamplingParams(max_tokens=21, stop_ids=(4,) if count < 6 else (), temperature=1.0, seed=count)
+        stops = (4,) if count < 6 else ()
+        params = SamplingParams(max_tokens=21, stop_ids=stops, ignore_eos=True, temperature=1.0, seed=count)
         handles.append(core.submit(prompt, params, trace=True))
     plain = core.submit([1, 2], SamplingParams(max_tokens=3))
     finish(core)

@@ -15,7 +15,7 @@ from fathom.model.transformer import Model
 from fathom.ops.cpu import build
 from fathom.ops.experts import _padded as padded_loads
 from fathom.study.plan.here.peak import expert_heights, peak
-from fathom.study.plan.here.rates import Machine
+from fathom.study.plan.here.rates import Machine, Overhead
 from fathom.study.plan.here.report import shape_of
 from fathom.study.plan.here.saved import Shape, saved_bytes, stages
 from fathom.study.plan.here.step import muon_batches, step_time
@@ -120,7 +120,10 @@ class Paper(Machine):
     dtype: torch.dtype = torch.bfloat16
     threads: int = 1
     bandwidth: float = float("inf")
-    norm = activation = copy = cross_entropy = softmax = overhead = 0.0  # type: ignore[assignment]
+    norm = activation = copy = cross_entropy = softmax = 0.0  # type: ignore[assignment]
+
+    def overhead(self, kind: str) -> Overhead:
+        return Overhead(0.0, 0.0, 0.0, 0.0)
 
     def product(self, rows: int, inner: int, columns: int, **kind: bool) -> float:
         return 2.0 * rows * inner * columns

@@ -10,17 +10,22 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import cycle
 from statistics import median
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fathom.data.stream import Batch
 from fathom.model.transformer import Model
 from fathom.ops.loss import linear_cross_entropy
 from fathom.ops.norm import rms_norm
 from fathom.ops.precision import bfloat16_is_emulated
 from fathom.ops.swiglu import swiglu
+from fathom.parallel.data import Ranks
 from fathom.presets import nano
+from fathom.train.loop import optimizer_step
 from fathom.train.optim import NEWTON_SCHULZ_STEPS, orthogonalize
+from fathom.train.setup import state_around
 
 _REPEATS = 5
 _PATIENCE = 0.2
@@ -29,6 +34,19 @@ _UNCACHED = 64 << 20
 """Bytes of operands that no cache holds."""
 _NUMBERS = (4096, 256)
 """Tokens and width that the passes over memory are timed with."""
+
+
+class Overhead(NamedTuple):
+    """Seconds that a training step takes whatever its size: Python, autograd, the starting of operations."""
+
+    batch: float
+    """A micro-batch's embedding, head and losses, forward and backward."""
+    layer: float
+    """A layer, forward and backward."""
+    step: float
+    """Clipping, optimizers and balancing, for what belongs to no layer."""
+    layer_step: float
+    """The same for a layer's parameters."""
 
 
 @dataclass
@@ -40,6 +58,8 @@ class Machine:
     threads: int = field(default_factory=torch.get_num_threads)
     products: dict[str, float] = field(default_factory=dict)
     """FLOP/s of the products measured so far, by shape."""
+    overheads: dict[str, Overhead] = field(default_factory=dict)
+    """By the optimizer's kind, as far as asked for."""
 
     def product(
         self, rows: int, inner: int, columns: int, *, alone: bool = False, transposed: bool = False, wide: bool = False
@@ -70,11 +90,18 @@ class Machine:
             self.products[name] = flops / timed(lambda: orthogonalize(matrices))
         return flops / self.products[name]
 
-    @cached_property
-    def overhead(self) -> float:
-        """Seconds a layer takes forward and backward when there is next to nothing to compute."""
-        few, many = (_tiny_step(layers) for layers in (2, 10))
-        return (timed(many) - timed(few)) / 8
+    def overhead(self, kind: Literal["adamw", "muon"]) -> Overhead:
+        """What a step costs with the optimizer of this kind when there is next to nothing to compute."""
+        if kind not in self.overheads:
+            few, many = 2, 10
+            once = {layers: timed(_tiny_step(kind, layers, 1)) for layers in (few, many)}
+            twice = {layers: timed(_tiny_step(kind, layers, 2)) for layers in (few, many)}
+            batch = {layers: twice[layers] - once[layers] for layers in (few, many)}
+            layer = (batch[many] - batch[few]) / (many - few)
+            update = (once[many] - once[few]) / (many - few) - layer
+            rest = once[few] - batch[few] - few * update
+            self.overheads[kind] = Overhead(batch[few] - few * layer, layer, rest, update)
+        return self.overheads[kind]
 
     @cached_property
     def bandwidth(self) -> float:
@@ -143,14 +170,19 @@ def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
     torch.mm(left, right, out=out)
 
 
-def _tiny_step(layers: int) -> Callable[[], None]:
-    """Forward and backward of a model of so many MoE layers that is all overhead."""
+def _tiny_step(kind: Literal["adamw", "muon"], layers: int, micro_batches: int) -> Callable[[], object]:
+    """The trainer's own step for a model of so many MoE layers that is all overhead."""
     config = replace(
         nano().model, vocab_size=64, hidden_size=16, moe_intermediate_size=16, n_routed_experts=2, num_experts_per_tok=1
     )
     config = replace(config, num_hidden_layers=layers, first_k_dense_replace=0, num_nextn_predict_layers=0)
-    model, tokens = Model(config).train(), torch.zeros(1, 8, dtype=torch.int64)
-    return lambda: model.states(tokens, compute_dtype=torch.bfloat16).h_BSD.sum().backward()
+    train = replace(nano().train, batch_size=micro_batches, micro_batch_size=1, sequence_length=8, compute="bfloat16")
+    run = replace(nano(), model=config, train=train, optimizer=replace(nano().optimizer, kind=kind))
+    alone = Ranks(0, 1, torch.device("cpu"))
+    state = state_around(Model(config).train(), run, alone)
+    tokens_BW = torch.zeros(1, train.sequence_length + 1, dtype=torch.int64)
+    batches = [Batch(tokens_BW, torch.zeros_like(tokens_BW))] * micro_batches
+    return lambda: optimizer_step(state, batches, micro_batches, run, alone)
 
 
 class _threads:  # noqa: N801 (reads as a word: with _threads(1))

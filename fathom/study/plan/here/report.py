@@ -68,11 +68,15 @@ def here_json(plan: HerePlan) -> dict[str, Any]:
         "memory": asdict(plan.peak) | {"total": plan.peak.total},
         "step": asdict(plan.time) | {"total": plan.time.total},
         "tokens_per_second": plan.tokens / plan.time.total,
-        "rates": {"products": machine.products, **{name: getattr(machine, name) for name in _RATES}},
+        "rates": {
+            "products": machine.products,
+            "overhead": {kind: found._asdict() for kind, found in machine.overheads.items()},
+            **{name: getattr(machine, name) for name in _RATES},
+        },
     }
 
 
-_RATES = ("bandwidth", "norm", "activation", "copy", "cross_entropy", "softmax", "overhead")
+_RATES = ("bandwidth", "norm", "activation", "copy", "cross_entropy", "softmax")
 
 
 def show_here(console: Console, plan: HerePlan) -> None:
@@ -95,6 +99,9 @@ def show_here(console: Console, plan: HerePlan) -> None:
         value = getattr(plan.machine, name)
         unit = f"{value / 1e9:.1f} GB/s" if name == "bandwidth" else f"{value * 1e9:.3g} ns"
         rates.add_row(name.replace("_", " "), unit)
+    for found in plan.machine.overheads.values():
+        for name, seconds in found._asdict().items():
+            rates.add_row(f"overhead, {name.replace('_', ' ')}", f"{seconds * 1e3:.2f} ms")
     for name, flops in plan.machine.products.items():
         rates.add_row(name, f"{flops / 1e9:.0f} GFLOP/s")
     for table in (memory, step, rates):

@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from fathom.ops.attention import query_block
-from fathom.study.plan.here.rates import Machine
+from fathom.study.plan.here.rates import Machine, Overhead
 from fathom.study.plan.here.saved import Shape
 from fathom.train.optim import BATCH_NUMBERS
 from fathom.train.run import Run
@@ -38,7 +38,7 @@ class StepTime:
     passes: float
     """Everything that reads and writes activations and weights and multiplies no matrices."""
     overhead: float
-    """Python, autograd and the starting of threads: what layers cost that compute nothing."""
+    """Python, autograd and the starting of operations: what a step costs that computes nothing."""
     optimizer: float
     """Clipping and the update."""
 
@@ -58,9 +58,13 @@ def step_time(run: Run, shape: Shape, machine: Machine) -> StepTime:
         attention=times * again * _attention(shape, machine),
         head=times * _head(shape, machine),
         passes=times * again * _passes(shape, machine),
-        overhead=times * again * _blocks(shape)[0] * machine.overhead,
+        overhead=_overhead(times, again, _blocks(shape)[0], machine.overhead(run.optimizer.kind)),
         optimizer=_optimizer(run, shape, machine),
     )
+
+
+def _overhead(times: int, again: float, layers: int, of: Overhead) -> float:
+    return times * (of.batch + again * layers * of.layer) + of.step + layers * of.layer_step
 
 
 def _blocks(shape: Shape) -> tuple[int, int]:
