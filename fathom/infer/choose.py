@@ -82,7 +82,7 @@ def choose(logits_NO: Tensor, rows: Sequence[Row]) -> list[Decision]:
     Raises ValueError where the positions are not as many as the rows and drafts need.
     """
     places = _places(rows, len(logits_NO))
-    best_N = logits_NO.argmax(-1)
+    best_N = _likeliest(logits_NO)
     sampled = []
     for row, place in zip(rows, places, strict=True):
         if row.params.temperature > 0:
@@ -107,7 +107,7 @@ def draft(logits_BO: Tensor, rows: Sequence[Row]) -> list[int]:
 
     They are processed, and drawn from, just as the model's own logits will be at that place. The rows stay as they are.
     """
-    best_B = logits_BO.argmax(-1)
+    best_B = _likeliest(logits_BO)
     sampled = [b for b, row in enumerate(rows) if row.params.temperature > 0]
     for b, row in enumerate(rows):
         if row.params.temperature == 0 and _is_adjusted(row):
@@ -123,6 +123,14 @@ def prompt_logprobs(logits_SO: Tensor, following_S: Tensor, top: int) -> list[To
     for part_NO, ids_N in zip(logits_SO.split(_CHUNK), following_S.split(_CHUNK), strict=True):
         found += _token_logprobs(part_NO, ids_N, top)
     return found
+
+
+def _likeliest(logits_NO: Tensor) -> Tensor:
+    """The first of the likeliest tokens (N) of each place."""
+    if logits_NO.device.type == "cpu":
+        # Some ten times as fast as torch's, which takes as long as a small model's whole step.
+        return torch.from_numpy(at_least_float32(logits_NO).numpy().argmax(-1))
+    return logits_NO.argmax(-1)
 
 
 def _places(rows: Sequence[Row], positions: int) -> list[slice]:

@@ -42,6 +42,9 @@ _MOST_DRAFTS = 4
 _MOST_PENDING = 32
 """States a sequence keeps for the drafting module while nothing is drafted; it then takes them in together."""
 
+_MOST_UNCOUNTED = 64
+"""Passes whose routing is kept until all of it is counted at once."""
+
 _USUAL_LENGTH = 4096
 """Tokens per sequence the cache has room for unless its size is given; longer ones take the room of others."""
 
@@ -247,6 +250,7 @@ class Core:
         layers = sum(isinstance(layer.mlp, MoE) for layer in cast(Iterable[Block], model.layers))
         device = model.embed_tokens.weight.device
         self._load_LE = torch.zeros(layers, config.n_routed_experts, dtype=torch.int64, device=device)
+        self._uncounted: list[Tensor] = []
         self._active: dict[Sequence, _Active] = {}
         self._of: dict[Generation, _Active] = {}
 
@@ -305,6 +309,7 @@ class Core:
     def stats(self) -> Stats:
         """Counts and sizes, as they are now."""
         blocks, latents_LMW = self.blocks, self.runner.cache.latents_LMW
+        self._count_loads()
         return Stats(
             waiting=len(self.scheduler.waiting),
             running=len(self.scheduler.running),
@@ -348,7 +353,7 @@ class Core:
             self._count(active.generation, drafts, decision.accepted)
             first = place * fed
             self._trace(active.generation, len(active.sequence.tokens) - 1, output.routed, first, decision.accepted + 1)
-            updates.append(self._take(active, decision, output.h_ND[first : first + decision.accepted + 1]))
+            updates.append(self._take(active, decision, output.h_ND, first))
         if self.drafting and self._fixed_drafts is None and (caught_up or not drafts):
             accepted_at = [sum(decision.accepted > place for decision in decisions) for place in range(drafts)]
             self.lengths.record(len(batch), drafts, len(batch), accepted_at, time.perf_counter() - began)
@@ -386,9 +391,16 @@ class Core:
 
     def _main(self, stretches: list[Stretch], wanted: Ordered[int]) -> Output:
         output = self.runner.main(stretches, wanted)
-        experts_LX = output.routed.experts_LNK.flatten(1)
-        self._load_LE.scatter_add_(1, experts_LX, torch.ones_like(experts_LX))
+        self._uncounted.append(output.routed.experts_LNK)
+        if len(self._uncounted) == _MOST_UNCOUNTED:
+            self._count_loads()
         return output
+
+    def _count_loads(self) -> None:
+        if self._uncounted:
+            experts_LX = torch.cat(self._uncounted, dim=1).flatten(1)
+            self._load_LE.scatter_add_(1, experts_LX, torch.ones_like(experts_LX))
+            self._uncounted.clear()
 
     @staticmethod
     def _trace(generation: Generation, start: int, routed: Routed, first: int, count: int) -> None:
@@ -473,7 +485,9 @@ class Core:
         if not ended:
             return []
         decisions = choose(output.logits_NO[last], [active.row() for active, _ in ended])
-        return [self._take(active, decision, h_1D) for (active, h_1D), decision in zip(ended, decisions, strict=True)]
+        return [
+            self._take(active, decision, h_1D, 0) for (active, h_1D), decision in zip(ended, decisions, strict=True)
+        ]
 
     @staticmethod
     def _report_prompt(active: _Active, start: int, logits_NO: Tensor) -> None:
@@ -489,8 +503,8 @@ class Core:
 
     # ----------------------------------------------------------------------------------------------- what follows
 
-    def _take(self, active: _Active, decision: Decision, h_ND: Tensor) -> Update:
-        """Append decided tokens, up to one that ends the request; `h_ND` are the states that they pair with."""
+    def _take(self, active: _Active, decision: Decision, h_ND: Tensor, first: int) -> Update:
+        """Append decided tokens, up to one that ends the request; they pair with the states of `h_ND` from `first`."""
         generation, sequence = active.generation, active.sequence
         active.drafts = []
         taken: list[int] = []
@@ -518,7 +532,7 @@ class Core:
             # The pass read accepted drafts that an ending left out.
             del generation.routing[sequence.computed :]
         if self.drafting:
-            active.pending_ND.append(h_ND[: len(taken)])
+            active.pending_ND.append(h_ND[first : first + len(taken)])
             active.pending += len(taken)
         sequence.ready = len(sequence.tokens) - max(active.pending, 1)
         self.scheduler.publish(sequence)

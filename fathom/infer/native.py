@@ -6,7 +6,10 @@ Shapes: N tokens, D hidden, O vocabulary, E experts, J pairs of rotary numbers.
 """
 
 import ctypes
+from array import array
+from collections.abc import Iterable
 from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -78,6 +81,27 @@ class _Step(Structure):
     )
 
 
+def _whole_numbers() -> "array[int]":
+    return array("q")
+
+
+@dataclass
+class Tokens:
+    """The tokens of a pass: whole numbers of 64 bits, one for each token but for `pages`."""
+
+    most_pages: int
+    """Length of the rows of `pages`."""
+    ids: "array[int]" = field(default_factory=_whole_numbers)
+    positions: "array[int]" = field(default_factory=_whole_numbers)
+    """In its sequence."""
+    slots: "array[int]" = field(default_factory=_whole_numbers)
+    """Where its latent goes."""
+    owners: "array[int]" = field(default_factory=_whole_numbers)
+    """Which row of `pages` is its sequence's."""
+    pages: "array[int]" = field(default_factory=_whole_numbers)
+    """Row after row."""
+
+
 class NativeModel:
     """A model on the CPU, ready for `main` and `module`; it is read where it lies, not copied."""
 
@@ -118,49 +142,41 @@ class NativeModel:
             cosines=self._keep(rope.cos),
             sines=self._keep(rope.sin),
         )
+        self._plan_at, self._dtype = ctypes.addressof(self._plan), cache_LMW.dtype
 
     def run(
         self,
         module: int | None,
-        ids_N: Tensor,
-        positions_N: Tensor,
-        slots_N: Tensor,
-        owners_N: Tensor,
-        pages: Tensor,
-        which: Tensor,
+        tokens: Tokens,
+        wanted: Iterable[int],
         before_ND: Tensor | None = None,
         remember: bool = False,
     ) -> tuple[Tensor, Tensor, Routed]:
-        """States (N, D) of the main model or of MTP module number `module`, and the logits of the tokens in `which`.
+        """States (N, D) of the main model or of MTP module number `module`, and the logits of the tokens `wanted`.
 
-        All indices are int64. Token n is at `positions_N[n]` of the sequence whose pages are row `owners_N[n]` of
-        `pages`, and its latent goes to `slots_N[n]`. States and logits are float32.
-        The routing is that of the main model, of no layer for a module. With `remember` a module writes its latents
-        and no more: there are no states.
+        States and logits are float32. The routing is that of the main model, of no layer for a module. With `remember`
+        a module writes its latents and no more: there are no states.
         """
-        states_ND = torch.empty(0 if remember else len(ids_N), self._hidden)
+        n, which = len(tokens.ids), array("q", wanted)
+        states_ND = torch.empty(0 if remember else n, self._hidden)
         logits = torch.empty(len(which), self._words)
-        routed = (self._sparse_layers if module is None else 0, len(ids_N), self._plan.choices)
+        routed = (self._sparse_layers if module is None else 0, n, self._plan.choices)
         experts_LNK, weights_LNK = torch.empty(routed, dtype=torch.int64), torch.empty(routed)
         step = _Step(
-            tokens=len(ids_N),
-            most_pages=pages.shape[1],
-            ids=ids_N.data_ptr(),
-            positions=positions_N.data_ptr(),
-            slots=slots_N.data_ptr(),
-            owners=owners_N.data_ptr(),
-            pages=pages.data_ptr(),
-            cache=self._cache_LMW.data_ptr(),
-            before=None if before_ND is None else before_ND.data_ptr(),
-            states=None if remember else states_ND.data_ptr(),
-            wanted=len(which),
-            which=which.data_ptr(),
-            logits=logits.data_ptr(),
-            experts=experts_LNK.data_ptr(),
-            weights=weights_LNK.data_ptr(),
+            n,
+            tokens.most_pages,
+            *(_address(numbers) for numbers in (tokens.ids, tokens.positions, tokens.slots, tokens.owners)),
+            _address(tokens.pages),
+            self._cache_LMW.data_ptr(),
+            None if before_ND is None else before_ND.data_ptr(),
+            None if remember else states_ND.data_ptr(),
+            len(which),
+            _address(which),
+            logits.data_ptr(),
+            experts_LNK.data_ptr(),
+            weights_LNK.data_ptr(),
         )
-        plan, step_at = ctypes.addressof(self._plan), ctypes.addressof(step)
-        build.call("decode", self._cache_LMW.dtype, plan, step_at, -1 if module is None else module)
+        build.call("decode", self._dtype, self._plan_at, ctypes.addressof(step), -1 if module is None else module)
         return states_ND, logits, Routed(experts_LNK, weights_LNK)
 
     def _layer(self, block: Block) -> _Layer:
@@ -216,6 +232,10 @@ class NativeModel:
         tensor = tensor.detach().contiguous()
         self._kept.append(tensor)
         return tensor.data_ptr()
+
+
+def _address(numbers: "array[int]") -> int:
+    return numbers.buffer_info()[0]
 
 
 def usable(model: Model) -> bool:

@@ -36,8 +36,8 @@ _FIRST_LOOKS = 3
 _COSTS_KEPT = 15
 """Latest steps whose median is the cost of a length."""
 
-_SHORTEST_WAIT, _LONGEST_WAIT = 64, 1024
-"""Steps between two tries of a length that was not the best."""
+_FIRST_WAIT, _SHORTEST_WAIT, _LONGEST_WAIT = 16, 64, 1024
+"""Steps between two tries of a length that was not the best: at first, after a change, and at most."""
 
 
 @dataclass
@@ -51,9 +51,9 @@ class _Costs:
     """Steps since then."""
     waited: int = 0
     """Steps at the best length since another was tried."""
-    wait: int = _SHORTEST_WAIT
+    wait: int = _FIRST_WAIT
     turn: int = 0
-    """Which neighbour is tried next."""
+    """Which of the others is tried next."""
     best: int | None = None
     """The length that pays most; None: to be found out again, for costs have changed."""
 
@@ -77,9 +77,9 @@ class DraftLength:
 
     A step with n drafts per row yields 1 + Σ_{k≤n} Π_{i≤k} a_i tokens per row, a_i being the chance that the i-th
     draft is accepted after the ones before. Lengths are measured upwards from 0 until one more does not pay. Later
-    the neighbours of the best length are tried again, for texts and costs change: one step each, at intervals that
-    double while nothing comes of it; only a longer try that paid for itself is repeated at once. Everything is
-    deterministic given what was recorded.
+    the neighbours of the best length, and 0, are tried again, for texts and costs change, and an engine's first steps
+    are slow: one step each, at intervals that double while nothing comes of it; only a try that paid for itself is
+    repeated at once. Everything is deterministic given what was recorded.
     """
 
     def __init__(self, most: int) -> None:
@@ -99,8 +99,8 @@ class DraftLength:
                 return drafts
         if costs.waited < costs.wait or self.most == 0:
             return best
-        neighbours = [n for n in (best + 1, best - 1) if 0 <= n <= self.most]
-        return neighbours[costs.turn % len(neighbours)]
+        others = [n for n in (best + 1, best - 1, 0) if 0 <= n <= self.most and n != best]
+        return others[costs.turn % len(others)]
 
     def record(self, batch: int, drafts: int, offered: int, accepted_at: Sequence[int], seconds: float) -> None:
         """What a step did: `offered` of its `batch` rows had `drafts` drafts each, of `accepted_at[k]` rows the first
@@ -114,12 +114,15 @@ class DraftLength:
         best = self._best(costs)
         again = costs.known(drafts) and drafts != best
         costs.add(drafts, seconds, again)
-        paid = again and drafts > best and self._paid(costs, best, drafts, accepted_at[-1], offered)
+        paid = again and (
+            self._tokens(drafts) * costs.typical[best] > self._tokens(best) * seconds
+            or (drafts > best and self._paid(costs, best, drafts, accepted_at[-1], offered))
+        )
         self._count(offered, accepted_at, best)
         if self._best(costs) != best:
-            costs.waited, costs.wait = 0, _SHORTEST_WAIT
+            costs.waited, costs.wait = 0, min(costs.wait, _SHORTEST_WAIT)
         elif paid:
-            costs.waited = costs.wait = _SHORTEST_WAIT
+            costs.waited = costs.wait = min(costs.wait, _SHORTEST_WAIT)
         elif again:
             costs.waited, costs.wait, costs.turn = 0, min(2 * costs.wait, _LONGEST_WAIT), costs.turn + 1
         else:

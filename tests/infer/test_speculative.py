@@ -88,6 +88,15 @@ def test_the_best_length_is_found_at_little_cost(
     assert efficiency > 0.985
 
 
+def test_slow_first_steps_do_not_decide() -> None:
+    """An engine's first steps find cold caches: plain ones then looked worse than drafting was ever going to be."""
+    workload, chances = Workload(4, 1, seed=1), (0.85, 0.8, 0.75, 0.75)
+    workload.run(3, (2.5,) * 5, chances)
+    workload.run(200, (1, 1.9, 2.8, 3.7, 4.6), chances)
+    chosen, efficiency = workload.run(400, (1, 1.9, 2.8, 3.7, 4.6), chances)
+    assert chosen[0] > 0.9 * 400 and efficiency > 0.98
+
+
 def test_each_batch_size_has_its_own_best_length() -> None:
     """Drafts are nearly free for one row and dear for many."""
     workload, chosen = Workload(2, 1, seed=0), {}
