@@ -130,7 +130,8 @@ template <class T>
 class Pass {
   public:
     Pass(const Plan& plan, const Step& step, Buffers& b)
-        : plan_(plan), step_(step), b_(b), width_(plan.latent + plan.rope), tokens_(step.tokens) {}
+        : plan_(plan), step_(step), b_(b), width_(plan.latent + plan.rope), tokens_(step.tokens), from_(tokens_),
+          to_(tokens_) {}
 
     void main_model() {
 #pragma omp for schedule(static)
@@ -196,9 +197,10 @@ class Pass {
     }
 
     void times(const Weight& weight, float* const* xs, float* const* ys, int64_t vectors, bool add = false) {
+        const Vectors all(weight, xs, vectors);
 #pragma omp for schedule(dynamic)
         for (int64_t row = 0; row < weight.rows; row += kRowBlock)
-            rows_times(weight, row, std::min(row + kRowBlock, weight.rows), xs, ys, vectors, add);
+            all.times(weight, row, std::min(row + kRowBlock, weight.rows), ys, add);
     }
 
     void normalise_all(Rows& from, const Weight& norm) {
@@ -213,13 +215,14 @@ class Pass {
         const Weight& first = ranked ? layer.q_a : layer.q_b;
         Rows& out = ranked ? b_.q_a : b_.q;
         const int64_t blocks = (first.rows + kRowBlock - 1) / kRowBlock;
-        const int64_t all = blocks + (layer.kv_a.rows + kRowBlock - 1) / kRowBlock;
+        const int64_t last = blocks + (layer.kv_a.rows + kRowBlock - 1) / kRowBlock;
+        const Vectors all(first.format == kBfloat16 ? first : layer.kv_a, b_.normed.all(), tokens_);
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < all; i++) {
+        for (int64_t i = 0; i < last; i++) {
             const Weight& weight = i < blocks ? first : layer.kv_a;
             const int64_t row = (i < blocks ? i : i - blocks) * kRowBlock;
             Rows& to = i < blocks ? out : b_.kv;
-            rows_times(weight, row, std::min(row + kRowBlock, weight.rows), b_.normed.all(), to.all(), tokens_);
+            all.times(weight, row, std::min(row + kRowBlock, weight.rows), to.all());
         }
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < tokens_; n++) {
@@ -259,21 +262,23 @@ class Pass {
         for (int64_t h = 0; h < heads; h++) {
             const Weight keys = layer.kv_b.part(0, h * (plan_.nope + plan_.value), plan_.nope);
             for (int64_t n = 0; n < tokens_; n++) {
-                const float* from = b_.q[n] + h * query;
-                float* to = b_.queries[n * heads + h];
-                std::fill(to, to + plan_.latent, 0.0f);
-                mix(keys, &from, &to);
-                turn(from + plan_.nope, n, to + plan_.latent);
-                for (int64_t i = 0; i < width_; i++) to[i] *= float(plan_.scale);
+                from_[n] = b_.q[n] + h * query;
+                to_[n] = b_.queries[n * heads + h];
+                std::fill(to_[n], to_[n] + plan_.latent, 0.0f);
+            }
+            mix(keys, from_.data(), to_.data(), tokens_);
+            for (int64_t n = 0; n < tokens_; n++) {
+                turn(from_[n] + plan_.nope, n, to_[n] + plan_.latent);
+                for (int64_t i = 0; i < width_; i++) to_[n][i] *= float(plan_.scale);
             }
         }
     }
 
-    void mix(const Weight& rows, const float* const* weights, float* const* outs) {
+    void mix(const Weight& rows, const float* const* weights, float* const* outs, int64_t count) {
         if (rows.format == kFloat32)
-            mix_rows(static_cast<const float*>(rows.data), rows.columns, rows.rows, rows.columns, weights, outs, 1);
+            mix_rows(static_cast<const float*>(rows.data), rows.columns, rows.rows, rows.columns, weights, outs, count);
         else
-            mix_rows(static_cast<const bf16*>(rows.data), rows.columns, rows.rows, rows.columns, weights, outs, 1);
+            mix_rows(static_cast<const bf16*>(rows.data), rows.columns, rows.rows, rows.columns, weights, outs, count);
     }
 
     // Every part attends some of one token's past, all heads at once.
@@ -349,9 +354,10 @@ class Pass {
                     });
                 }
                 for (int64_t i = 0; i < plan_.latent; i++) out[i] /= total;
-                float* to = b_.heads[n] + h * plan_.value;
-                rows_times(values, 0, plan_.value, &out, &to, 1);
+                from_[n] = out;
+                to_[n] = b_.heads[n] + h * plan_.value;
             }
+            Vectors(values, from_.data(), tokens_).times(values, 0, plan_.value, to_.data());
         }
     }
 
@@ -430,15 +436,19 @@ class Pass {
                   std::min(row + kRowBlock, width), b_.inputs.data() + first, b_.gates.all() + first,
                   b_.order.data() + first, b_.first[e + 1] - first);
         }
+        // Few large blocks, for each begins with every expert's vectors once more.
+        const int64_t shared = plan_.hidden / (4 * omp_get_num_threads()) / kRowBlock * kRowBlock;
+        const int64_t rows = std::max(kRowBlock, shared);
 #pragma omp for schedule(dynamic)
-        for (int64_t row = 0; row < plan_.hidden; row += kRowBlock) {
-            const int64_t last = std::min(row + kRowBlock, plan_.hidden);
+        for (int64_t row = 0; row < plan_.hidden; row += rows) {
+            const int64_t last = std::min(row + rows, plan_.hidden);
             for (int64_t i = 0; i < busy; i++) {
                 const int64_t e = b_.busy[i], first = b_.first[e];
-                rows_times(layer.down.part(e, 0, plan_.hidden), row, last, b_.gates.all() + first,
-                           b_.outputs.data() + first, b_.first[e + 1] - first, true);
+                const Weight down = layer.down.part(e, 0, plan_.hidden);
+                Vectors(down, b_.gates.all() + first, b_.first[e + 1] - first)
+                    .times(down, row, last, b_.outputs.data() + first, true);
             }
-            rows_times(layer.out, row, last, b_.gates.all() + places, b_.x.all(), tokens_, true);
+            Vectors(layer.out, b_.gates.all() + places, tokens_).times(layer.out, row, last, b_.x.all(), true);
         }
     }
 
@@ -451,8 +461,9 @@ class Pass {
         for (int64_t v = 0; v < vectors; v += together) {
             const int64_t count = std::min(together, vectors - v);
             for (int64_t i = 0; i < count; i++) gate_at[i] = gates[i] - row, up_at[i] = ups[i] - row;
-            rows_times(gate, row, last, xs + v, gate_at, count);
-            rows_times(up, row, last, xs + v, up_at, count);
+            const Vectors some(gate, xs + v, count);
+            some.times(gate, row, last, gate_at);
+            some.times(up, row, last, up_at);
             for (int64_t i = 0; i < count; i++) {
                 const float weight = places ? b_.weights[places[v + i]] : 1.0f;
                 each(last - row, [&](int64_t j, int64_t n) {
@@ -467,6 +478,7 @@ class Pass {
     const Step& step_;
     Buffers& b_;
     const int64_t width_, tokens_;
+    std::vector<float*> from_, to_;  // one head's rows of every token; each thread has its own
     int64_t begin_ = 0;  // the first slot that is attended; positions count from it
 };
 

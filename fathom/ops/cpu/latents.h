@@ -40,7 +40,7 @@ class LatentAttention {
     // Takes in `count` rows, at most kRun.
     void attend(const T* rows, int64_t count) {
         const Weight keys{rows, nullptr, sizeof(T) == 4 ? kFloat32 : kBfloat16, count, width_};
-        rows_times(keys, 0, count, queries_, rows_.data(), heads_);
+        Vectors(keys, queries_, heads_).times(keys, 0, count, rows_.data());
         for (int64_t h = 0; h < heads_; h++) weigh(h, count);
         mix_rows(rows, width_, count, latent_, rows_.data(), outs_, heads_);
     }

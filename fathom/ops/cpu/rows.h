@@ -1,6 +1,6 @@
 // Products of a few vectors with a matrix of weights, bound by the reading of the weights.
 //
-// Decoding multiplies every matrix with one vector per sequence. Two loops do all of it: `rows_times` takes dot products
+// Decoding multiplies every matrix with one vector per sequence. Two loops do all of it: `Vectors` takes dot products
 // with the rows, `mix_rows` weighted sums of them. A number's order of summation depends on neither the threads nor the
 // other vectors, so a sequence decodes to the same bits alone and in any company.
 
@@ -134,10 +134,20 @@ struct Int4 {
     static constexpr bool scaled = false;
 };
 
+// y = (or +=) value
+inline void put(float* y, Four value, bool add) {
+    if (add) {
+        Four before;
+        std::memcpy(&before, y, sizeof before);
+        value = before + value;
+    }
+    std::memcpy(y, &value, sizeof value);
+}
+
 // ys[v][row] (+)= dot(row, xs[v]) for kR rows and kV vectors. Meanwhile the rows after the next ones are fetched.
 template <int kR, int kV, class W>
 inline void block(const W& weight, int64_t row, const float* const* xs, float* const* ys, bool add) {
-    Floats sums[kR][kV] = {};
+    Floats totals[kR][kV] = {};
     const int64_t columns = weight.columns;
     int64_t i = 0;
     for (; i + kColumns <= columns; i += kColumns) {
@@ -148,7 +158,7 @@ inline void block(const W& weight, int64_t row, const float* const* xs, float* c
             for (int r = 0; r < kR; r++) w[r] = weight.at(row + r, i, place);
             for (int v = 0; v < kV; v++) {
                 Floats x = load(xs[v] + i + place);
-                for (int r = 0; r < kR; r++) sums[r][v] += w[r] * x;
+                for (int r = 0; r < kR; r++) totals[r][v] += w[r] * x;
             }
         }
     }
@@ -156,15 +166,22 @@ inline void block(const W& weight, int64_t row, const float* const* xs, float* c
         const int64_t count = columns - i < kLanes ? columns - i : kLanes;
         for (int v = 0; v < kV; v++) {
             Floats x = load(xs[v] + i, count);
-            for (int r = 0; r < kR; r++) sums[r][v] += weight.some(row + r, i, count) * x;
+            for (int r = 0; r < kR; r++) totals[r][v] += weight.some(row + r, i, count) * x;
         }
     }
-    for (int r = 0; r < kR; r++) {
-        for (int v = 0; v < kV; v++) {
-            float value = sum(sums[r][v]);
-            if (W::scaled) value *= weight.scale(row + r);
-            float* y = ys[v] + row + r;
-            *y = add ? *y + value : value;
+#pragma GCC unroll 4
+    for (int v = 0; v < kV; v++) {
+        if constexpr (kR == 4) {
+            Four value = sums(totals[0][v], totals[1][v], totals[2][v], totals[3][v]);
+            if (W::scaled) value *= Four{weight.scale(row), weight.scale(row + 1), weight.scale(row + 2), weight.scale(row + 3)};
+            put(ys[v] + row, value, add);
+        } else {
+            for (int r = 0; r < kR; r++) {
+                float value = sum(totals[r][v]);
+                if (W::scaled) value *= weight.scale(row + r);
+                float* y = ys[v] + row + r;
+                *y = add ? *y + value : value;
+            }
         }
     }
 }
@@ -202,68 +219,61 @@ inline Floats add_pairs(Floats sums, Words x, Words y) {
     return (Floats)_mm512_dpbf16_ps((__m512)sums, (__m512bh)x, (__m512bh)y);
 }
 
-// `block` for bfloat16 rows and vectors; vectors are as long as rows, and zeros up to a multiple of kColumns.
+// `block` for bfloat16 rows and vectors; vectors are as long as rows, and zeros up to a multiple of kColumns. What
+// follows is fetched where that was not done for other vectors already.
 template <int kR, int kV>
-inline void pair_block(const bf16* rows, int64_t columns, int64_t row, const bf16* const* xs, float* const* ys,
-                       bool add) {
-    Floats sums[kR][kV] = {};
+inline void pair_block(const bf16* rows, int64_t columns, int64_t row, const bf16* const* xs, float* const* ys, bool add,
+                       bool ahead) {
+    Floats totals[kR][kV] = {};
     for (int64_t i = 0; i < columns; i += kColumns) {
         const __mmask32 there = columns - i < kColumns ? (1u << (columns - i)) - 1 : ~0u;
         Words w[kR];
+        const bf16* from = rows + row * columns + i;
+        if (ahead) {
 #pragma GCC unroll 4
-        for (int r = 0; r < kR; r++) {
-            const bf16* from = rows + (row + r) * columns + i;
-            fetch(from + kRowsAtOnce * columns);
-            w[r] = (Words)_mm512_maskz_loadu_epi16(there, from);
+            for (int r = 0; r < kR; r++) fetch(from + (r + kRowsAtOnce) * columns);
         }
+#pragma GCC unroll 4
+        for (int r = 0; r < kR; r++) w[r] = (Words)_mm512_maskz_loadu_epi16(there, from + r * columns);
 #pragma GCC unroll 4
         for (int v = 0; v < kV; v++) {
             const Words x = (Words)_mm512_loadu_si512(xs[v] + i);
 #pragma GCC unroll 4
-            for (int r = 0; r < kR; r++) sums[r][v] = add_pairs(sums[r][v], w[r], x);
+            for (int r = 0; r < kR; r++) totals[r][v] = add_pairs(totals[r][v], w[r], x);
         }
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < kR; r++) {
-#pragma GCC unroll 4
-        for (int v = 0; v < kV; v++) {
-            float* y = ys[v] + row + r;
-            *y = add ? *y + sum(sums[r][v]) : sum(sums[r][v]);
+    for (int v = 0; v < kV; v++) {
+        if constexpr (kR == 4) {
+            put(ys[v] + row, sums(totals[0][v], totals[1][v], totals[2][v], totals[3][v]), add);
+        } else {
+            float* y = ys[v] + row;
+            *y = add ? *y + sum(totals[0][v]) : sum(totals[0][v]);
         }
     }
 }
 
 template <int kV>
 inline void pair_rows(const bf16* rows, int64_t columns, int64_t first, int64_t last, const bf16* const* xs,
-                      float* const* ys, bool add) {
+                      float* const* ys, bool add, bool ahead) {
     int64_t row = first;
-    for (; row + kRowsAtOnce <= last; row += kRowsAtOnce) pair_block<kRowsAtOnce, kV>(rows, columns, row, xs, ys, add);
-    for (; row < last; row++) pair_block<1, kV>(rows, columns, row, xs, ys, add);
+    for (; row + kRowsAtOnce <= last; row += kRowsAtOnce)
+        pair_block<kRowsAtOnce, kV>(rows, columns, row, xs, ys, add, ahead);
+    for (; row < last; row++) pair_block<1, kV>(rows, columns, row, xs, ys, add, ahead);
 }
 
-// Processors that multiply pairs of bfloat16 need half the instructions when the vectors are rounded, too.
-inline void pairs_times(const Weight& weight, int64_t first, int64_t last, const float* const* xs, float* const* ys,
+inline void pairs_times(const Weight& weight, int64_t first, int64_t last, const bf16* const* xs, float* const* ys,
                         int64_t vectors, bool add) {
-    static thread_local std::vector<bf16> rounded;
-    static thread_local std::vector<const bf16*> at;
-    const int64_t columns = weight.columns, stride = (columns + kColumns - 1) / kColumns * kColumns;
+    const int64_t columns = weight.columns;
     const bf16* rows = static_cast<const bf16*>(weight.data);
-    if (int64_t(rounded.size()) < vectors * stride) rounded.resize(vectors * stride);
-    at.resize(vectors);
-    for (int64_t v = 0; v < vectors; v++) {
-        bf16* to = rounded.data() + v * stride;
-        convert(xs[v], to, columns);
-        std::fill(to + columns, to + stride, bf16{});
-        at[v] = to;
-    }
     for (int64_t row = first; row < last; row += kRowsAtOnce) {
         const int64_t end = row + kRowsAtOnce < last ? row + kRowsAtOnce : last;
         for (int64_t v = 0; v < vectors; v += kVectors) {
             switch (vectors - v) {
-                case 1: pair_rows<1>(rows, columns, row, end, &at[v], ys + v, add); break;
-                case 2: pair_rows<2>(rows, columns, row, end, &at[v], ys + v, add); break;
-                case 3: pair_rows<3>(rows, columns, row, end, &at[v], ys + v, add); break;
-                default: pair_rows<4>(rows, columns, row, end, &at[v], ys + v, add);
+                case 1: pair_rows<1>(rows, columns, row, end, xs + v, ys + v, add, v == 0); break;
+                case 2: pair_rows<2>(rows, columns, row, end, xs + v, ys + v, add, v == 0); break;
+                case 3: pair_rows<3>(rows, columns, row, end, xs + v, ys + v, add, v == 0); break;
+                default: pair_rows<4>(rows, columns, row, end, xs + v, ys + v, add, v == 0);
             }
         }
     }
@@ -282,14 +292,43 @@ inline void exact_rows_times(const Weight& weight, int64_t first, int64_t last, 
     }
 }
 
-// The same; vectors are rounded to bfloat16 where weights are and the processor multiplies pairs.
-inline void rows_times(const Weight& weight, int64_t first, int64_t last, const float* const* xs, float* const* ys,
-                       int64_t vectors, bool add = false) {
+// Vectors for one or more products with weights like `weight`. Processors that multiply pairs of bfloat16 need half the
+// instructions when the vectors are rounded, too. A thread has room for those it rounded last, and no others.
+class Vectors {
+  public:
+    Vectors(const Weight& weight, const float* const* xs, int64_t count) : xs_(xs), count_(count) {
 #ifdef __AVX512BF16__
-    if (weight.format == kBfloat16) return pairs_times(weight, first, last, xs, ys, vectors, add);
+        if (weight.format != kBfloat16) return;
+        static thread_local std::vector<bf16> room;
+        static thread_local std::vector<const bf16*> at;
+        const int64_t columns = weight.columns, stride = (columns + kColumns - 1) / kColumns * kColumns;
+        if (int64_t(room.size()) < count * stride) room.resize(count * stride);
+        if (int64_t(at.size()) < count) at.resize(count);
+        for (int64_t v = 0; v < count; v++) {
+            bf16* to = room.data() + v * stride;
+            convert(xs[v], to, columns);
+            std::fill(to + columns, to + stride, bf16{});
+            at[v] = to;
+        }
+        rounded_ = at.data();
+#else
+        (void)weight;
 #endif
-    exact_rows_times(weight, first, last, xs, ys, vectors, add);
-}
+    }
+
+    // ys[v][row] = (or +=) dot(row, vector v) for the rows first … last − 1.
+    void times(const Weight& weight, int64_t first, int64_t last, float* const* ys, bool add = false) const {
+#ifdef __AVX512BF16__
+        if (rounded_ && weight.format == kBfloat16) return pairs_times(weight, first, last, rounded_, ys, count_, add);
+#endif
+        exact_rows_times(weight, first, last, xs_, ys, count_, add);
+    }
+
+  private:
+    const float* const* xs_;
+    const bf16* const* rounded_ = nullptr;
+    int64_t count_;
+};
 
 template <int kV, class T>
 inline void mix_block(const T* rows, int64_t stride, int64_t count, int64_t size, const float* const* weights,

@@ -143,16 +143,32 @@ inline void each(int64_t size, Body body) {
 
 // ---------------------------------------------------------------------------------------- arithmetic
 
-// Half is added to half until four numbers are left.
+typedef float Four __attribute__((vector_size(16)));
+
+// Half is added to half until one number is left.
 inline float sum(Floats value) {
     float parts[kLanes];
     store(parts, value);
-    typedef float Four __attribute__((vector_size(16)));
     Four fours[kLanes / 4];
     std::memcpy(fours, parts, sizeof fours);
     for (int64_t half = kLanes / 8; half > 0; half /= 2)
         for (int64_t i = 0; i < half; i++) fours[i] += fours[i + half];
     return (fours[0][0] + fours[0][2]) + (fours[0][1] + fours[0][3]);
+}
+
+// The sums of four vectors, each as above, to the bit.
+inline Four sums(Floats a, Floats b, Floats c, Floats d) {
+#ifdef __AVX512F__
+    // Quarters of two vectors beside each other: 0x44 the lower two of each, 0xee the upper; 0x88 even ones, 0xdd odd.
+    const __m512 ab = _mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x44) + _mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xee);
+    const __m512 cd = _mm512_shuffle_f32x4((__m512)c, (__m512)d, 0x44) + _mm512_shuffle_f32x4((__m512)c, (__m512)d, 0xee);
+    __m512 quarters = _mm512_shuffle_f32x4(ab, cd, 0x88) + _mm512_shuffle_f32x4(ab, cd, 0xdd);
+    quarters += _mm512_permute_ps(quarters, 0x4e);  // within each quarter the halves trade places,
+    quarters += _mm512_permute_ps(quarters, 0xb1);  // then neighbours
+    return (Four)_mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, quarters));
+#else
+    return Four{sum(a), sum(b), sum(c), sum(d)};
+#endif
 }
 
 inline float largest(Floats value) {
