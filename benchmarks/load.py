@@ -12,7 +12,7 @@ import selectors
 import socket
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -70,13 +70,22 @@ class Seen(NamedTuple):
     failed: int
 
 
+def arrivals(clients: int, rate: float = RATE) -> Iterator[float]:
+    """Seconds after the beginning at which requests arrive."""
+    rng, at = random.Random(clients), 0.0
+    while True:
+        yield at
+        at += rng.expovariate(rate) if rate < float("inf") else 0.0
+
+
 def run(
     address: tuple[str, int], body: Body, waiting: Iterable[Asked], clients: int, seconds: float, rate: float = RATE
 ) -> list[Asked]:
     """Ask for so long (inf: until all are answered); returns those that were sent, the last perhaps cut off."""
     selector = selectors.DefaultSelector()
-    rng, queue = random.Random(clients), iter(waiting)
-    began = arrival = time.perf_counter()
+    times, queue = arrivals(clients, rate), iter(waiting)
+    began = time.perf_counter()
+    arrival = began + next(times)
     sent: list[Asked] = []
     running, empty = 0, False
     while time.perf_counter() - began < seconds and (running or not empty):
@@ -85,7 +94,7 @@ def run(
             if asked is None:
                 empty = True
                 break
-            arrival += rng.expovariate(rate) if rate < float("inf") else 0.0
+            arrival = began + next(times)
             selector.register(_send(address, body(asked), asked), selectors.EVENT_READ, asked)
             sent.append(asked)
             running += 1

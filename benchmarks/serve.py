@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -186,14 +187,17 @@ def random_model(preset: str, folder: Path, pool: list[str]) -> Path:
 
 
 def by_itself(engine: Engine, waiting: list[load.Asked]) -> float:
-    """Tokens per second of the engine by itself, as many requests in it at any time as the server would be given."""
-    queue, running = iter(waiting), set()
+    """Tokens per second of the engine by itself, given the requests when the server would be."""
+    queue, running, times = deque(waiting), set(), load.arrivals(MAX_BATCH)
     began, tokens = time.perf_counter(), 0
+    arrival = began + next(times)
     while True:
-        while len(running) < MAX_BATCH and (asked := next(queue, None)) is not None:
+        while len(running) < MAX_BATCH and queue and arrival <= time.perf_counter():
+            asked = queue.popleft()
             params = fathom.SamplingParams(max_tokens=asked.length, ignore_eos=True)
             running.add(engine.submit(Request(asked.prompt, params)))
-        if not running:
+            arrival = began + next(times)
+        if not running and not queue:
             return tokens / (time.perf_counter() - began)
         for update in engine.step():
             tokens += len(update.tokens)
