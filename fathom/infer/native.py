@@ -163,18 +163,21 @@ class NativeModel:
         routed = (self._sparse_layers if module is None else 0, n, self._plan.choices)
         experts_LNK, weights_LNK = torch.empty(routed, dtype=torch.int64), torch.empty(routed)
         step = _Step(
-            n,
-            tokens.most_pages,
-            *(_address(numbers) for numbers in (tokens.ids, tokens.positions, tokens.slots, tokens.owners)),
-            _address(tokens.pages),
-            self._cache_LMW.data_ptr(),
-            None if before_ND is None else before_ND.data_ptr(),
-            None if remember else states_ND.data_ptr(),
-            len(which),
-            _address(which),
-            logits.data_ptr(),
-            experts_LNK.data_ptr(),
-            weights_LNK.data_ptr(),
+            tokens=n,
+            most_pages=tokens.most_pages,
+            ids=_address(tokens.ids),
+            positions=_address(tokens.positions),
+            slots=_address(tokens.slots),
+            owners=_address(tokens.owners),
+            pages=_address(tokens.pages),
+            cache=self._cache_LMW.data_ptr(),
+            before=None if before_ND is None else before_ND.data_ptr(),
+            states=None if remember else states_ND.data_ptr(),
+            wanted=len(which),
+            which=_address(which),
+            logits=logits.data_ptr(),
+            experts=experts_LNK.data_ptr(),
+            weights=weights_LNK.data_ptr(),
         )
         build.call("decode", self._dtype, self._plan_at, ctypes.addressof(step), -1 if module is None else module)
         return states_ND, logits, Routed(experts_LNK, weights_LNK)
