@@ -107,9 +107,10 @@ def draw(panels: Sequence[Panel], machine: str, path: Path) -> None:
         places = sorted({place for curve in panel.curves.values() for place in curve})
         ax.set_xscale("log", base=2)
         ax.set_xticks(places, [f"{place // 1024}K" if place >= 1024 else str(place) for place in places])
-        ax.set(title=panel.title, xlabel=panel.axis, ylabel="tokens/s", ylim=(0, None))
+        room = 1.35 * max(rate for curve in panel.curves.values() for rate in curve.values())  # for the legend
+        ax.set(title=panel.title, xlabel=panel.axis, ylabel="tokens/s", ylim=(0, room))
         ax.grid(alpha=0.3)
-        ax.legend(frameon=False)
+        ax.legend(frameon=False, loc="upper left")
     figure.suptitle(machine, fontsize="small", color="gray")
     figure.savefig(path, dpi=110)
 

@@ -28,8 +28,10 @@ PREPARED_MOST = 1024
 HOLES_AMONG_ACTIVATIONS = 1 / 3
 """Holes while most of the memory is activations', as a share of them: pieces of many sizes refill what was freed."""
 HOLES_UNDER_GRADIENTS = 0.9
-"""Later, of what activations have left again: gradients and the optimizer's matrices are larger than most of those
-pieces and use little of their room. Both shares were measured, not derived (docs/planning.md)."""
+"""Later, of what activations have left again: gradients are larger than most of those pieces and use little of their
+room."""
+HOLES_UNDER_MUON = 1.1
+"""Muon's matrices are larger still, and use none. All three shares were measured, not derived (docs/planning.md)."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,9 @@ class _Moment:
 
 def _holes(moment: _Moment, activations: int) -> int:
     """`activations`: the most they take in a step."""
-    there = 0 if moment.optimizing else moment.kept + moment.passing
+    if moment.optimizing:
+        return int(HOLES_UNDER_MUON * activations)
+    there = moment.kept + moment.passing
     if there > moment.gradients:
         return int(HOLES_AMONG_ACTIVATIONS * there)
     return int(HOLES_UNDER_GRADIENTS * (activations - there))
@@ -136,18 +140,20 @@ def _moments(run: Run, shape: Shape, numbers: int) -> list[_Moment]:
 
 
 def _muon_bytes(run: Run, shape: Shape) -> int:
-    """What Muon holds at its worst, in bfloat16: the directions that wait, and a batch's copy, two iterates, two grams.
+    """What Muon holds at its worst, in bfloat16: the directions of a batch and of those that wait for theirs, and for
+    the batch a copy, two iterates and two grams.
 
     Nothing for AdamW, which updates in place.
     """
     if run.optimizer.kind != "muon":
         return 0
     batches = muon_batches(shape)
-    directions = sum(short * long * count for (short, long), counts in batches.items() for count in counts[-1:])
-    largest = max(
-        count * short * (3 * long + 2 * short) for (short, long), counts in batches.items() for count in counts
+    waiting = {(short, long): short * long * counts[-1] for (short, long), counts in batches.items()}
+    return 2 * max(
+        sum(waiting.values()) - waiting[short, long] + count * short * (4 * long + 2 * short)
+        for (short, long), counts in batches.items()
+        for count in counts
     )
-    return 2 * (directions + largest)
 
 
 def _last_head(walk: list[Stage]) -> int:

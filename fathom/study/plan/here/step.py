@@ -6,11 +6,16 @@ lies between. Every rate is measured (rates.py); none is adjusted to a model.
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
+from math import prod
 
+import torch
+
+from fathom.model.transformer import Model
 from fathom.ops.attention import query_block
 from fathom.study.plan.here.rates import Machine, Overhead
 from fathom.study.plan.here.saved import Shape
-from fathom.train.optim import BATCH_NUMBERS
+from fathom.train.optim import BATCH_NUMBERS, muon_groups
 from fathom.train.run import Run
 
 _ADAMW_BYTES = 28
@@ -189,18 +194,23 @@ def _optimizer(run: Run, shape: Shape, machine: Machine) -> float:
     return clip + average + _MUON_BYTES * numbers / machine.bandwidth + _orthogonalizing(shape, machine)
 
 
+@cache
 def muon_batches(shape: Shape) -> dict[tuple[int, int], list[int]]:
     """By (short, long) side, how many of the layers' and experts' matrices Muon orthogonalises at once, by batch."""
-    config = shape.config
-    found = matrices(shape)
-    found[config.hidden_size, config.moe_intermediate_size] += 3 * config.n_routed_experts * _blocks(shape)[1]
-    counts = Counter[tuple[int, int]]()
-    for (inputs, outputs), count in found.items():
-        counts[min(inputs, outputs), max(inputs, outputs)] += count
-    batches = {}
-    for (short, long), count in counts.items():
-        most = -(-BATCH_NUMBERS // (short * long))
-        batches[short, long] = [most] * (count // most) + [count % most] * bool(count % most)
+    with torch.device("meta"):
+        groups = muon_groups(Model(shape.config))
+    batches: dict[tuple[int, int], list[int]] = {}
+    growing = Counter[tuple[int, int]]()
+    for group in groups:
+        parts = group.get("parts", 1)
+        for parameter in group["params"]:
+            *stack, rows, columns = parameter.shape
+            short, long = sorted((rows // parts, columns))
+            growing[short, long] += parts * prod(stack)
+            if growing[short, long] * short * long >= BATCH_NUMBERS:
+                batches.setdefault((short, long), []).append(growing.pop((short, long)))
+    for sides, count in growing.items():
+        batches.setdefault(sides, []).append(count)
     return batches
 
 
