@@ -97,9 +97,9 @@ class _Moment:
 
 def _holes(moment: _Moment, activations: int) -> int:
     """`activations`: the most they take in a step."""
-    if moment.optimizing:
+    if moment.optimizing and moment.passing:
         return int(HOLES_UNDER_MUON * activations)
-    there = moment.kept + moment.passing
+    there = 0 if moment.optimizing else moment.kept + moment.passing
     if there > moment.gradients:
         return int(HOLES_AMONG_ACTIVATIONS * there)
     return int(HOLES_UNDER_GRADIENTS * (activations - there))
