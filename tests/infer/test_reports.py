@@ -83,7 +83,7 @@ def test_routing_can_be_read_while_the_engine_steps() -> None:
         assert handle.routing is not None
         gaps += None in list(handle.routing)
         reads += 1
-    assert reads > 100 and gaps == 0
+    assert reads and not gaps
 
 
 @ways
