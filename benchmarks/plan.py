@@ -63,7 +63,7 @@ def _sized(run: Run, batch: int, length: int) -> Run:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compare the planner with this machine; about ten minutes.")
+    parser = argparse.ArgumentParser(description="Compare the planner with this machine; about eleven minutes.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE, too")
     parser.add_argument("--only", default="", metavar="WORDS", help="measure the cases that have WORDS in their name")
     parser.add_argument("--child", help=argparse.SUPPRESS)

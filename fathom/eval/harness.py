@@ -12,8 +12,8 @@ from typing import Any
 
 from fathom.data.tokenizer import Tokenizer
 from fathom.eval.likelihood import Continuation, likelihoods, windows
-from fathom.infer.core import Generation
 from fathom.infer.engine import Engine, Request
+from fathom.infer.reports import Generation
 from fathom.infer.sampler import SamplingParams
 from fathom.model.transformer import Model
 

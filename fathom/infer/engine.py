@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 from fathom.data.tokenizer import Tokenizer
 from fathom.infer.choose import Constraint, TokenLogprob
-from fathom.infer.core import Core, FinishReason, Generation, Update
+from fathom.infer.core import Core
+from fathom.infer.reports import FinishReason, Generation, Update
 from fathom.infer.sampler import SamplingParams
 from fathom.model.transformer import Model
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from fathom.data.tokenizer import Tokenizer
 from fathom.infer.choose import TokenLogprob
-from fathom.infer.core import Generation
 from fathom.infer.engine import TextStream
+from fathom.infer.reports import Generation
 
 
 @dataclass

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from fathom.infer.core import Generation, Stats
 from fathom.infer.engine import Engine, Request
+from fathom.infer.reports import Generation, Stats
 
 _IDLE_SECONDS = 0.5
 """How long the thread sleeps at most when there is nothing to do."""

@@ -25,8 +25,8 @@ from fathom.config import ConfigError
 from fathom.data.pack import Prepared, open_prepared
 from fathom.data.tokenizer import Tokenizer
 from fathom.eval.compression import compressed_bits_per_byte
-from fathom.infer.core import Generation
 from fathom.infer.engine import Engine
+from fathom.infer.reports import Generation
 from fathom.infer.sampler import SamplingParams
 from fathom.metrics import read_metrics
 from fathom.model.transformer import Model

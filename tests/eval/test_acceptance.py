@@ -5,7 +5,8 @@ import torch
 
 from fathom.eval import acceptance
 from fathom.eval.acceptance import draft_acceptance
-from fathom.infer.core import Core, Generation
+from fathom.infer.core import Core
+from fathom.infer.reports import Generation
 from fathom.infer.sampler import SamplingParams
 from fathom.model.config import ModelConfig
 from fathom.model.transformer import Model

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from fathom.data.tokenizer import Tokenizer, train_tokenizer
-from fathom.infer.core import Core, Generation
+from fathom.infer.core import Core
 from fathom.infer.engine import Engine, Request, TextStream, generate
+from fathom.infer.reports import Generation
 from fathom.infer.runner import Runner, Stretch
 from fathom.infer.sampler import SamplingParams
 from fathom.model.config import ModelConfig

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fathom.infer.core import Core, Generation
+from fathom.infer.core import Core
+from fathom.infer.reports import Generation
 from fathom.infer.sampler import SamplingParams
 from fathom.model.config import ModelConfig
 from fathom.ops.cpu import build
@@ -75,7 +76,7 @@ def test_cached_tokens_have_no_routing() -> None:
 def test_routing_can_be_read_while_the_engine_steps() -> None:
     """By a server's thread: a token's routing is there or not there yet, never empty."""
     core = Core(lively_model(config(), seed=2), max_batch=1)
-    handle = core.submit([1, 2, 3], SamplingParams(max_tokens=400, ignore_eos=True), trace=True)
+    handle = core.submit([1, 2, 3], SamplingParams(max_tokens=124, ignore_eos=True), trace=True)
     stepping = threading.Thread(target=finish, args=(core,))
     stepping.start()
     reads = gaps = 0
@@ -84,6 +85,8 @@ def test_routing_can_be_read_while_the_engine_steps() -> None:
         gaps += None in list(handle.routing)
         reads += 1
     assert reads and not gaps
+    assert handle.finish_reason == "length" and handle.routing is not None, "the other thread did not get to its end"
+    assert len(handle.routing) == len(handle.prompt_ids) + len(handle.token_ids) - 1
 
 
 @ways

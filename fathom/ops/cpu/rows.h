@@ -173,7 +173,8 @@ inline void block(const W& weight, int64_t row, const float* const* xs, float* c
     for (int v = 0; v < kV; v++) {
         if constexpr (kR == 4) {
             Four value = sums(totals[0][v], totals[1][v], totals[2][v], totals[3][v]);
-            if (W::scaled) value *= Four{weight.scale(row), weight.scale(row + 1), weight.scale(row + 2), weight.scale(row + 3)};
+            if (W::scaled)
+                for (int r = 0; r < kR; r++) value[r] *= weight.scale(row + r);
             put(ys[v] + row, value, add);
         } else {
             for (int r = 0; r < kR; r++) {
@@ -222,8 +223,8 @@ inline Floats add_pairs(Floats sums, Words x, Words y) {
 // `block` for bfloat16 rows and vectors; vectors are as long as rows, and zeros up to a multiple of kColumns. What
 // follows is fetched where that was not done for other vectors already.
 template <int kR, int kV>
-inline void pair_block(const bf16* rows, int64_t columns, int64_t row, const bf16* const* xs, float* const* ys, bool add,
-                       bool ahead) {
+inline void pair_block(const bf16* rows, int64_t columns, int64_t row, const bf16* const* xs, float* const* ys,
+                       bool add, bool ahead) {
     Floats totals[kR][kV] = {};
     for (int64_t i = 0; i < columns; i += kColumns) {
         const __mmask32 there = columns - i < kColumns ? (1u << (columns - i)) - 1 : ~0u;

@@ -160,8 +160,9 @@ inline float sum(Floats value) {
 inline Four sums(Floats a, Floats b, Floats c, Floats d) {
 #ifdef __AVX512F__
     // Quarters of two vectors beside each other: 0x44 the lower two of each, 0xee the upper; 0x88 even ones, 0xdd odd.
-    const __m512 ab = _mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x44) + _mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xee);
-    const __m512 cd = _mm512_shuffle_f32x4((__m512)c, (__m512)d, 0x44) + _mm512_shuffle_f32x4((__m512)c, (__m512)d, 0xee);
+    const __m512 w = (__m512)a, x = (__m512)b, y = (__m512)c, z = (__m512)d;
+    const __m512 ab = _mm512_shuffle_f32x4(w, x, 0x44) + _mm512_shuffle_f32x4(w, x, 0xee);
+    const __m512 cd = _mm512_shuffle_f32x4(y, z, 0x44) + _mm512_shuffle_f32x4(y, z, 0xee);
     __m512 quarters = _mm512_shuffle_f32x4(ab, cd, 0x88) + _mm512_shuffle_f32x4(ab, cd, 0xdd);
     quarters += _mm512_permute_ps(quarters, 0x4e);  // within each quarter the halves trade places,
     quarters += _mm512_permute_ps(quarters, 0xb1);  // then neighbours

@@ -17,7 +17,8 @@ from torch import Tensor
 from fathom.data.pack import Prepared
 from fathom.data.stream import TokenRows
 from fathom.eval.bits import Evaluation, evaluate
-from fathom.infer.core import Core, Generation
+from fathom.infer.core import Core
+from fathom.infer.reports import Generation
 from fathom.infer.sampler import SamplingParams
 from fathom.model import cached
 from fathom.model.cached import Piece

@@ -68,8 +68,10 @@ def step_time(run: Run, shape: Shape, machine: Machine) -> StepTime:
     )
 
 
-def _overhead(times: int, again: float, layers: int, of: Overhead) -> float:
-    return times * (of.batch + again * layers * of.layer) + of.step + layers * of.layer_step
+def _overhead(times: int, again: float, layers: int, overhead: Overhead) -> float:
+    """Of `times` micro-batches, each of whose layers runs `again` times, and of one update."""
+    each = overhead.batch + again * layers * overhead.layer
+    return times * each + overhead.step + layers * overhead.layer_step
 
 
 def _blocks(shape: Shape) -> tuple[int, int]:
