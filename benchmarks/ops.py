@@ -17,6 +17,7 @@ from torch import Tensor
 from fathom.ops import experts
 from fathom.ops.attention import expanded_attention, expanded_attention_reference
 from fathom.ops.cpu import build
+from fathom.ops.linear import linear, linear_reference
 from fathom.ops.loss import linear_cross_entropy, linear_cross_entropy_reference
 from fathom.ops.rope import Rope, apply_rope
 from fathom.train.hardware import keep_freed_memory, matmul_flops
@@ -34,6 +35,7 @@ def main() -> None:
     for operation, versions in (
         ("attention 8 x 512, 6 heads, 64+32/64", attention()),
         ("experts 4096 tokens, top-4 of 32, 384 → 2x256 → 384", routed()),
+        ("linear 4096 tokens, 384 → 768, float32 weights", linear_map()),
         ("loss 4096 tokens, 384 → 8192 words", cross_entropy()),
     ):
         for version, milliseconds in timed(versions).items():
@@ -100,15 +102,9 @@ def routed() -> dict[str, Callable[[], None]]:
         ids = (torch.rand(4096, 32) + tilt).topk(4, dim=1).indices
         return ids, torch.rand(4096, 4)
 
-    def ours(padded: bool) -> Callable[[], None]:
-        def run() -> None:
-            own = experts._padded
-            experts._padded = own if padded else lambda load: load
-            ids, weights = choose()
-            experts.routed_experts(x, experts.dispatch(ids, 32), weights, gate_up, down).backward(grad)
-            experts._padded = own
-
-        return run
+    def ours() -> None:
+        ids, weights = choose()
+        experts.routed_experts(x, experts.dispatch(ids, 32, _DTYPE), weights, gate_up, down).backward(grad)
 
     def reference() -> None:
         ids, weights = choose()
@@ -116,10 +112,19 @@ def routed() -> dict[str, Callable[[], None]]:
         experts.routed_experts_reference(x, ids, weights, *weights_narrow).backward(grad)
 
     return {
-        "an expert per thread, rows padded (ours)": ours(True),
-        "an expert per thread, rows as they fall": ours(False),
-        "plain torch, grouped products": plain(ours(True)),
+        "an expert per thread (ours)": ours,
+        "plain torch, grouped products": plain(ours),
         "reference (loop over experts)": reference,
+    }
+
+
+def linear_map() -> dict[str, Callable[[], None]]:
+    x = torch.randn(4096, 384, dtype=_DTYPE, requires_grad=True)
+    weight = torch.randn(768, 384, requires_grad=True)
+    grad = torch.randn(4096, 768, dtype=_DTYPE)
+    return {
+        "weights narrowed as they are read (ours)": lambda: linear(x, weight).backward(grad),
+        "reference (narrowed before)": lambda: linear_reference(x, weight).backward(grad),
     }
 
 

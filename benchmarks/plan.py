@@ -84,15 +84,22 @@ def _row(name: str, run: Run) -> dict[str, Any]:
     command = [sys.executable, __file__, "--child", json.dumps(to_json(plan.run))]
     answer = subprocess.run(command, check=True, stdout=subprocess.PIPE)
     measured = json.loads(answer.stdout)
-    return {"case": name, "memory": plan.peak.total, "seconds": plan.time.total, "measured": measured}
+    return {
+        "case": name,
+        "type": plan.run.train.compute,
+        "memory": plan.peak.total,
+        "seconds": plan.time.total,
+        "measured": measured,
+    }
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table("case", "memory: plan", "measured", "off by", "step: plan", "measured", "off by")
+    table = Table("case", "activations", "memory: plan", "measured", "off by", "step: plan", "measured", "off by")
     for row in rows:
         memory, seconds = row["measured"]["memory"], row["measured"]["seconds"]
         table.add_row(
             row["case"],
+            row["type"],
             f"{row['memory'] / 1e6:,.0f} MB",
             f"{memory / 1e6:,.0f} MB",
             f"{row['memory'] / memory - 1:+.1%}",

@@ -5,9 +5,9 @@ the type of the activations it is given, norms and the router in float32 at leas
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fathom.ops.linear import linear
 from fathom.ops.norm import rms_norm
 from fathom.ops.swiglu import swiglu
 
@@ -27,7 +27,7 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return linear(x, self.weight)
 
 
 class RMSNorm(nn.Module):

@@ -44,7 +44,7 @@ class Experts(nn.Module):
         """The chosen experts' weighted sum (N, D), and the load (E)."""
         # Each named once: a packed weight is widened anew whenever it is asked for.
         gate_up_EGD, down_EDF = self.gate_up_proj, self.down_proj
-        order = dispatch(topk_ids_NK, gate_up_EGD.shape[0])
+        order = dispatch(topk_ids_NK, gate_up_EGD.shape[0], x_ND.dtype)
         return routed_experts(x_ND, order, weights_NK, gate_up_EGD, down_EDF), order.load_E
 
 

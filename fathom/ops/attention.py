@@ -17,6 +17,8 @@ from torch.autograd.function import once_differentiable
 from fathom.ops.cpu import build
 from fathom.ops.rope import Rope, apply_rope
 
+_OWN_BLOCK = 64
+"""Queries at a time where the kernels multiply themselves, which costs nothing to begin."""
 _KEPT_LENGTH = 1024
 """Up to this length the CPU keeps a call's probabilities for the backward pass; beyond, it makes them again."""
 
@@ -67,7 +69,7 @@ def expanded_attention(q_BSHX: Tensor, kv_BTHY: Tensor, k_rope_BTR: Tensor, rope
         _attend_block(
             q_BHSX[:, :, start:end] * scale, k_BHTX[:, :, : older + end], v_BHTV[:, :, : older + end], older + start
         )
-        for start, end in _query_blocks(length)
+        for start, end in _query_blocks(length, query_block(length, q_BHSX.dtype))
     ]
     return torch.cat(blocks, dim=2).transpose(1, 2)
 
@@ -88,14 +90,15 @@ def _visible(length: int, keys: int, device: torch.device) -> Tensor:
     return torch.ones(length, keys, dtype=torch.bool, device=device).tril(keys - length)
 
 
-def query_block(length: int) -> int:
-    """Queries taken at once: enough for full-speed products, few enough to skip most masked keys."""
+def query_block(length: int, dtype: torch.dtype) -> int:
+    """Queries that the CPU takes at once: few enough to skip most masked keys, enough for full-speed products."""
+    if build.own_products(dtype):
+        return _OWN_BLOCK
     return min(512, max(256, length // 8))
 
 
-def _query_blocks(length: int) -> list[tuple[int, int]]:
+def _query_blocks(length: int, size: int) -> list[tuple[int, int]]:
     """Bounds of the query blocks."""
-    size = query_block(length)
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
@@ -119,12 +122,12 @@ class _ExpandedAttention(torch.autograd.Function):
         batch, length, heads, width = q_BSHX.shape
         nope = width - k_rope_BTR.shape[-1]
         value = kv_BTHY.shape[-1] - nope
-        _, block = _query_blocks(length)[0]
+        block = min(length, query_block(length, q_BSHX.dtype))
         sizes = (heads, nope, width - nope, value, block, int(cos.dim() == 2), scale)
         out_BSHV = q_BSHX.new_empty(batch, length, heads, value)
         kept = None
         if any(ctx.needs_input_grad[:3]) and kv_BTHY.shape[1] == length <= _KEPT_LENGTH:
-            numbers = sum((end - start) * end for start, end in _query_blocks(length))
+            numbers = sum((end - start) * end for start, end in _query_blocks(length, block))
             kept = q_BSHX.new_empty(batch * heads, numbers)
         build.call("attention", q_BSHX.dtype, *inputs, out_BSHV, kept, batch, kv_BTHY.shape[1], length, *sizes)
         ctx.save_for_backward(*inputs, kept)

@@ -35,14 +35,15 @@ class Dispatch(NamedTuple):
     """Tokens each expert received, int64."""
 
 
-def dispatch(topk_ids_NK: Tensor, experts: int) -> Dispatch:
-    """Sort the pairs by expert; stable, so equal inputs give equal sums."""
+def dispatch(topk_ids_NK: Tensor, experts: int, dtype: torch.dtype | None = None) -> Dispatch:
+    """Sort the pairs by expert; stable, so equal inputs give equal sums. `dtype`: of the tokens, where it is known."""
     pairs = topk_ids_NK.numel()
     ids_P, pair_P = topk_ids_NK.flatten().sort(stable=True)
     every_E = torch.arange(experts, device=ids_P.device)
     begin_E, end_E = torch.searchsorted(ids_P, every_E), torch.searchsorted(ids_P, every_E, right=True)
     load_E = end_E - begin_E
-    pads = ids_P.device.type == "cpu" and pairs >= 2 * _LEAST_MULTIPLE * experts
+    own = dtype is not None and build.own_products(dtype)
+    pads = ids_P.device.type == "cpu" and pairs >= 2 * _LEAST_MULTIPLE * experts and not own
     rows_E = _padded(load_E) if pads else load_E
     spare = experts * _LEAST_MULTIPLE + pairs // _LEAST_MULTIPLE if pads else 0
     ends_E = rows_E.cumsum(0)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fathom.ops import linear
 from fathom.ops.cpu import build
 
 IGNORE = -100
@@ -34,20 +35,23 @@ def linear_cross_entropy(h_ND: Tensor, head_OD: Tensor, targets_N: Tensor) -> Te
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h_ND: Tensor, head_OD: Tensor, targets_N: Tensor) -> Tensor:
-        weight_OD = head_OD.to(h_ND.dtype)
         wide = torch.promote_types(h_ND.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=h_ND.device)
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        h_ND = h_ND.contiguous()
+        weight_OD = head_OD.contiguous() if linear.multiplies(h_ND, head_OD) else head_OD.to(h_ND.dtype)
         dh_ND = torch.empty_like(h_ND) if wanted else None
         dhead_OD = torch.zeros_like(head_OD, dtype=wide) if wanted else None
         tokens = _chunk_tokens(head_OD.shape[0])
         for start in range(0, h_ND.shape[0], tokens):
             chunk = slice(start, start + tokens)
-            chunk_loss, dlogits_MO = _chunk(h_ND[chunk], weight_OD, targets_N[chunk], wide)
+            logits_MO = h_ND.new_empty(h_ND[chunk].shape[0], head_OD.shape[0])
+            linear.product(h_ND[chunk], weight_OD, logits_MO)
+            chunk_loss, dlogits_MO = _chunk(logits_MO, targets_N[chunk], wide)
             loss += chunk_loss
             if dh_ND is not None and dhead_OD is not None:
-                torch.mm(dlogits_MO, weight_OD, out=dh_ND[chunk])
-                dhead_OD += dlogits_MO.t() @ h_ND[chunk]
+                linear.input_gradient(dlogits_MO, weight_OD, dh_ND[chunk])
+                linear.weight_gradient(dlogits_MO, h_ND[chunk], dhead_OD, adds=True)
         if dh_ND is not None and dhead_OD is not None:
             ctx.save_for_backward(dh_ND, dhead_OD.to(head_OD.dtype))
         return loss
@@ -63,9 +67,8 @@ def _chunk_tokens(words: int) -> int:
     return max(256, (1 << 23) // words)
 
 
-def _chunk(h_MD: Tensor, weight_OD: Tensor, targets_M: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
-    """One chunk's summed loss, and that sum's gradient with respect to its logits, p − onehot, in h's type."""
-    logits_MO = F.linear(h_MD, weight_OD)
+def _chunk(logits_MO: Tensor, targets_M: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """One chunk's summed loss, and that sum's gradient with respect to its logits, p − onehot, in their type."""
     if build.usable(logits_MO, targets_M):
         # The kernel writes where a target points; plain torch below checks for itself.
         outside_M = (targets_M < 0) | (targets_M >= logits_MO.shape[1])
@@ -80,4 +83,4 @@ def _chunk(h_MD: Tensor, weight_OD: Tensor, targets_M: Tensor, wide: torch.dtype
     valid_M1 = (targets_M != IGNORE).unsqueeze(1)
     dlogits_MO = log_p_MO.exp_()
     dlogits_MO.scatter_add_(1, targets_M.clamp_min(0).unsqueeze(1), torch.full_like(valid_M1, -1, dtype=wide))
-    return loss, dlogits_MO.mul_(valid_M1).to(h_MD.dtype)
+    return loss, dlogits_MO.mul_(valid_M1).to(logits_MO.dtype)

@@ -110,7 +110,7 @@ def test_bfloat16_is_as_exact_as_the_reference(routing: tuple[Tensor, int], widt
 
 @pytest.mark.parametrize("routing", [ROUTINGS["odd number"], ROUTINGS["experts without tokens"]])
 def test_float32_weights_serve_narrower_activations(routing: tuple[Tensor, int]) -> None:
-    """Masters narrowed inside give the result of weights narrowed before; their gradients arrive in float32."""
+    """Masters narrowed inside give what weights narrowed before give; their gradients round to the same."""
     case = Case(*routing, ALIGNED)
     order, weights_NK = dispatch(case.ids_NK, case.experts), case.weights_NK.float()
     upstream_ND = case.upstream_ND.bfloat16()
@@ -128,7 +128,8 @@ def test_float32_weights_serve_narrower_activations(routing: tuple[Tensor, int])
             found = run(x_ND.clone(), *(t.clone() for t in masters), narrowed=False)
         assert [t.dtype for t in found[2:]] == [torch.float32] * 2
         for one, other in zip(found, expected, strict=True):
-            assert (one - other).abs().max() <= (0 if kernels else 0.02) * other.abs().max()
+            rounded = one.to(torch.bfloat16).to(other.dtype)
+            assert (rounded - other).abs().max() <= (0 if kernels else 0.02) * other.abs().max()
 
 
 @pytest.mark.parametrize("routing", [ROUTINGS["experts without tokens"], ROUTINGS["every expert"]])

@@ -18,6 +18,8 @@ struct Sizes {
     int64_t older() const { return length - queries; }  // keys before the first query
 
     int64_t width() const { return nope + rope; }
+
+    int64_t both() const { return nope + value; }
 };
 
 // What lies in memory for all heads: queries (B,S,H,P+R) with their last R numbers to be rotated, keys and values
@@ -28,16 +30,14 @@ struct Inputs {
     const float *cos, *sin;
 };
 
-// One head's matrices (S,X), (T,X) and (T,V). Interleaved pairs become two halves as they turn.
+// One head's queries (S,X) and keys (T,X). Interleaved pairs become two halves as they turn.
 template <class T>
-inline void read_head(const Inputs<T>& from, const Sizes& size, int64_t b, int64_t h, T* q, T* k, T* v) {
+inline void read_head(const Inputs<T>& from, const Sizes& size, int64_t b, int64_t h, T* q, T* k) {
     const int64_t pairs = size.rope / 2, width = size.width();
     for (int64_t t = 0; t < size.length; t++) {
         const int64_t row = b * size.length + t;
-        const T* keyvalue = from.keyvalue + (row * size.heads + h) * (size.nope + size.value);
-        std::memcpy(k + t * width, keyvalue, size.nope * sizeof(T));
+        std::memcpy(k + t * width, from.keyvalue + (row * size.heads + h) * size.both(), size.nope * sizeof(T));
         std::memcpy(k + t * width + size.nope, from.key + row * size.rope, size.rope * sizeof(T));
-        std::memcpy(v + t * size.value, keyvalue + size.nope, size.value * sizeof(T));
     }
     for (int64_t s = 0; s < size.queries; s++) {
         const int64_t row = b * size.queries + s, turn = (size.shared ? s : row) * pairs;
@@ -77,66 +77,45 @@ inline void write_head(const Inputs<T>& from, const Sizes& size, int64_t b, int6
     }
 }
 
-// body(offset, count, read) over the first `seen` of `keys` numbers, a vector at a time. Where the row goes on, whole
-// vectors may be read (`read` is kLanes) of which only `count` numbers are meant.
-template <class Body>
-inline void each_seen(int64_t seen, int64_t keys, Body body) {
-    for (int64_t i = 0; i < seen; i += kLanes) {
-        const int64_t count = seen - i < kLanes ? seen - i : kLanes;
-        body(i, count, i + kLanes <= keys ? kLanes : keys - i);
-    }
-}
-
-// One row of scores becomes softmax(scale·scores) over the first `seen` keys, zero after; `powers` has room for a row.
+// probs = softmax(scale·scores) over the first `seen` keys, zero after; the scores are used up.
 template <class T>
-inline void softmax_row(T* row, int64_t seen, int64_t keys, float scale, float* powers) {
+inline void softmax_row(float* scores, T* probs, int64_t seen, int64_t keys, float scale) {
     Floats best = fill(-INFINITY), total = {};
-    each_seen(seen, keys, [&](int64_t i, int64_t n, int64_t read) {
-        Floats value = keep(load(row + i, read), n, -INFINITY);
+    each(seen, [&](int64_t i, int64_t n) {
+        Floats value = keep(load(scores + i, n), n, -INFINITY);
         best = value > best ? value : best;
     });
     const float top = largest(best);
-    each_seen(seen, keys, [&](int64_t i, int64_t n, int64_t read) {
-        Floats power = keep(exponential((load(row + i, read) - top) * scale), n, 0.0f);
-        store(powers + i, power);
+    each(seen, [&](int64_t i, int64_t n) {
+        Floats power = keep(exponential((load(scores + i, n) - top) * scale), n, 0.0f);
+        store(scores + i, power, n);
         total += power;
     });
     const float inverse = 1.0f / sum(total);
-    each_seen(seen, keys, [&](int64_t i, int64_t, int64_t read) { store(row + i, load(powers + i) * inverse, read); });
-    const int64_t written = (seen + kLanes - 1) / kLanes * kLanes;
-    if (written < keys) std::memset(row + written, 0, (keys - written) * sizeof(T));
+    each(seen, [&](int64_t i, int64_t n) { store(probs + i, load(scores + i, n) * inverse, n); });
+    std::memset(probs + seen, 0, (keys - seen) * sizeof(T));
 }
 
-// One row of the probabilities' gradients becomes scale·p·(dp − Σ p·dp); p is zero after the keys seen.
+// Gradients of one row of scores, scale·p·(dp − Σ p·dp), from those of its probabilities; zero after the keys seen.
 template <class T>
-inline void softmax_row_backward(const T* p, T* dp, int64_t seen, int64_t keys, float scale) {
+inline void softmax_row_backward(const T* p, const float* dp, T* dscores, int64_t seen, int64_t keys, float scale) {
     Floats products = {};
-    each_seen(seen, keys, [&](int64_t i, int64_t, int64_t read) { products += load(p + i, read) * load(dp + i, read); });
+    each(seen, [&](int64_t i, int64_t n) { products += load(p + i, n) * load(dp + i, n); });
     const float total = sum(products);
-    each_seen(seen, keys, [&](int64_t i, int64_t, int64_t read) {
-        store(dp + i, load(p + i, read) * (load(dp + i, read) - total) * scale, read);
+    each(seen, [&](int64_t i, int64_t n) {
+        store(dscores + i, load(p + i, n) * (load(dp + i, n) - total) * scale, n);
     });
-    const int64_t written = (seen + kLanes - 1) / kLanes * kLanes;
-    if (written < keys) std::memset(dp + written, 0, (keys - written) * sizeof(T));
+    std::memset(dscores + seen, 0, (keys - seen) * sizeof(T));
 }
 
 // Attention of the queries start … end to the keys that are not after the last of them.
 template <class T>
-inline void probabilities(T* probs, const T* q, const T* k, int64_t start, int64_t end, const Sizes& size) {
+inline void probabilities(T* probs, const T* q, const Right<T>& k, int64_t start, int64_t end, const Sizes& size) {
     const int64_t rows = end - start, keys = size.older() + end, width = size.width();
-    multiply<T>({probs, rows, keys}, {q + start * width, rows, width}, Transposed<T>(k, keys, width));
-    float* powers = scratch<float>(15, keys + kLanes);
+    float* scores = scratch<float>(3, rows * keys);
+    multiply(scores, keys, keys, matrix(q + start * width, rows, width), k);
     for (int64_t row = 0; row < rows; row++)
-        softmax_row(probs + row * keys, size.older() + start + row + 1, keys, size.scale, powers);
-}
-
-// to += from, or to = from where nothing has been added yet.
-template <class T>
-inline void accumulate(float* to, const T* from, int64_t size, bool first) {
-    each(size, [&](int64_t i, int64_t n) {
-        Floats value = load(from + i, n);
-        store(to + i, first ? value : value + load(to + i, n), n);
-    });
+        softmax_row(scores + row * keys, probs + row * keys, size.older() + start + row + 1, keys, size.scale);
 }
 
 // Numbers of a head's blocks of probabilities that come before query `start`.
@@ -156,19 +135,18 @@ void attention(int threads, const T* query, const T* keyvalue, const T* key, con
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (int64_t task = 0; task < batch * heads; task++) {
         const int64_t b = task / heads, h = task % heads;
-        T *q = scratch<T>(0, queries * width), *k = scratch<T>(1, length * width), *v = scratch<T>(2, length * value);
-        T *result = scratch<T>(4, block * value), *space = scratch<T>(3, kept ? 0 : block * length);
-        read_head(inputs, size, b, h, q, k, v);
+        T *q = scratch<T>(0, queries * width), *k = scratch<T>(1, length * width);
+        T* space = scratch<T>(2, kept ? 0 : block * length);
+        read_head(inputs, size, b, h, q, k);
+        const T* v = keyvalue + (b * length * heads + h) * size.both() + nope;
+        const Right<T> k_turned(transposed(k, length, width), 10);
+        const Right<T> values(matrix(v, length, value, heads * size.both()), 11);
         for (int64_t start = 0; start < queries; start += block) {
-            const int64_t end = start + block < queries ? start + block : queries, rows = end - start;
-            const int64_t keys = size.older() + end;
+            const int64_t end = start + block < queries ? start + block : queries, keys = size.older() + end;
             T* probs = kept ? kept + task * total + kept_before(start, block) : space;
-            probabilities(probs, q, k, start, end, size);
-            multiply<T>({result, rows, value}, {probs, rows, keys}, {v, keys, value});
-            for (int64_t row = 0; row < rows; row++) {
-                T* to = out + ((b * queries + start + row) * heads + h) * value;
-                std::memcpy(to, result + row * value, value * sizeof(T));
-            }
+            probabilities(probs, q, k_turned, start, end, size);
+            T* to = out + ((b * queries + start) * heads + h) * value;
+            multiply(to, heads * value, value, matrix(probs, end - start, keys), values);
         }
     }
 }
@@ -186,30 +164,30 @@ void attention_backward(int threads, const T* query, const T* keyvalue, const T*
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (int64_t task = 0; task < batch * heads; task++) {
         const int64_t b = task / heads, h = task % heads;
-        T *q = scratch<T>(0, length * width), *k = scratch<T>(1, length * width), *v = scratch<T>(2, length * value);
-        T *space = scratch<T>(3, kept ? 0 : block * length), *dprobs = scratch<T>(4, block * length);
-        T *dq = scratch<T>(5, length * width), *dout_head = scratch<T>(6, length * value);
-        T* part = scratch<T>(7, length * (width > value ? width : value));
-        float *dk = scratch<float>(8, length * width), *dv = scratch<float>(9, length * value);
-        read_head(inputs, size, b, h, q, k, v);
-        for (int64_t s = 0; s < length; s++) {
-            const T* from = dout + ((b * length + s) * heads + h) * value;
-            std::memcpy(dout_head + s * value, from, value * sizeof(T));
-        }
+        T *q = scratch<T>(0, length * width), *k = scratch<T>(1, length * width), *dq = scratch<T>(4, length * width);
+        T *space = scratch<T>(2, kept ? 0 : block * length), *dscores = scratch<T>(5, block * length);
+        float *dprobs = scratch<float>(6, block * length);
+        float *dk = scratch<float>(7, length * width), *dv = scratch<float>(8, length * value);
+        read_head(inputs, size, b, h, q, k);
+        const T* v = keyvalue + (b * length * heads + h) * size.both() + nope;
+        const Right<T> values_turned(transposed(v, length, value, heads * size.both()), 10);
+        const Right<T> keys(matrix(k, length, width), 11);
+        const Right<T> keys_turned(transposed(k, kept ? 0 : length, width), 12);
         // The last block sees all keys, so it sets what the others add to.
         for (int64_t start = last; start >= 0; start -= block) {
             const int64_t end = start + block < length ? start + block : length, rows = end - start;
-            const T *q_block = q + start * width, *dout_block = dout_head + start * value;
+            const Into into = start == last ? Into::place : Into::sum;
             const T* probs = kept ? kept + task * total + kept_before(start, block) : space;
-            if (!kept) probabilities(space, q, k, start, end, size);
-            multiply<T>({part, end, value}, Transposed<T>(probs, rows, end), {dout_block, rows, value});
-            accumulate(dv, part, end * value, start == last);
-            multiply<T>({dprobs, rows, end}, {dout_block, rows, value}, Transposed<T>(v, end, value));
+            if (!kept) probabilities(space, q, keys_turned, start, end, size);
+            const auto dout_block = matrix(dout + ((b * length + start) * heads + h) * value, rows, value, heads * value);
+            multiply(dv, value, value, transposed(probs, rows, end), Right<T>(dout_block), into);
+            multiply(dprobs, end, end, dout_block, values_turned);
             for (int64_t row = 0; row < rows; row++)
-                softmax_row_backward(probs + row * end, dprobs + row * end, start + row + 1, end, size.scale);
-            multiply<T>({dq + start * width, rows, width}, {dprobs, rows, end}, {k, end, width});
-            multiply<T>({part, end, width}, Transposed<T>(dprobs, rows, end), {q_block, rows, width});
-            accumulate(dk, part, end * width, start == last);
+                softmax_row_backward(probs + row * end, dprobs + row * end, dscores + row * end, start + row + 1, end,
+                                     size.scale);
+            multiply(dq + start * width, width, width, matrix(dscores, rows, end), keys);
+            multiply(dk, width, width, transposed(dscores, rows, end), Right<T>(matrix(q + start * width, rows, width)),
+                     into);
         }
         write_head(inputs, size, b, h, dq, dk, dv, dquery, dkeyvalue, dkeys);
     }

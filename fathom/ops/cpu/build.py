@@ -36,6 +36,9 @@ _PARAMETERS = {
     "routed_experts": "ppppppppnnnn",
     "routed_experts_backward": "ppppppppppppnnnn",
     "sum_rows": "pppnnn",
+    "linear": "pppnnn",
+    "linear_input_gradient": "pppnnn",
+    "linear_weight_gradient": "pppnnnn",
     "select_experts": "ppnnnnn",
     "cross_entropy": "pppnnn",
     "decode": "ppn",
@@ -57,6 +60,12 @@ def usable(*tensors: Tensor) -> bool:
 def available() -> bool:
     """Whether the kernels are, or can be, built here."""
     return isinstance(_library(), ctypes.CDLL)
+
+
+def own_products(dtype: torch.dtype) -> bool:
+    """Whether kernels multiply matrices of this type, and do it themselves (gemm.h) rather than ask torch."""
+    used = _enabled and not torch.compiler.is_compiling()
+    return used and dtype == torch.bfloat16 and available() and bool(_loaded().own_products())
 
 
 def missing() -> str | None:

@@ -2,12 +2,14 @@
 //
 // Defined by routed_experts_reference in fathom/ops/experts.py, which also explains the order of the rows. A thread
 // takes a whole expert: its tokens, activations and weights stay in that thread's cache between the products, weights
-// kept in float32 are narrowed on the way in and their gradients widened on the way out.
+// kept in float32 are narrowed on the way in, and their gradients are made in float32.
 
 #include "products.h"
 #include "swiglu.h"
 
-#include <type_traits>
+#include <algorithm>
+#include <numeric>
+#include <vector>
 
 #include <omp.h>
 
@@ -16,25 +18,6 @@ namespace {
 struct Sizes {
     int64_t experts, hidden, width;
 };
-
-// The weights in T: as they are, or narrowed into `space`.
-template <class T, class Weight>
-inline const T* narrowed(const Weight* weights, T* space, int64_t size) {
-    if constexpr (std::is_same_v<T, Weight>) return weights;
-    convert(weights, space, size);
-    return space;
-}
-
-// grad = leftᵀ·right of (rows, m) and (rows, n), in the weights' type; `space` takes the product where that is wider.
-template <class T, class Weight>
-inline void weight_gradient(Weight* grad, const T* left, const T* right, int64_t rows, int64_t m, int64_t n, T* space) {
-    if constexpr (std::is_same_v<T, Weight>) {
-        multiply<T>({grad, m, n}, Transposed<T>(left, rows, m), {right, rows, n});
-    } else {
-        multiply<T>({space, m, n}, Transposed<T>(left, rows, m), {right, rows, n});
-        convert(space, grad, m * n);
-    }
-}
 
 template <class T>
 inline void gather(const T* x, const int64_t* token, T* out, int64_t rows, int64_t size) {
@@ -46,25 +29,33 @@ inline void gather(const T* x, const int64_t* token, T* out, int64_t rows, int64
     }
 }
 
+// The experts with most rows first: a thread that took one of those last would leave the others waiting.
+inline std::vector<int32_t> by_load(const int32_t* ends, int64_t experts) {
+    std::vector<int32_t> order(experts);
+    std::iota(order.begin(), order.end(), 0);
+    auto rows = [&](int32_t e) { return ends[e] - (e ? ends[e - 1] : 0); };
+    std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return rows(a) > rows(b); });
+    return order;
+}
+
 template <class T, class Weight>
 void forward(int threads, const T* x, const int64_t* token, const float* weight, const int32_t* ends,
              const Weight* gate_up, const Weight* down, T* before, T* y, Sizes sizes) {
-    auto [experts, d, f] = sizes;
+    const int64_t experts = sizes.experts, d = sizes.hidden, f = sizes.width;
     const int64_t g = 2 * f;
+    const std::vector<int32_t> order = by_load(ends, experts);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int64_t e = 0; e < experts; e++) {
-        const int64_t start = e ? ends[e - 1] : 0, rows = ends[e] - start;
+    for (int64_t turn = 0; turn < experts; turn++) {
+        const int64_t e = order[turn], start = e ? ends[e - 1] : 0, rows = ends[e] - start;
         if (!rows) continue;
-        T *tokens = scratch<T>(0, rows * d), *hidden = scratch<T>(1, rows * f), *space = scratch<T>(2, g * d);
+        T *tokens = scratch<T>(0, rows * d), *hidden = scratch<T>(1, rows * f);
         gather(x, token + start, tokens, rows, d);
-        const T* up = narrowed(gate_up + e * g * d, space, g * d);
-        multiply<T>({before + start * g, rows, g}, {tokens, rows, d}, Transposed<T>(up, g, d));
+        multiply(before + start * g, g, g, matrix(tokens, rows, d), Right<T>(transposed(gate_up + e * g * d, g, d)));
         for (int64_t row = 0; row < rows; row++) {
             const T* in = before + (start + row) * g;
             swiglu_row(in, in + f, weight[start + row], hidden + row * f, f);
         }
-        const T* back = narrowed(down + e * d * f, space, d * f);
-        multiply<T>({y + start * d, rows, d}, {hidden, rows, f}, Transposed<T>(back, d, f));
+        multiply(y + start * d, d, d, matrix(hidden, rows, f), Right<T>(transposed(down + e * d * f, d, f)));
     }
 }
 
@@ -72,31 +63,32 @@ template <class T, class Weight>
 void backward(int threads, const T* x, const int64_t* token, const float* weight, const int32_t* ends,
               const Weight* gate_up, const Weight* down, const T* before, const T* dout, T* dx, float* dweight,
               Weight* dgate_up, Weight* ddown, Sizes sizes) {
-    auto [experts, d, f] = sizes;
+    const int64_t experts = sizes.experts, d = sizes.hidden, f = sizes.width;
     const int64_t g = 2 * f;
+    const std::vector<int32_t> order = by_load(ends, experts);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int64_t e = 0; e < experts; e++) {
-        const int64_t start = e ? ends[e - 1] : 0, rows = ends[e] - start;
+    for (int64_t turn = 0; turn < experts; turn++) {
+        const int64_t e = order[turn], start = e ? ends[e - 1] : 0, rows = ends[e] - start;
         if (!rows) {
             std::memset(dgate_up + e * g * d, 0, g * d * sizeof(Weight));
             std::memset(ddown + e * d * f, 0, d * f * sizeof(Weight));
             continue;
         }
-        T *tokens = scratch<T>(0, rows * d), *hidden = scratch<T>(1, rows * f), *space = scratch<T>(2, g * d);
-        T *dy = scratch<T>(3, rows * d), *dhidden = scratch<T>(4, rows * f), *dbefore = scratch<T>(5, rows * g);
+        T *tokens = scratch<T>(0, rows * d), *hidden = scratch<T>(1, rows * f), *dy = scratch<T>(2, rows * d);
+        T *dhidden = scratch<T>(3, rows * f), *dbefore = scratch<T>(4, rows * g);
         gather(dout, token + start, dy, rows, d);
-        multiply<T>({dhidden, rows, f}, {dy, rows, d}, {narrowed(down + e * d * f, space, d * f), d, f});
+        multiply(dhidden, f, f, matrix(dy, rows, d), Right<T>(matrix(down + e * d * f, d, f)));
         for (int64_t row = 0; row < rows; row++) {
             const T* in = before + (start + row) * g;
             T* to = dbefore + row * g;
             dweight[start + row] = swiglu_row_backward(in, in + f, weight[start + row], dhidden + row * f, to, to + f,
                                                        hidden + row * f, f);
         }
-        weight_gradient(ddown + e * d * f, dy, hidden, rows, d, f, space);
-        multiply<T>({dx + start * d, rows, d}, {dbefore, rows, g},
-                    {narrowed(gate_up + e * g * d, space, g * d), g, d});
+        multiply(ddown + e * d * f, f, f, transposed(dy, rows, d), Right<T>(matrix(hidden, rows, f)), Into::memory);
+        multiply(dx + start * d, d, d, matrix(dbefore, rows, g), Right<T>(matrix(gate_up + e * g * d, g, d)));
         gather(x, token + start, tokens, rows, d);
-        weight_gradient(dgate_up + e * g * d, dbefore, tokens, rows, g, d, space);
+        multiply(dgate_up + e * g * d, d, d, transposed(dbefore, rows, g), Right<T>(matrix(tokens, rows, d)),
+                 Into::memory);
     }
 }
 

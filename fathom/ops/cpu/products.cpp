@@ -12,4 +12,7 @@ void use_torch(void* from_blob, void* release, void* mm_out, int32_t float32, in
 
 // How many products failed since the last time somebody asked.
 int failures() { return products::failures.exchange(0); }
+
+// Whether products of bfloat16 matrices are gemm.h's.
+int own_products() { return FATHOM_OWN_PRODUCTS; }
 }

@@ -85,9 +85,16 @@ inline void store(bf16* to, Floats value) {
 template <class T>
 inline Floats load(const T* from, int64_t count) {
     if (count == kLanes) return load(from);
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    const __mmask16 lanes = (1u << count) - 1;
+    if constexpr (sizeof(T) == 4) return (Floats)_mm512_maskz_loadu_ps(lanes, from);
+    const __m256i halves = _mm256_maskz_loadu_epi16(lanes, from);
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+#else
     T part[kLanes] = {};
     std::memcpy(part, from, count * sizeof(T));
     return load(part);
+#endif
 }
 
 template <class T>

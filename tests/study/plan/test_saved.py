@@ -89,7 +89,7 @@ def test_gradients_are_made_for_every_parameter() -> None:
 
 
 def test_heights_are_those_the_experts_pad_to() -> None:
-    shape = Shape(presets.nano().model, 8, 512, 2)  # a mean load of 1024
+    shape = Shape(presets.nano().model, 8, 512, 4)  # a mean load of 1024
     loads = torch.arange(1, 4096 + 1)
     assert expert_heights(shape) == set(padded_loads(loads).tolist())
 
@@ -120,13 +120,16 @@ class Paper(Machine):
     dtype: torch.dtype = torch.bfloat16
     threads: int = 1
     bandwidth: float = float("inf")
-    norm = activation = copy = cross_entropy = softmax = 0.0  # type: ignore[assignment]
+    norm = activation = copy = cross_entropy = 0.0  # type: ignore[assignment]
 
     def overhead(self, kind: str) -> Overhead:
         return Overhead(0.0, 0.0, 0.0, 0.0)
 
     def product(self, rows: int, inner: int, columns: int, **kind: bool) -> float:
         return 2.0 * rows * inner * columns
+
+    def attention(self, length: int, nope: int, rope: int, value: int) -> float:
+        return 3.0 * length * length * (nope + rope + value)
 
     def orthogonalized(self, count: int, short: int, long: int) -> float:
         return 5 * 2.0 * count * short * short * (2 * long + short)
@@ -144,10 +147,9 @@ def test_products_are_the_models_flops() -> None:
     counts = model.parameter_counts()
     weights = counts.active_matrices + counts.active_mtp_matrices
     assert time.projections + time.experts + time.head == 256 * 6 * weights
-    # One block of 256 queries sees all keys: twice the causal half.
     layers = model.num_hidden_layers + 1
     widths = model.num_attention_heads * (model.qk_head_dim + model.v_head_dim)
-    assert time.attention == 256 * 6 * layers * widths * 256
+    assert time.attention == 256 * 6 * layers * widths * 256 / 2  # half of the keys are in the future
     assert time.total == sum(vars(time).values())
 
 
@@ -199,4 +201,4 @@ def test_the_optimizers_matrices_may_be_what_is_most() -> None:
     adamw = replace(run, optimizer=replace(run.optimizer, kind="adamw"))
     muon, other = peak(run, shape_of(run)), peak(adamw, shape_of(adamw))
     assert (muon.gradients, muon.kept) == (muon.weights, 0) and muon.passing > 0 < muon.holes
-    assert muon.prepared > other.prepared and other.kept > 0
+    assert muon.prepared > other.prepared and muon.passing > other.passing

@@ -25,13 +25,14 @@ gradient (malloc's own count before and after, torch 2.13), and 8 to 22 KB of ma
 nothing."""
 PREPARED_MOST = 1024
 """oneDNN forgets the oldest beyond so many."""
-HOLES_AMONG_ACTIVATIONS = 1 / 3
+HOLES_AMONG_ACTIVATIONS = 1 / 2
 """Holes while most of the memory is activations', as a share of them: pieces of many sizes refill what was freed."""
-HOLES_UNDER_GRADIENTS = 0.9
-"""Later, of what activations have left again: gradients are larger than most of those pieces and use little of their
+HOLES_UNDER_GRADIENTS = 1.05
+"""Later, of what activations have left again: gradients are larger than most of those pieces and use none of their
 room."""
-HOLES_UNDER_MUON = 1.1
-"""Muon's matrices are larger still, and use none. All three shares were measured, not derived (docs/planning.md)."""
+HOLES_UNDER_MUON = 1.2
+"""Nor do Muon's matrices, which leave pieces themselves. All three shares were measured, not derived
+(docs/planning.md)."""
 
 
 @dataclass(frozen=True)
@@ -106,14 +107,15 @@ def _holes(moment: _Moment, activations: int) -> int:
 
 
 def _thread_bytes(shape: Shape) -> int:
-    """A thread's buffers grow to the largest expert and the longest head that it has had."""
-    config, length = shape.config, shape.length
+    """A thread's buffers grow to the largest expert and the longest head that it has had (ops/cpu/products.h)."""
+    config, length, c = shape.config, shape.length, shape.itemsize
     d, f, x, v = config.hidden_size, config.moe_intermediate_size, config.qk_head_dim, config.v_head_dim
     # An untrained router sends nearly everything to one expert now and then.
-    expert = shape.tokens * (2 * d + 4 * f) + 2 * f * d
-    head = 4 * length * x + 2 * length * v + 2 * query_block(length) * length
+    expert = c * (shape.tokens * (2 * d + 4 * f) + max(2 * f, shape.tokens if shape.own else 0) * d)
+    blocks = query_block(length, shape.dtype) * length
+    head = c * (length * (3 * x + 2 * x + v) + 2 * blocks) + 4 * 2 * blocks
     # Slots are shared between experts and heads, but for the gradients that heads add up in float32.
-    return max(expert, head) * shape.itemsize + length * (x + v) * 4
+    return max(expert, head) + length * (x + v) * 4
 
 
 def _biases(shape: Shape) -> int:
@@ -162,22 +164,29 @@ def _last_head(walk: list[Stage]) -> int:
 
 
 def logits_bytes(shape: Shape) -> int:
-    """A chunk of logits, once more transposed for the head's gradient, and the head in the activations' type."""
+    """A chunk of logits; for torch's products once more, transposed, and the head and its gradient narrowed."""
     config = shape.config
     chunk = min(shape.tokens, max(256, (1 << 23) // config.vocab_size))
+    if shape.own:
+        return chunk * config.vocab_size * shape.itemsize
     head = config.vocab_size * config.hidden_size
     return (2 * chunk * config.vocab_size + 2 * head) * shape.itemsize
 
 
 def prepared_bytes(run: Run, shape: Shape) -> int:
-    """oneDNN's products: six for every padded height of an expert's rows, three for every matrix, and attention's."""
+    """oneDNN's products: six for every padded height of an expert's rows, three for every matrix, and attention's.
+
+    Where the kernels make those themselves, Muon's alone.
+    """
     if shape.itemsize == 4:
         return 0
     config = shape.config
-    sparse = config.num_moe_layers + config.num_nextn_predict_layers
-    products = 6 * len(expert_heights(shape)) if sparse else 0
-    products += 3 * (len(matrices(shape)) + 1) + 6 * -(-shape.length // query_block(shape.length))
-    products += 3 * len(muon_batches(shape)) if run.optimizer.kind == "muon" else 0
+    products = 3 * len(muon_batches(shape)) if run.optimizer.kind == "muon" else 0
+    if not shape.own:
+        sparse = config.num_moe_layers + config.num_nextn_predict_layers
+        products += 6 * len(expert_heights(shape)) if sparse else 0
+        blocks = -(-shape.length // query_block(shape.length, shape.dtype))
+        products += 3 * (len(matrices(shape)) + 1) + 6 * blocks
     return min(PREPARED_MOST, products) * PREPARED_BYTES
 
 

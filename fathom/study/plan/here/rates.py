@@ -17,9 +17,13 @@ from torch import Tensor
 
 from fathom.data.stream import Batch
 from fathom.model.transformer import Model
+from fathom.ops.attention import expanded_attention
+from fathom.ops.cpu import build
+from fathom.ops.linear import product, weight_gradient
 from fathom.ops.loss import linear_cross_entropy
 from fathom.ops.norm import rms_norm
 from fathom.ops.precision import bfloat16_is_emulated
+from fathom.ops.rope import Rope
 from fathom.ops.swiglu import swiglu
 from fathom.parallel.data import Ranks
 from fathom.presets import nano
@@ -77,7 +81,23 @@ class Machine:
             sets = 1 if alone else max(1, _UNCACHED // (dtype.itemsize * (rows * inner + inner * columns)))
             operands = cycle([_operands(rows, inner, columns, transposed, dtype) for _ in range(min(sets, 16))])
             with _threads(1 if alone else self.threads):
-                self.products[name] = flops / timed(lambda: _multiply(*next(operands)))
+                self.products[name] = flops / timed(lambda: _multiply(*next(operands), transposed))
+        return flops / self.products[name]
+
+    def attention(self, length: int, nope: int, rope: int, value: int) -> float:
+        """Seconds that one head of one sequence takes, forward and backward, where every thread has one."""
+        name = f"attention over {length}, widths {nope} + {rope} and {value}"
+        flops = 6 * length * length * (nope + rope + value) // 2
+        if name not in self.products:
+            heads = self.threads
+            query, keyvalue, key = (
+                torch.randn(1, length, *shape).to(self.dtype).requires_grad_()
+                for shape in ((heads, nope + rope), (heads, nope + value), (rope,))
+            )
+            turns = Rope(torch.ones(length, rope // 2), torch.zeros(length, rope // 2))
+            gradient = torch.ones(1, length, heads, value, dtype=self.dtype)
+            whole = timed(lambda: expanded_attention(query, keyvalue, key, turns, 0.1).backward(gradient))
+            self.products[name] = flops * heads / whole
         return flops / self.products[name]
 
     def orthogonalized(self, count: int, short: int, long: int) -> float:
@@ -134,14 +154,6 @@ class Machine:
         h, targets = torch.randn(tokens, width).to(self.dtype).requires_grad_(), torch.randint(words, (tokens,))
         return timed(lambda: linear_cross_entropy(h, head, targets)) / (tokens * words)
 
-    @cached_property
-    def softmax(self) -> float:
-        """Seconds a score takes on one thread, forward and backward."""
-        scores = torch.randn(256, 512).to(self.dtype).requires_grad_()
-        with _threads(1):
-            seconds = timed(lambda: scores.softmax(-1).backward(scores.detach()))
-        return seconds / scores.numel()
-
     def _pass(self, function: Callable[[Tensor], Tensor]) -> float:
         x = torch.randn(_NUMBERS).to(self.dtype).requires_grad_()
         gradient = torch.ones_like(x)
@@ -163,11 +175,19 @@ def _operands(
     rows: int, inner: int, columns: int, transposed: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     left = torch.randn(inner, rows).to(dtype).t() if transposed else torch.randn(rows, inner).to(dtype)
-    return left, torch.randn(inner, columns).to(dtype), torch.empty(rows, columns, dtype=dtype)
+    # Training multiplies with float32 weights where the kernels narrow them, and makes their gradients in float32.
+    wide = torch.float32 if build.own_products(dtype) else dtype
+    if transposed:
+        return left, torch.randn(inner, columns).to(dtype), torch.empty(rows, columns, dtype=wide)
+    return left, torch.randn(columns, inner).to(wide), torch.empty(rows, columns, dtype=dtype)
 
 
-def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
-    torch.mm(left, right, out=out)
+def _multiply(left: Tensor, right: Tensor, out: Tensor, transposed: bool) -> None:
+    """left·right into a weight's gradient, or left·rightᵀ."""
+    if transposed:
+        weight_gradient(left.t(), right, out, adds=False)
+    else:
+        product(left, right, out)
 
 
 def _tiny_step(kind: Literal["adamw", "muon"], layers: int, micro_batches: int) -> Callable[[], object]:

@@ -76,7 +76,7 @@ def here_json(plan: HerePlan) -> dict[str, Any]:
     }
 
 
-_RATES = ("bandwidth", "norm", "activation", "copy", "cross_entropy", "softmax")
+_RATES = ("bandwidth", "norm", "activation", "copy", "cross_entropy")
 
 
 def show_here(console: Console, plan: HerePlan) -> None:

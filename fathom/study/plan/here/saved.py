@@ -9,8 +9,11 @@ E experts, K experts per token, F expert width, R rows: the (token, expert) pair
 
 from dataclasses import dataclass
 
+import torch
+
 from fathom.model.config import ModelConfig
 from fathom.ops.attention import query_block
+from fathom.ops.cpu import build
 
 _KEPT_LENGTH = 1024  # fathom/ops/attention.py keeps probabilities up to here
 _PAD = 16  # fathom/ops/experts.py pads an expert's rows in sixteenths of a power of two
@@ -32,6 +35,16 @@ class Shape:
     """Keep each layer's input alone."""
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The activations'."""
+        return torch.bfloat16 if self.itemsize < _FLOAT32 else torch.float32
+
+    @property
+    def own(self) -> bool:
+        """Whether the kernels make the products themselves: then nothing is narrowed, padded or prepared for them."""
+        return build.own_products(self.dtype)
+
+    @property
     def tokens(self) -> int:
         """Tokens of a micro-batch N."""
         return self.batch * self.length
@@ -40,7 +53,8 @@ class Shape:
     def rows(self) -> int:
         """Rows of the sorted (token, expert) pairs, the padding's share reserved as fathom/ops/experts.py does."""
         pairs, experts = self.tokens * self.config.num_experts_per_tok, self.config.n_routed_experts
-        return pairs + (experts * _PAD + pairs // _PAD if pairs >= 2 * _PAD * experts else 0)
+        pads = pairs >= 2 * _PAD * experts and not self.own
+        return pairs + (experts * _PAD + pairs // _PAD if pads else 0)
 
 
 @dataclass(frozen=True)
@@ -123,7 +137,7 @@ def _probabilities(shape: Shape) -> int:
     length = shape.length
     if length > _KEPT_LENGTH:
         return 0
-    block = query_block(length)
+    block = query_block(length, shape.dtype)
     ends = [min(start + block, length) for start in range(0, length, block)]
     numbers = sum((end - start) * end for start, end in zip(range(0, length, block), ends, strict=True))
     return shape.batch * shape.config.num_attention_heads * numbers
@@ -202,8 +216,8 @@ def _norm(shape: Shape, name: str, width: int) -> Stage:
 
 
 def _narrowed(shape: Shape, numbers: int) -> int:
-    """Under bfloat16 every matrix is kept a second time in the activations' type."""
-    return numbers * shape.itemsize if shape.itemsize < _FLOAT32 else 0
+    """Under bfloat16 torch's products keep every matrix a second time in the activations' type."""
+    return 0 if shape.own or shape.itemsize == _FLOAT32 else numbers * shape.itemsize
 
 
 def _recomputed(shape: Shape, layer: list[Stage]) -> Stage:

@@ -12,7 +12,6 @@ from math import prod
 import torch
 
 from fathom.model.transformer import Model
-from fathom.ops.attention import query_block
 from fathom.study.plan.here.rates import Machine, Overhead
 from fathom.study.plan.here.saved import Shape
 from fathom.train.optim import BATCH_NUMBERS, muon_groups
@@ -37,7 +36,7 @@ class StepTime:
     experts: float
     """Routed experts' products, a thread each."""
     attention: float
-    """Scores and values, and the softmax between, a thread each."""
+    """From queries and latents to the heads' output, a thread each."""
     head: float
     """The losses' products and cross-entropy."""
     passes: float
@@ -135,24 +134,11 @@ def _experts(shape: Shape, machine: Machine) -> float:
 
 
 def _attention(shape: Shape, machine: Machine) -> float:
-    """Per head and block of queries two products forward and four backward; long sequences' scores once more."""
-    config, length = shape.config, shape.length
-    x, v = config.qk_head_dim, config.v_head_dim
-    block = query_block(length)
-    seconds = 0.0
-    for start in range(0, length, block):
-        end = min(start + block, length)
-        rows = end - start
-        scores = machine.product(rows, x, end, alone=True)
-        seconds += (1 + (length > 1024)) * scores + machine.product(rows, end, v, alone=True)
-        seconds += machine.product(end, rows, v, alone=True, transposed=True) + machine.product(
-            rows, v, end, alone=True
-        )
-        seconds += machine.product(rows, end, x, alone=True) + machine.product(
-            end, rows, x, alone=True, transposed=True
-        )
-        seconds += rows * end * machine.softmax
-    return _blocks(shape)[0] * shape.batch * config.num_attention_heads * seconds / machine.threads
+    """Measured whole, some heads at once: from queries and latents to the heads' output, and back."""
+    config = shape.config
+    widths = (config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim)
+    heads = _blocks(shape)[0] * shape.batch * config.num_attention_heads
+    return heads * machine.attention(shape.length, *widths)
 
 
 def _head(shape: Shape, machine: Machine) -> float:
@@ -167,23 +153,25 @@ def _head(shape: Shape, machine: Machine) -> float:
 
 
 def _passes(shape: Shape, machine: Machine) -> float:
-    """Norms, activations, rotations, residual sums, gathers, and the narrowing of weights."""
+    """Norms, activations, residual sums, gathers, and the narrowing of weights."""
     config, n = shape.config, shape.tokens
     layers, sparse = _blocks(shape)
     d, rank = config.hidden_size, config.q_lora_rank or 0
-    width = config.num_attention_heads * (config.qk_head_dim + config.qk_nope_head_dim + 2 * config.v_head_dim)
     normed = n * (layers * (2 * d + rank + config.kv_lora_rank) + d * (1 + 3 * config.num_nextn_predict_layers))
     active = config.first_k_dense_replace * n * config.intermediate_size
     active += sparse * (n * config.n_shared_experts + shape.rows) * config.moe_intermediate_size
-    # Two residual sums and the heads' rearrangement, forward and backward; tokens gathered to rows and summed again.
-    copied = (
-        layers * n * (2 * 4 * d + 2 * width)
-        + sparse * shape.rows * 6 * d
-        + sparse * n * (8 * d + 12 * config.n_routed_experts)
-    )
-    counts = config.parameter_counts()
-    narrowed = 0 if shape.itemsize == 4 else _NARROW_BYTES * (counts.total + counts.mtp)
+    # Two residual sums, forward and backward; tokens gathered to rows and summed again.
+    copied = layers * n * 2 * 4 * d + sparse * shape.rows * 6 * d + sparse * n * (8 * d + 12 * config.n_routed_experts)
+    narrowed = 0 if shape.itemsize == 4 else _NARROW_BYTES * _narrowed(shape)
     return normed * machine.norm + active * machine.activation + copied * machine.copy + narrowed / machine.bandwidth
+
+
+def _narrowed(shape: Shape) -> int:
+    """Weights whose narrowing no measured product contains: all, or the experts', which lay in a cache there."""
+    config, counts = shape.config, shape.config.parameter_counts()
+    if not shape.own:
+        return counts.total + counts.mtp
+    return _blocks(shape)[1] * config.n_routed_experts * 3 * config.hidden_size * config.moe_intermediate_size
 
 
 def _optimizer(run: Run, shape: Shape, machine: Machine) -> float:
