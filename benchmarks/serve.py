@@ -39,6 +39,7 @@ from fathom import presets
 from fathom.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
 from fathom.infer.engine import Engine, Request
 from fathom.model.transformer import Model
+from fathom.train.hardware import keep_freed_memory
 
 CLIENTS = (1, 8, 32, 128)
 MAX_BATCH = 32
@@ -302,6 +303,7 @@ def main() -> None:
                     server.until_idle()
                 rows += rows_of(clients, seen)
         if not options.no_http:
+            keep_freed_memory()  # as the server does
             engine = Engine(fathom.load_model(model, torch.bfloat16), tokenizer, max_batch=MAX_BATCH)
             pairs = cost_of_http(servers[0], engine, draw, 3 if options.quick else ROUNDS)
             http, alone = (statistics.median(side) for side in zip(*pairs, strict=True))

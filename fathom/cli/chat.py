@@ -16,6 +16,7 @@ from fathom.infer.engine import Engine, Request, TextStream
 from fathom.infer.quantize import quantized
 from fathom.infer.sampler import SamplingParams
 from fathom.ops.quantized import Precision
+from fathom.train.hardware import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,10 @@ def run(words: list[str]) -> None:
     directory = model_directory(command.path)
     tokenizer = load_tokenizer(directory)
     template = ChatTemplate(tokenizer)
-    model = load_model(directory, dtypes[command.dtype], "cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        keep_freed_memory()
+    model = load_model(directory, dtypes[command.dtype], device)
     if command.quantize is not None:
         model = quantized(model, command.quantize)
     engine = Engine(model, tokenizer, command.speculative, max_batch=1)

@@ -16,6 +16,7 @@ from fathom.infer.engine import Engine, Request, TextStream
 from fathom.infer.quantize import quantized
 from fathom.infer.sampler import SamplingParams
 from fathom.ops.quantized import Precision
+from fathom.train.hardware import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ def run(words: list[str]) -> None:
     if command.dtype not in dtypes:
         raise ConfigError(f"--dtype is {command.dtype!r}; it must be {' or '.join(dtypes)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        keep_freed_memory()
     directory = model_directory(command.path)
     model = load_model(directory, dtypes[command.dtype], device)
     if command.quantize is not None:

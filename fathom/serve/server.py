@@ -28,6 +28,7 @@ from fathom.serve.app import make_app
 from fathom.serve.service import Service
 from fathom.serve.status import describe
 from fathom.serve.worker import Worker
+from fathom.train.hardware import keep_freed_memory
 
 KEY_VARIABLE = "FATHOM_API_KEY"
 
@@ -93,13 +94,16 @@ def serve(command: ServeCommand) -> int:
     inspector = None if command.inspector is None else command.inspector.read_bytes()
     console = Console(stderr=True, highlight=False)
     listening = _listen(command.host, command.port)
+    device = _device(command)
+    if device.type == "cpu":
+        keep_freed_memory()
     directory = model_directory(command.path)
     tokenizer = load_tokenizer(directory)
     console.print(f"loading    {directory}", soft_wrap=True)
     # In a thread that ends: OpenMP keeps helpers for every thread that has computed, and with more of them than
     # processors those of the engine's thread would sleep at each of a step's barriers instead of waiting awake.
     with ThreadPoolExecutor(1) as loading:
-        engine = loading.submit(_engine, command, directory, tokenizer).result()
+        engine = loading.submit(_engine, command, device, directory, tokenizer).result()
     name = command.name or Path(command.path).absolute().name
     server: uvicorn.Server
 
@@ -136,12 +140,15 @@ def serve(command: ServeCommand) -> int:
     return 1
 
 
-def _engine(command: ServeCommand, directory: Path, tokenizer: Tokenizer) -> Engine:
-    device = command.device or ("cuda" if torch.cuda.is_available() else "cpu")
+def _device(command: ServeCommand) -> torch.device:
+    name = command.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.device(device)
+        return torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"--device is {device!r}; it must be such as cpu, cuda or cuda:1") from error
+        raise ConfigError(f"--device is {name!r}; it must be such as cpu, cuda or cuda:1") from error
+
+
+def _engine(command: ServeCommand, device: torch.device, directory: Path, tokenizer: Tokenizer) -> Engine:
     model = load_model(directory, torch.float32 if command.dtype == "float32" else torch.bfloat16, device)
     if command.quantize is not None:
         model = quantized(model, command.quantize)

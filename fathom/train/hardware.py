@@ -64,9 +64,9 @@ def missing_for_compile(device: torch.device) -> str | None:
 def keep_freed_memory() -> None:
     """Have glibc keep what is freed instead of giving it back to the kernel, and keep it in huge pages.
 
-    A training step frees and takes the same large buffers again; with glibc's defaults each is mapped and zeroed by
-    the kernel anew, hundreds of thousands of page faults a step, and read through small pages (docs/log.md). Memory is
-    only reserved here, not taken. Elsewhere than on glibc: nothing.
+    A training step, or the reading of a prompt, frees and takes the same large buffers again; with glibc's defaults
+    each is mapped and zeroed by the kernel anew, hundreds of thousands of page faults a step, and read through small
+    pages (docs/log.md). Memory is only reserved here, not taken. Elsewhere than on glibc: nothing.
     """
     if not sys.platform.startswith("linux"):
         return

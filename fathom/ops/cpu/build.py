@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -144,9 +145,15 @@ def _compile(compiler: str, path: Path) -> None:
     """Under another name first: processes that start together must not load a half-written library."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        objects = [Path(scratch, f"{source.stem}.o") for source in _SOURCES]
+
+        def run(*arguments: str | Path) -> None:
+            subprocess.run([compiler, *_FLAGS, *map(str, arguments)], check=True, capture_output=True, text=True)
+
+        with ThreadPoolExecutor(os.cpu_count()) as several:
+            list(several.map(lambda source, made: run("-c", source, "-o", made), _SOURCES, objects))
         made = Path(scratch, path.name)
-        command = [compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(made)]
-        subprocess.run(command, check=True, capture_output=True, text=True)
+        run(*objects, "-o", made)
         made.replace(path)
 
 

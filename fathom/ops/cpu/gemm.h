@@ -89,8 +89,8 @@ inline void transpose(__m512i (&row)[16]) {
 // power of two would all fall upon the same lines of a cache.
 inline int64_t panel_stride(int64_t inner) { return pairs_of(inner) * kColumns + 32; }
 
-// The panels begin … end of the right factor, of which the first lies at `to`. Rows are read one after the other; of a factor
-// that lies turned, sixteen at a time.
+// The panels begin … end of the right factor, the first of them at `to` and the next `apart` words on. Rows are read one
+// after the other; of a factor that lies turned, sixteen at a time.
 template <class T>
 inline void pack_panels(const Matrix<T>& right, int64_t begin, int64_t end, uint32_t* to, int64_t apart) {
     const int64_t inner = right.rows, pairs = pairs_of(inner), stride = right.stride;
@@ -249,19 +249,20 @@ inline int64_t groups_at_once(const Groups& groups, int64_t pairs) {
 }
 
 // Words that `multiply` may need to rearrange rows of the left factor.
-inline int64_t words_for(const Matrix<bf16>& left, const Groups& groups) {
+inline int64_t words_for(const Matrix<bf16>& left) {
     const int64_t pairs = pairs_of(left.columns);
-    return packs(left) ? std::min(left.rows, groups_at_once(groups, pairs) * kRows) * pairs : 0;
+    return packs(left) ? std::min(left.rows, groups_at_once(Groups(left.rows), pairs) * kRows) * pairs : 0;
 }
 
-// The groups begin … end of rows of left·right, into out. `space` has room for words_for.
+// left·right into out. `space` has room for words_for.
 template <class Out>
-inline void multiply(Out* out, int64_t stride, int64_t columns, Into into, const Matrix<bf16>& left, const Groups& groups,
-                     int64_t begin, int64_t end, const uint32_t* panels, int64_t apart, uint32_t* space) {
+inline void multiply(Out* out, int64_t stride, int64_t columns, Into into, const Matrix<bf16>& left,
+                     const uint32_t* panels, int64_t apart, uint32_t* space) {
+    const Groups groups(left.rows);
     const int64_t pairs = pairs_of(left.columns), most = groups_at_once(groups, pairs);
     const bool packed = packs(left);
-    for (int64_t start = begin; start < end; start += most) {
-        const int64_t stop = std::min(end, start + most);
+    for (int64_t start = 0; start < groups.count; start += most) {
+        const int64_t stop = std::min(groups.count, start + most);
         auto packed_at = [&](int64_t group) { return space + (groups.first(group) - groups.first(start)) * pairs; };
         if (packed) pack_groups(left, groups, start, stop, space);
         for (int64_t panel = 0; panel < panels_of(columns); panel++)
@@ -270,8 +271,8 @@ inline void multiply(Out* out, int64_t stride, int64_t columns, Into into, const
                 Rows rows{(const char*)(left.data + first * left.stride), left.stride * 2, 4};
                 if (packed && left.turned) rows = {(const char*)packed_at(group), 4, 4 * count};
                 if (packed && !left.turned) rows = {(const char*)packed_at(group), 4 * pairs, 4};
-                tile_of(count, rows, panels + panel * apart, pairs,
-                        out + first * stride + panel * kColumns, stride, columns - panel * kColumns, into);
+                tile_of(count, rows, panels + panel * apart, pairs, out + first * stride + panel * kColumns, stride,
+                        columns - panel * kColumns, into);
             }
     }
     if (into == Into::memory) _mm_sfence();

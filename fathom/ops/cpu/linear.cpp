@@ -13,57 +13,58 @@
 
 namespace {
 
-constexpr int64_t kPanelBytes = 384 << 10;    // of the right factor rearranged at a time: part of a second cache
-constexpr int64_t kDepth = 512;               // rows of an inner dimension at a time where sums wait in float32
-constexpr int64_t kPrivateBytes = 1 << 20;    // of sums that a thread may have for itself
+constexpr int64_t kPanelBytes = 384 << 10;  // of the right factor rearranged at a time: part of a second cache
+constexpr int64_t kDepth = 512;             // rows of an inner dimension at a time where sums wait in float32
+constexpr int64_t kPrivateBytes = 1 << 20;  // of sums that a thread may have for itself
 
-// What thread `of` takes of `all`.
+// What this thread takes of `all`, in whole units but for the end.
 struct Share {
-    Share(int64_t all, int64_t of, int64_t threads) : begin(all * of / threads), end(all * (of + 1) / threads) {}
-    int64_t begin, end;
+    explicit Share(int64_t all, int64_t unit = 1) {
+        const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads(), units = (all + unit - 1) / unit;
+        begin = std::min(all, units * thread / threads * unit);
+        size = std::min(all, units * (thread + 1) / threads * unit) - begin;
+    }
+    int64_t begin, size;
 };
 
-// The rows of `groups` in `share` of left·right, into out.
+// left·right into out, whose rows are as long as right's.
 template <class Out, class Number>
-void rows_of_product(Out* out, int64_t stride, const Matrix<bf16>& left, const Matrix<Number>& right,
-                     const gemm::Groups& groups, Share share, Into into) {
-    const int64_t inner = left.columns, apart = gemm::panel_stride(inner), panels = gemm::panels_of(right.columns);
+void product(Out* out, const Matrix<bf16>& left, const Matrix<Number>& right, Into into) {
+    const int64_t apart = gemm::panel_stride(left.columns), panels = gemm::panels_of(right.columns);
     const int64_t most = std::max<int64_t>(1, kPanelBytes / (apart * 4));
     uint32_t* packed = scratch<uint32_t>(products::kRightSlot, std::min(panels, most) * apart);
-    uint32_t* space = scratch<uint32_t>(products::kLeftSlot, gemm::words_for(left, groups));
+    uint32_t* space = scratch<uint32_t>(products::kLeftSlot, gemm::words_for(left));
     for (int64_t panel = 0; panel < panels; panel += most) {
         const int64_t last = std::min(panels, panel + most), first = panel * gemm::kColumns;
         gemm::pack_panels(right, panel, last, packed, apart);
-        gemm::multiply(out + first, stride, std::min(right.columns, last * gemm::kColumns) - first, into, left, groups,
-                       share.begin, share.end, packed, apart, space);
+        gemm::multiply(out + first, right.columns, std::min(right.columns, last * gemm::kColumns) - first, into, left,
+                       packed, apart, space);
     }
 }
 
-// The same, summed over rows `inner` of the right factor in steps that fit a cache.
+// The same, the inner dimension in steps that fit a cache.
 template <class Number>
-void sum_over(float* out, int64_t stride, const Matrix<bf16>& left, const Matrix<Number>& right,
-              const gemm::Groups& groups, Share rows, Share inner, Into into) {
-    for (int64_t start = inner.begin; start < inner.end; start += kDepth, into = Into::sum) {
-        const int64_t depth = std::min(kDepth, inner.end - start);
-        rows_of_product(out, stride, left.some_columns(start, depth), right.some_rows(start, depth), groups, rows, into);
+void product_in_steps(float* out, const Matrix<bf16>& left, const Matrix<Number>& right, Into into) {
+    for (int64_t start = 0; start < left.columns; start += kDepth, into = Into::sum) {
+        const int64_t depth = std::min(kDepth, left.columns - start);
+        product(out, left.some_columns(start, depth), right.some_rows(start, depth), into);
     }
 }
 
 // out = left·right, each thread its share of the rows.
 template <class Number>
 void rows_together(int threads, bf16* out, const Matrix<bf16>& left, const Matrix<Number>& right) {
-    const gemm::Groups groups(left.rows);
-    const int64_t columns = right.columns;
 #pragma omp parallel num_threads(threads)
     {
-        const Share share(groups.count, omp_get_thread_num(), omp_get_num_threads());
+        const Share rows(left.rows, gemm::kRows);
+        const Matrix<bf16> mine = left.some_rows(rows.begin, rows.size);
+        bf16* to = out + rows.begin * right.columns;
         if (left.columns <= 2 * kDepth) {
-            rows_of_product(out, columns, left, right, groups, share, Into::place);
+            product(to, mine, right, Into::place);
         } else {
-            const int64_t first = groups.first(share.begin), size = (groups.first(share.end) - first) * columns;
-            float* sums = scratch<float>(0, size);
-            sum_over(sums - first * columns, columns, left, right, groups, share, {left.columns, 0, 1}, Into::place);
-            convert(sums, out + first * columns, size);
+            float* sums = scratch<float>(0, rows.size * right.columns);
+            product_in_steps(sums, mine, right, Into::place);
+            convert(sums, to, rows.size * right.columns);
         }
     }
 }
@@ -79,31 +80,30 @@ void linear_input_gradient(int threads, const bf16* dy, const Weight* weight, bf
     rows_together(threads, dx, matrix(dy, rows, out), matrix(weight, out, in));
 }
 
-// dweight = dyᵀ·x, or that added to it. Small gradients are summed by each thread over its own tokens, then all together;
-// of large ones each thread makes some rows.
+// dweight = dyᵀ·x, or that added to it. Small gradients are summed by each thread over its own tokens, then all
+// together; of large ones each thread makes some rows.
 void linear_weight_gradient(int threads, const bf16* dy, const bf16* x, float* dweight, int64_t rows, int64_t in,
                             int64_t out, int64_t adds) {
     const auto left = transposed(dy, rows, out), right = matrix(x, rows, in);
-    const gemm::Groups groups(out);
-    const Into into = adds ? Into::sum : Into::place;
     const int64_t size = in * out;
     std::vector<float*> parts(threads);
 #pragma omp parallel num_threads(threads)
     {
-        const int64_t thread = omp_get_thread_num(), all = omp_get_num_threads();
         if (size * 4 > kPrivateBytes) {
-            sum_over(dweight, in, left, right, groups, {groups.count, thread, all}, {rows, 0, 1}, into);
+            const Share mine(out, gemm::kRows);
+            product_in_steps(dweight + mine.begin * in, left.some_rows(mine.begin, mine.size), right,
+                             adds ? Into::sum : Into::place);
         } else {
-            float* mine = parts[thread] = scratch<float>(0, size);
-            const Share tokens(rows, thread, all);
-            if (tokens.begin == tokens.end) std::memset(mine, 0, size * sizeof(float));
-            sum_over(mine, in, left, right, groups, {groups.count, 0, 1}, tokens, Into::place);
+            float* sums = parts[omp_get_thread_num()] = scratch<float>(0, size);
+            const Share tokens(rows), numbers(size);
+            if (!tokens.size) std::memset(sums, 0, size * sizeof(float));
+            product_in_steps(sums, left.some_columns(tokens.begin, tokens.size),
+                             right.some_rows(tokens.begin, tokens.size), Into::place);
 #pragma omp barrier
-            const Share numbers(size, thread, all);
-            each(numbers.end - numbers.begin, [&](int64_t i, int64_t n) {
+            each(numbers.size, [&](int64_t i, int64_t n) {
                 float* to = dweight + numbers.begin + i;
                 Floats total = adds ? load(to, n) : Floats{};
-                for (int64_t t = 0; t < all; t++) total += load(parts[t] + numbers.begin + i, n);
+                for (int64_t t = 0; t < omp_get_num_threads(); t++) total += load(parts[t] + numbers.begin + i, n);
                 store(to, total, n);
             });
         }

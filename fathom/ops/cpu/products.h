@@ -148,8 +148,7 @@ class Right<bf16> {
 template <class Out>
 inline void multiply(Out* out, int64_t stride, int64_t columns, const Matrix<bf16>& left, const Right<bf16>& right,
                      Into into = Into::place) {
-    const gemm::Groups groups(left.rows);
-    uint32_t* space = scratch<uint32_t>(products::kLeftSlot, gemm::words_for(left, groups));
-    gemm::multiply(out, stride, columns, into, left, groups, 0, groups.count, right.panels, right.apart, space);
+    uint32_t* space = scratch<uint32_t>(products::kLeftSlot, gemm::words_for(left));
+    gemm::multiply(out, stride, columns, into, left, right.panels, right.apart, space);
 }
 #endif
