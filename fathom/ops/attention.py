@@ -55,16 +55,28 @@ def expanded_attention(q_BSHX: Tensor, kv_BTHY: Tensor, k_rope_BTR: Tensor, rope
     if build.usable(q_BSHX, kv_BTHY, k_rope_BTR):
         out_BSHV: Tensor = _ExpandedAttention.apply(q_BSHX, kv_BTHY, k_rope_BTR, rope.cos, rope.sin, scale)
         return out_BSHV
-    q_BHSX, k_BHTX, v_BHTV = (t.transpose(1, 2) for t in _heads(q_BSHX, kv_BTHY, k_rope_BTR, rope))
+    heads = _heads(q_BSHX, kv_BTHY, k_rope_BTR, rope)
+    attend = fused_causal_attention if q_BSHX.is_cuda else _in_blocks
+    return attend(*heads, scale)
+
+
+def fused_causal_attention(q_BSHX: Tensor, k_BTHX: Tensor, v_BTHV: Tensor, scale: float) -> Tensor:
+    """`causal_attention_reference` by torch's fused kernel."""
+    q_BHSX, k_BHTX, v_BHTV = (t.transpose(1, 2) for t in (q_BSHX, k_BTHX, v_BTHV))
     length, keys = q_BHSX.shape[2], k_BHTX.shape[2]
-    if q_BSHX.is_cuda:
-        # torch's own causal mask puts the first query at the first key.
-        mask_ST = None if length == keys else _visible(length, keys, q_BSHX.device)
-        fused_BHSV = F.scaled_dot_product_attention(
-            q_BHSX, k_BHTX, v_BHTV, attn_mask=mask_ST, is_causal=mask_ST is None, scale=scale
-        )
-        return fused_BHSV.transpose(1, 2)
-    older = keys - length
+    # torch's own causal mask puts the first query at the first key.
+    mask_ST = None if length == keys else _visible(length, keys, q_BSHX.device)
+    fused_BHSV = F.scaled_dot_product_attention(
+        q_BHSX, k_BHTX, v_BHTV, attn_mask=mask_ST, is_causal=mask_ST is None, scale=scale
+    )
+    return fused_BHSV.transpose(1, 2)
+
+
+def _in_blocks(q_BSHX: Tensor, k_BTHX: Tensor, v_BTHV: Tensor, scale: float) -> Tensor:
+    """The same in plain torch, a block of queries at a time."""
+    q_BHSX, k_BHTX, v_BHTV = (t.transpose(1, 2) for t in (q_BSHX, k_BTHX, v_BTHV))
+    length = q_BHSX.shape[2]
+    older = k_BHTX.shape[2] - length
     blocks = [
         _attend_block(
             q_BHSX[:, :, start:end] * scale, k_BHTX[:, :, : older + end], v_BHTV[:, :, : older + end], older + start

@@ -14,6 +14,7 @@ from fathom.ops.attention import (
     causal_attention_reference,
     expanded_attention,
     expanded_attention_reference,
+    fused_causal_attention,
     latent_attention,
 )
 from fathom.ops.cpu import build
@@ -66,6 +67,19 @@ def test_fast_equals_the_reference(length: int, widths: tuple[int, int, int], dt
     case = Case((2, length, 3), widths)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     assert_equal(case.run(expanded_attention, dtype), case.run(expanded_attention_reference, dtype), tolerance)
+
+
+@pytest.mark.parametrize(("length", "keys"), [(1, 1), (33, 33), (7, 40), (1, 40)])
+def test_what_gpus_run_is_the_reference(length: int, keys: int) -> None:
+    """torch's fused kernel, here on the CPU: all keys new, and new queries after older keys."""
+    shapes = ((2, length, 3, 12), (2, keys, 3, 12), (2, keys, 3, 5))
+    inputs = [random(*shape, seed=place).requires_grad_() for place, shape in enumerate(shapes)]
+    upstream = random(2, length, 3, 5, seed=9)
+    found, expected = (
+        [out.detach(), *torch.autograd.grad(out, inputs, upstream)]
+        for out in (f(*inputs, 0.3) for f in (fused_causal_attention, causal_attention_reference))
+    )
+    assert_equal(found, expected, 1e-12)
 
 
 @pytest.mark.parametrize("length", [1, 257])
