@@ -52,7 +52,6 @@ def cases() -> dict[str, Run]:
         "bench-small, 128 experts, 4 x 512": _sized(many, 4, 512),
         "bench-small, recomputed": replace(small, train=replace(small.train, recompute=True)),
         "bench-small, Muon, 4 x 512": _sized(replace(small, optimizer=nano.optimizer), 4, 512),
-        # The shares of heap holes (peak.py) were not chosen on those that follow.
         "nano, 9 layers, no MTP, 4 x 1024": _sized(replace(nano, model=plain), 4, 1024),
         "width 320, 5 layers, whole queries, 12 x 256": _sized(replace(small, model=queries), 12, 256),
     }

@@ -6,7 +6,7 @@ dropped. The gate's weight multiplies the hidden activation (F numbers) rather t
 projection is linear, so it is the same sum.
 
 Shapes: N tokens, D hidden, E experts, K experts per token, F expert width, P = N·K (token, expert) pairs,
-R rows: the pairs sorted by expert, each expert's rows padded to a multiple.
+R rows: the pairs sorted by expert, each expert's rows padded to a multiple where oneDNN multiplies them.
 """
 
 from typing import Any, NamedTuple
@@ -36,7 +36,10 @@ class Dispatch(NamedTuple):
 
 
 def dispatch(topk_ids_NK: Tensor, experts: int, dtype: torch.dtype | None = None) -> Dispatch:
-    """Sort the pairs by expert; stable, so equal inputs give equal sums. `dtype`: of the tokens, where it is known."""
+    """Sort the pairs by expert; stable, so equal inputs give equal sums.
+
+    `dtype`: of the tokens, where it is known. Rows of a type that the kernels multiply themselves are not padded.
+    """
     pairs = topk_ids_NK.numel()
     ids_P, pair_P = topk_ids_NK.flatten().sort(stable=True)
     every_E = torch.arange(experts, device=ids_P.device)

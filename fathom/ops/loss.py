@@ -45,13 +45,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         tokens = _chunk_tokens(head_OD.shape[0])
         for start in range(0, h_ND.shape[0], tokens):
             chunk = slice(start, start + tokens)
-            logits_MO = h_ND.new_empty(h_ND[chunk].shape[0], head_OD.shape[0])
-            linear.product(h_ND[chunk], weight_OD, logits_MO)
+            h_MD = h_ND[chunk]
+            logits_MO = h_MD.new_empty(h_MD.shape[0], head_OD.shape[0])
+            linear.product(h_MD, weight_OD, logits_MO)
             chunk_loss, dlogits_MO = _chunk(logits_MO, targets_N[chunk], wide)
             loss += chunk_loss
             if dh_ND is not None and dhead_OD is not None:
                 linear.input_gradient(dlogits_MO, weight_OD, dh_ND[chunk])
-                linear.weight_gradient(dlogits_MO, h_ND[chunk], dhead_OD, adds=True)
+                linear.weight_gradient(dlogits_MO, h_MD, dhead_OD, adds=True)
         if dh_ND is not None and dhead_OD is not None:
             ctx.save_for_backward(dh_ND, dhead_OD.to(head_OD.dtype))
         return loss

@@ -19,7 +19,7 @@ struct Sizes {
 
     int64_t width() const { return nope + rope; }
 
-    int64_t both() const { return nope + value; }
+    int64_t keyvalue() const { return nope + value; }
 };
 
 // What lies in memory for all heads: queries (B,S,H,P+R) with their last R numbers to be rotated, keys and values
@@ -36,7 +36,7 @@ inline void read_head(const Inputs<T>& from, const Sizes& size, int64_t b, int64
     const int64_t pairs = size.rope / 2, width = size.width();
     for (int64_t t = 0; t < size.length; t++) {
         const int64_t row = b * size.length + t;
-        std::memcpy(k + t * width, from.keyvalue + (row * size.heads + h) * size.both(), size.nope * sizeof(T));
+        std::memcpy(k + t * width, from.keyvalue + (row * size.heads + h) * size.keyvalue(), size.nope * sizeof(T));
         std::memcpy(k + t * width + size.nope, from.key + row * size.rope, size.rope * sizeof(T));
     }
     for (int64_t s = 0; s < size.queries; s++) {
@@ -62,7 +62,7 @@ inline void write_head(const Inputs<T>& from, const Sizes& size, int64_t b, int6
     for (int64_t s = 0; s < size.length; s++) {
         const int64_t row = b * size.length + s, turn = (size.shared ? s : row) * pairs;
         T* query = dquery + (row * size.heads + h) * width;
-        T* keyvalue = dkeyvalue + (row * size.heads + h) * (size.nope + size.value);
+        T* keyvalue = dkeyvalue + (row * size.heads + h) * size.keyvalue();
         std::memcpy(query, dq + s * width, size.nope * sizeof(T));
         convert(dk + s * width, keyvalue, size.nope);
         convert(dv + s * size.value, keyvalue + size.nope, size.value);
@@ -138,9 +138,9 @@ void attention(int threads, const T* query, const T* keyvalue, const T* key, con
         T *q = scratch<T>(0, queries * width), *k = scratch<T>(1, length * width);
         T* space = scratch<T>(2, kept ? 0 : block * length);
         read_head(inputs, size, b, h, q, k);
-        const T* v = keyvalue + (b * length * heads + h) * size.both() + nope;
+        const T* v = keyvalue + (b * length * heads + h) * size.keyvalue() + nope;
         const Right<T> k_turned(transposed(k, length, width), 10);
-        const Right<T> values(matrix(v, length, value, heads * size.both()), 11);
+        const Right<T> values(matrix(v, length, value, heads * size.keyvalue()), 11);
         for (int64_t start = 0; start < queries; start += block) {
             const int64_t end = start + block < queries ? start + block : queries, keys = size.older() + end;
             T* probs = kept ? kept + task * total + kept_before(start, block) : space;
@@ -169,8 +169,8 @@ void attention_backward(int threads, const T* query, const T* keyvalue, const T*
         float *dprobs = scratch<float>(6, block * length);
         float *dk = scratch<float>(7, length * width), *dv = scratch<float>(8, length * value);
         read_head(inputs, size, b, h, q, k);
-        const T* v = keyvalue + (b * length * heads + h) * size.both() + nope;
-        const Right<T> values_turned(transposed(v, length, value, heads * size.both()), 10);
+        const T* v = keyvalue + (b * length * heads + h) * size.keyvalue() + nope;
+        const Right<T> values_turned(transposed(v, length, value, heads * size.keyvalue()), 10);
         const Right<T> keys(matrix(k, length, width), 11);
         const Right<T> keys_turned(transposed(k, kept ? 0 : length, width), 12);
         // The last block sees all keys, so it sets what the others add to.

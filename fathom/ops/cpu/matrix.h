@@ -27,7 +27,7 @@ inline Matrix<T> matrix(const T* data, int64_t rows, int64_t columns, int64_t st
 
 template <class T>
 inline Matrix<T> matrix(const T* data, int64_t rows, int64_t columns) {
-    return {data, rows, columns, columns, false};
+    return matrix(data, rows, columns, columns);
 }
 
 // The transpose of a (rows, columns) matrix as it lies.
@@ -38,9 +38,9 @@ inline Matrix<T> transposed(const T* data, int64_t rows, int64_t columns, int64_
 
 template <class T>
 inline Matrix<T> transposed(const T* data, int64_t rows, int64_t columns) {
-    return {data, columns, rows, columns, true};
+    return transposed(data, rows, columns, columns);
 }
 
-// What becomes of a product: it replaces what was there, is added to it, or replaces it past the caches, where nobody will
-// read it soon.
+// What becomes of a product: it replaces what was there, is added to it, or replaces it past the caches, where nobody
+// will read it soon.
 enum class Into { place, sum, memory };

@@ -90,8 +90,8 @@ inline void by_torch(T* out, int64_t stride, const Matrix<T>& left, const Matrix
 
 }  // namespace products
 
-// The right factor of one or several products, made ready for them in a slot of this thread's; products may use its first
-// rows and columns alone. Numbers wider than T are narrowed.
+// The right factor of one or several products, made ready for them in a slot of this thread's; products may use its
+// first rows and columns alone. Numbers wider than T are narrowed.
 template <class T>
 class Right {
   public:
@@ -111,7 +111,8 @@ class Right {
     Matrix<T> ready;
 };
 
-// left·right, of which the first `columns` columns are wanted, into out; sums are float32's. The inner dimension is left's.
+// left·right, of which the first `columns` columns are wanted, into out; the inner dimension is left's. torch rounds its
+// products to T before they are widened or added.
 template <class T, class Out>
 inline void multiply(Out* out, int64_t stride, int64_t columns, const Matrix<T>& left, const Right<T>& right,
                      Into into = Into::place) {
@@ -130,7 +131,7 @@ inline void multiply(Out* out, int64_t stride, int64_t columns, const Matrix<T>&
 }
 
 #if FATHOM_OWN_PRODUCTS
-// The same in bfloat16.
+// The same in bfloat16, but for that rounding: a float32 result is the sums as they are.
 template <>
 class Right<bf16> {
   public:
