@@ -70,7 +70,7 @@ def _curves(
 
 def drafting(demo: Path) -> Panel:
     """As many drafts as pay, against none."""
-    held_out = HeldOut.of(demo)
+    held_out = HeldOut.of(demo, torch.device("cpu"))
     prompts = held_out.prompts
     curves: dict[str, Curve] = {"without drafts": {}, "as many drafts as pay": {}}
     for batch in CONCURRENCY:
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, help="file to draw to (.png, .svg)")
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
     options = parser.parse_args()
-    settle()
+    settle("cpu")
     console = Console(width=120)
     machine = f"{cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}, bfloat16"
     panels = []

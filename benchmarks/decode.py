@@ -3,6 +3,7 @@
     python benchmarks/decode.py                     # everything: 10 GB of disk, 16 GB of memory
     python benchmarks/decode.py --quick             # bench-small and the demo's model
     python benchmarks/decode.py --json FILE         # rows {name, ours, peer, ratio, floor, goal}, too
+    python benchmarks/decode.py --device cuda       # on a GPU, where llama.cpp is left out
 
 One process holds all programs, with the same allocator setting, and lets them take their steps in turn, so that a
 drifting machine meets all alike; figures are medians. Memory's bandwidth is measured in the same turns. llama.cpp is
@@ -94,13 +95,25 @@ def whole(sides: dict[str, Callable[[], float]], rounds: int = 3) -> dict[str, f
     return {name: median(seconds) for name, seconds in found.items()}
 
 
-def reading() -> Steps:
-    """Seconds in which all threads together read a gibibyte (a sum)."""
+def reading(device: torch.device) -> Steps:
+    """Seconds in which a gibibyte is read: by all threads in a sum, or copied on a GPU (half read, half written)."""
+    if device.type == "cuda":
+        yield from _copying(device)
     numbers = torch.ones(1 << 28)
     while True:
         began = time.perf_counter()
         numbers.sum()
         yield time.perf_counter() - began
+
+
+def _copying(device: torch.device) -> Steps:
+    source, target = torch.ones(2, 1 << 31, dtype=torch.uint8, device=device)
+    while True:
+        torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        target.copy_(source)
+        torch.cuda.synchronize(device)
+        yield (time.perf_counter() - began) / 4
 
 
 def needed_bytes(config: ModelConfig, batch: int) -> float:
@@ -117,12 +130,13 @@ def needed_bytes(config: ModelConfig, batch: int) -> float:
 # -------------------------------------------------------------------------------------------------- random weights
 
 
-def random_model(config: ModelConfig) -> Model:
+def random_model(config: ModelConfig, device: torch.device) -> Model:
     """In bfloat16."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        return Model(config).eval().requires_grad_(False)
+        with device:
+            return Model(config).eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -135,18 +149,20 @@ class Programs(NamedTuple):
     fathom: Fathom
     transformers: Transformers
     llama: LlamaCpp | None
+    device: torch.device
 
     @classmethod
-    def around(cls, name: str, folder: Path) -> "Programs":
+    def around(cls, name: str, folder: Path, device: torch.device) -> "Programs":
         config = presets.ALL[name]().model
-        save_model(random_model(config), folder / name)
-        model = load_model(folder / name, torch.bfloat16)
-        return cls(config, model, Fathom(model), Transformers(folder / name), llama(model, folder, "bf16"))
+        save_model(random_model(config, device), folder / name)
+        model = load_model(folder / name, torch.bfloat16, device)
+        peer = llama(model, folder, "bf16")
+        return cls(config, model, Fathom(model), Transformers(folder / name, device), peer, device)
 
 
 def llama(model: Model, folder: Path, kind: Any) -> LlamaCpp | None:
     """llama.cpp with the model's weights, where it is installed."""
-    if llama_cpp is None:
+    if llama_cpp is None or model.embed_tokens.weight.is_cuda:
         return None
     save_gguf(model, None, folder / f"{kind}.gguf", kind)
     return LlamaCpp(folder / f"{kind}.gguf", f"llama.cpp {kind}")
@@ -156,7 +172,7 @@ def decoding(name: str, programs: Programs, batch: int, wanted: dict[str, tuple[
     """Steps of `batch` sequences against the peers and the bound; `wanted` has floor and goal by peer."""
     prompts = random_prompts(programs.config.vocab_size, [PROMPT] * batch)
     peers = [side for side in (programs.transformers, programs.llama) if side is not None]
-    sides = {side.name: side.steps(prompts) for side in (programs.fathom, *peers)} | {"the bound": reading()}
+    sides = {side.name: side.steps(prompts) for side in (programs.fathom, *peers)} | {"the bound": reading(programs.device)}
     seconds = in_turn(sides)
     seconds["the bound"] *= needed_bytes(programs.config, batch) / 2**30
     ours = batch / seconds.pop("fathom")
@@ -213,26 +229,46 @@ def longer_contexts(programs: Programs) -> Iterator[Row]:
     sides = {
         str(length): programs.fathom.steps(random_prompts(config.vocab_size, [length])) for length in (PROMPT, LONGEST)
     }
-    seconds = in_turn(sides | {"read": reading()})
+    seconds = in_turn(sides | {"read": reading(programs.device)})
     added = LONGEST - PROMPT
     numbers = added * config.num_hidden_layers * config.cache_width
     per_query = 2 * config.num_attention_heads * (config.cache_width + config.kv_lora_rank)
     flops = added * config.num_hidden_layers * per_query
     read = 2 * numbers / 2**30 * seconds["read"]
-    computed = flops / matmul_flops(torch.bfloat16, torch.device("cpu"))
+    computed = flops / matmul_flops(torch.bfloat16, programs.device)
     took = seconds[str(LONGEST)] - seconds[str(PROMPT)]
     name = f"bench-medium, ms that context {PROMPT} to {LONGEST} adds, over its bound"
     yield against(name, took * 1e3, max(read, computed) * 1e3, 2, 1.4)
 
 
-def more_experts() -> Iterator[Row]:
+def latent_attention(device: torch.device) -> Iterator[Row]:
+    """Terabytes of latents per second that decoding's attention reads, against a copy, and against a plain product.
+
+    Shapes of DeepSeek-V3's cache: with few heads reading bounds it, with all 128 multiplying does.
+    """
+    from latent_crowd import LatentCrowd  # needs Triton, which comes with torch's CUDA builds
+
+    bytes_per_second = 2**30 / median([next(steps) for steps in [reading(device)] for _ in range(6)])
+    flops_per_second = matmul_flops(torch.bfloat16, device)
+    for heads, sequences, length in ((16, 128, 8192), (16, 8, 8192), (128, 128, 8192)):
+        crowd = LatentCrowd(heads, sequences, length, device)
+        seconds = crowd.seconds()
+        name = f"latent attention, {heads} heads, {sequences} sequences of {length}: "
+        if heads == 16:
+            yield against(name + "TB/s, against a copy", crowd.bytes / seconds / 1e12, bytes_per_second / 1e12, None, 0.8)
+        else:
+            ratio = crowd.flops / seconds / 1e12, flops_per_second / 1e12
+            yield against(name + "TFLOP/s, against a product", *ratio)
+
+
+def more_experts(device: torch.device) -> Iterator[Row]:
     """A step's milliseconds with 256 experts and with 32, of which a token takes four; tokens are drawn, not greedy."""
     config = replace(
         presets.bench_medium().model, num_hidden_layers=5, num_experts_per_tok=4, num_nextn_predict_layers=0
     )
     sides = {}
     for experts in (32, 256):
-        model = random_model(replace(config, n_routed_experts=experts))
+        model = random_model(replace(config, n_routed_experts=experts), device)
         sides[str(experts)] = Fathom(model, temperature=1.0).steps(random_prompts(config.vocab_size, [PROMPT]))
     seconds = in_turn(sides)
     yield against("ms per step, 256 experts over 32", seconds["256"] * 1e3, seconds["32"] * 1e3, 1.10, 1.03)
@@ -249,7 +285,7 @@ class Drafting:
         self._clock = self.seconds = self.passes = 0.0
         """Passes: seconds inside the model's own passes."""
         self.tokens = self.forwards = self.drafted = 0
-        inner = self._core.runner.native
+        inner = self._core.runner.few
         if inner is None:
             raise RuntimeError("the kernels are not built here; without them decoding is not what this measures")
         run = inner.run
@@ -333,18 +369,18 @@ class HeldOut(NamedTuple):
     prompts: list[list[int]]
 
     @classmethod
-    def of(cls, demo: Path) -> "HeldOut":
+    def of(cls, demo: Path, device: torch.device) -> "HeldOut":
         run = from_json(Run, json.loads((demo / "run.json").read_text()), where=str(demo / "run.json"))
         prepared = open_prepared(demo / "data")
         rows = rows_of(prepared, run, "valid")
         chosen = torch.linspace(0, len(rows) - 1, 32).long().tolist()
         prompts = [rows.sequential(row, 1).tokens_BW[0, :128].tolist() for row in chosen]
-        return cls(run, prepared, load_model(demo / "model", torch.bfloat16), rows, prompts)
+        return cls(run, prepared, load_model(demo / "model", torch.bfloat16, device), rows, prompts)
 
 
-def trained(demo: Path) -> Iterator[Row]:
+def trained(demo: Path, device: torch.device) -> Iterator[Row]:
     """Drafting on held-out code, and what fewer bits lose, with the demo's model."""
-    run, prepared, model, rows, prompts = HeldOut.of(demo)
+    run, prepared, model, rows, prompts = HeldOut.of(demo, device)
     yield from drafting("demo's model", model, prompts, trained=True)
     batches = [rows.sequential(row, 1) for row in range(0, len(rows), max(1, len(rows) // 64))]
     size = round(prepared.valid_bytes * len(batches) * run.train.sequence_length / prepared.valid_tokens)
@@ -357,22 +393,23 @@ def trained(demo: Path) -> Iterator[Row]:
 # --------------------------------------------------------------------------------------------------------- showing
 
 
-def settle() -> None:
+def settle(device: str) -> None:
     """The same allocator setting for all, and no chatter of the peers'."""
-    keep_freed_memory()
+    if device == "cpu":
+        keep_freed_memory()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
 
-def small(folder: Path) -> Iterator[Row]:
-    programs = Programs.around("bench-small", folder)
+def small(folder: Path, device: torch.device) -> Iterator[Row]:
+    programs = Programs.around("bench-small", folder, device)
     yield from decoding("bench-small", programs, 1, {"transformers": (5, 10)})
     yield from decoding("bench-small", programs, 8, {"transformers": (5, 12)})
     yield from reading_prompts("bench-small", programs, {})
 
 
-def medium(folder: Path) -> Iterator[Row]:
-    programs = Programs.around("bench-medium", folder)
+def medium(folder: Path, device: torch.device) -> Iterator[Row]:
+    programs = Programs.around("bench-medium", folder, device)
     single = {"transformers": (3.3, 5), "llama.cpp bf16": (1.0, 1.5), "the bound": (0.55, 0.8)}
     eight = {"transformers": (3.5, 5.5), "llama.cpp bf16": (1.0, 1.5), "the bound": (0.46, 0.7)}
     yield from decoding("bench-medium", programs, 1, single)
@@ -383,16 +420,20 @@ def medium(folder: Path) -> Iterator[Row]:
     yield from longer_contexts(programs)
     prompts = random_prompts(programs.config.vocab_size, [128] * 8)
     yield from drafting("bench-medium", programs.model, prompts, trained=False)
-    if llama_cpp is not None:
+    if programs.llama is not None:
         yield drafting_peer(programs.model, prompts[:2], folder)
 
 
 def measured(options: argparse.Namespace, console: Console) -> Iterator[Row]:
-    parts: dict[str, Callable[[Path], Iterator[Row]]] = {"bench-small": small}
+    device = torch.device(options.device)
+    parts: dict[str, Callable[[Path], Iterator[Row]]] = {"bench-small": lambda folder: small(folder, device)}
     if not options.quick:
-        parts |= {"bench-medium": medium, "numbers of experts": lambda _: more_experts()}
+        parts["bench-medium"] = lambda folder: medium(folder, device)
+        parts["numbers of experts"] = lambda _: more_experts(device)
+    if device.type == "cuda":
+        parts["latent attention"] = lambda _: latent_attention(device)
     if options.demo.is_dir():
-        parts["the demo's model"] = lambda _: trained(options.demo)
+        parts["the demo's model"] = lambda _: trained(options.demo, device)
     else:
         console.print(
             f"no demo in {options.demo}: nothing about trained models is measured (make demo)", style="yellow"
@@ -418,10 +459,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="bench-small and the demo's model alone")
     parser.add_argument("--only", default="", help="the parts with this in their name: bench-small, demo, …")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to measure (default: cpu)")
     parser.add_argument("--demo", type=Path, default=Path("runs/demo"), help="directory of a demo's run")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     options = parser.parse_args()
-    settle()
+    settle(options.device)
     console = Console(width=150)
     rows = list(measured(options, console))
     table = Table("tokens per second, unless said", *("fathom", "peer", "ratio", "floor", "goal", "reached"), box=None)
@@ -429,8 +471,10 @@ def main() -> None:
         targets = ["" if target is None else f"{target:g}" for target in (row.floor, row.goal)]
         table.add_row(row.name, f"{row.ours:.4g}", f"{row.peer:.4g}", f"{row.ratio:.2f}", *targets, reached(row))
     console.print(table)
-    read = median([next(steps) for steps in [reading()] for _ in range(6)])
+    device = torch.device(options.device)
+    read = median([next(steps) for steps in [reading(device)] for _ in range(6)])
     machine = {
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

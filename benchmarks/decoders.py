@@ -93,21 +93,25 @@ class Transformers:
 
     name = "transformers"
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, device: torch.device) -> None:
+        self._device = device
         self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.bfloat16, experts_implementation="grouped_mm"
-        ).eval()
+        )
+        self._model.eval().to(device)
 
     def steps(self, prompts: Sequence[list[int]]) -> Steps:
         read = self._read(prompts)
         while True:
             began = time.perf_counter()
             read = self._next(read)
+            self._wait()
             yield time.perf_counter() - began
 
     def prefill(self, prompt: list[int]) -> float:
         began = time.perf_counter()
         self._read([prompt])
+        self._wait()
         return time.perf_counter() - began
 
     def serve(self, requests: Sequence[Asked], batch: int) -> float:
@@ -119,14 +123,21 @@ class Transformers:
             read = self._read([asked.prompt for asked in together])
             for _ in range(max(asked.tokens for asked in together) - 1):
                 read = self._next(read)
+        self._wait()
         return time.perf_counter() - began
+
+    def _wait(self) -> None:
+        """Until the device has done what it was asked."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     @torch.no_grad()
     def _read(self, prompts: Sequence[list[int]]) -> dict[str, Any]:
         """The prompts, padded on the left."""
         longest = max(map(len, prompts))
-        ids_BS = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
-        mask_BS = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        ids_BS = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=self._device)
+        padding = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        mask_BS = torch.tensor(padding, device=self._device)
         positions_BS = (mask_BS.cumsum(-1) - 1).clamp_min(0)
         output = self._model(
             ids_BS, attention_mask=mask_BS, position_ids=positions_BS, use_cache=True, logits_to_keep=1

@@ -9,13 +9,14 @@ import ctypes
 from array import array
 from collections.abc import Iterable
 from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
-from dataclasses import dataclass, field
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fathom.infer.places import Tokens
 from fathom.infer.quantize import stored
+from fathom.infer.stored import layer_weights
 from fathom.model.block import Block
 from fathom.model.cached import Routed
 from fathom.model.layers import LATENT_NORM_EPS, RMSNorm
@@ -81,29 +82,13 @@ class _Step(Structure):
     )
 
 
-def _whole_numbers() -> "array[int]":
-    return array("q")
-
-
-@dataclass
-class Tokens:
-    """The tokens of a pass: whole numbers of 64 bits, one for each token but for `pages`."""
-
-    most_pages: int
-    """Length of the rows of `pages`."""
-    ids: "array[int]" = field(default_factory=_whole_numbers)
-    positions: "array[int]" = field(default_factory=_whole_numbers)
-    """In its sequence."""
-    slots: "array[int]" = field(default_factory=_whole_numbers)
-    """Where its latent goes."""
-    owners: "array[int]" = field(default_factory=_whole_numbers)
-    """Which row of `pages` is its sequence's."""
-    pages: "array[int]" = field(default_factory=_whole_numbers)
-    """Row after row."""
-
-
 class NativeModel:
-    """A model on the CPU, ready for `main` and `module`; it is read where it lies, not copied."""
+    """A model on the CPU; it is read where it lies, not copied."""
+
+    most_tokens = 48
+    """Tokens up to which reading the weights takes longer than multiplying with them."""
+    most_remembered = 512
+    """The same where a drafting module only writes latents: two products a token."""
 
     def __init__(self, model: Model, cache_LMW: Tensor, page_size: int, positions: int) -> None:
         config = model.config
@@ -133,9 +118,9 @@ class NativeModel:
             latent_eps=LATENT_NORM_EPS,
             scale=softmax_scale(config),
             routed_scale=config.routed_scaling_factor,
-            embed=self._weight(model.embed_tokens),
+            embed=self._weight(*stored(model.embed_tokens, "weight")),
             norm=self._floats(model.norm.weight),
-            head=self._weight(model.lm_head),
+            head=self._weight(*stored(model.lm_head, "weight")),
             layer_count=len(layers),
             layers=(_Layer * len(layers))(*layers),
             modules=(_Module * len(modules))(*modules),
@@ -183,44 +168,21 @@ class NativeModel:
         return states_ND, logits, Routed(experts_LNK, weights_LNK)
 
     def _layer(self, block: Block) -> _Layer:
-        attention = block.self_attn
-        names: dict[str, _Weight] = {
-            "input_norm": self._floats(block.input_layernorm.weight),
-            "kv_a": self._weight(attention.kv_a_proj_with_mqa),
-            "kv_a_norm": self._floats(attention.kv_a_layernorm.weight),
-            "kv_b": self._weight(attention.kv_b_proj),
-            "o": self._weight(attention.o_proj),
-            "post_norm": self._floats(block.post_attention_layernorm.weight),
-        }
-        if attention.config.q_lora_rank is None:
-            names["q_b"] = self._weight(attention.q_proj)
-        else:
-            names["q_a"] = self._weight(attention.q_a_proj)
-            names["q_a_norm"] = self._floats(attention.q_a_layernorm.weight)
-            names["q_b"] = self._weight(attention.q_b_proj)
-        if isinstance(block.mlp, MoE):
-            names["router"] = self._weight(block.mlp.gate)
-            names["bias"] = self._floats(block.mlp.gate.e_score_correction_bias)
-            names["gate_up"] = self._weight(block.mlp.experts, "gate_up_proj")
-            names["down"] = self._weight(block.mlp.experts, "down_proj")
-        common = block.mlp.shared_experts if isinstance(block.mlp, MoE) else block.mlp
-        names["gate"] = self._weight(common.gate_proj)
-        names["up"] = self._weight(common.up_proj)
-        names["out"] = self._weight(common.down_proj)
-        return _Layer(**names)
+        weights = layer_weights(block)
+        matrices = {name: self._weight(*matrix) for name, matrix in weights.matrices.items()}
+        return _Layer(**matrices, **{name: self._floats(vector) for name, vector in weights.vectors.items()})
 
     def _module(self, module: MTPModule) -> _Module:
         return _Module(
             embed_norm=self._floats(module.enorm.weight),
             state_norm=self._floats(module.hnorm.weight),
-            join=self._weight(module.eh_proj),
+            join=self._weight(*stored(module.eh_proj, "weight")),
             layer=self._layer(module),
             norm=self._floats(cast(RMSNorm, module.shared_head["norm"]).weight),
         )
 
-    def _weight(self, module: nn.Module, parameter: str = "weight") -> _Weight:
+    def _weight(self, numbers: Tensor, scales: Tensor | None) -> _Weight:
         """A matrix, or a stack of matrices of this many rows and columns each, where it lies."""
-        numbers, scales = stored(module, parameter)
         rows, columns = numbers.shape[-2:]
         if numbers.dtype == torch.int32:
             columns *= 8

@@ -1,14 +1,15 @@
 """From stretches of tokens to states and logits: the tensor side of the engine.
 
 Two ways lead through the same weights and the same cache. Plain torch takes any number of tokens on any device: all
-of them pass as one row, in attention each stretch goes on its own. On the CPU few tokens, the usual step, take a single
-call of compiled C++ instead (fathom/infer/native.py).
+of them pass as one row, in attention each stretch goes on its own. Few tokens, the usual step, take a single call instead:
+of compiled C++ on the CPU (fathom/infer/native.py), of a recorded graph on a GPU (fathom/infer/graphed.py).
 
 Shapes: N tokens of all stretches, B stretches of one length, S length, T tokens of a sequence, D hidden, O vocabulary.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -16,16 +17,14 @@ from torch import Tensor
 
 from fathom.infer import native
 from fathom.infer.cache import LatentCache
+from fathom.infer.places import Tokens
 from fathom.model.cached import Batch, Piece, Routed, expanding_pays
 from fathom.model.layers import at_least_float32
 from fathom.model.transformer import Model
 from fathom.ops.precision import bfloat16_is_emulated
 
-_FEW = 48
-"""Tokens up to which reading the weights takes longer than multiplying with them."""
-
-_MANY = 512
-"""The same where a drafting module only writes latents: two products a token."""
+if TYPE_CHECKING:
+    from fathom.infer import graphed
 
 _SHORT = 8
 """Stretches up to this length attend together with others of the same length."""
@@ -67,9 +66,7 @@ class Runner:
         self.model = model
         self.cache = LatentCache(model.config, pages, page_size, weight.dtype, weight.device)
         self._compute = _compute_dtype(weight)
-        self.native = None
-        if not eager and native.usable(model):
-            self.native = native.NativeModel(model, self.cache.latents_LMW, page_size, positions)
+        self.few = None if eager else _for_few(model, self.cache.latents_LMW, page_size, positions)
 
     @torch.no_grad()
     def main(self, stretches: Sequence[Stretch], wanted: Sequence[int]) -> Output:
@@ -85,8 +82,8 @@ class Runner:
     def remember(self, stretches: Sequence[Stretch], h_ND: Tensor) -> None:
         """Let the first MTP module write its latents of every token with the state of the one before it."""
         tokens = sum(len(stretch.tokens) for stretch in stretches)
-        if self.native is not None and tokens <= _MANY:
-            self.native.run(0, self._flat(stretches), (), h_ND, remember=True)
+        if self.few is not None and tokens <= self.few.most_remembered:
+            self.few.run(0, self._flat(stretches), (), h_ND, remember=True)
             return
         ids_N = _indices(token for stretch in stretches for token in stretch.tokens).to(h_ND.device)
         self.model.remember_mtp(0, ids_N, h_ND.to(self._compute), self._batch(stretches, 1))
@@ -95,8 +92,8 @@ class Runner:
         self, module: int | None, stretches: Sequence[Stretch], wanted: Sequence[int], before_ND: Tensor | None
     ) -> Output:
         tokens = sum(len(stretch.tokens) for stretch in stretches)
-        if self.native is not None and tokens <= _FEW:
-            return Output(*self.native.run(module, self._flat(stretches), wanted, before_ND))
+        if self.few is not None and tokens <= self.few.most_tokens:
+            return Output(*self.few.run(module, self._flat(stretches), wanted, before_ND))
         weight = self.model.embed_tokens.weight
         ids_N = _indices(token for stretch in stretches for token in stretch.tokens).to(weight.device)
         if before_ND is None or module is None:
@@ -109,11 +106,11 @@ class Runner:
         logits_NO = self.model.logits(h_ND[_indices(wanted).to(weight.device)])
         return Output(at_least_float32(h_ND), at_least_float32(logits_NO), routed)
 
-    def _flat(self, stretches: Sequence[Stretch]) -> native.Tokens:
+    def _flat(self, stretches: Sequence[Stretch]) -> Tokens:
         """Every token's place, and the stretches' pages, padded. Plain Python: for few tokens faster than arrays."""
         size, nowhere = self.cache.page_size, self.cache.nowhere
         most_pages = max(len(stretch.pages) for stretch in stretches)
-        found = native.Tokens(most_pages)
+        found = Tokens(most_pages)
         for row, (tokens, start, pages, write_from) in enumerate(stretches):
             places = range(start, start + len(tokens))
             found.ids.extend(tokens)
@@ -162,6 +159,20 @@ class Runner:
         slots = self._slots(stretch, stretch.start)
         slots[: max(stretch.write_from - stretch.start, 0)] = self.cache.nowhere
         return slots
+
+
+def _for_few(
+    model: Model, latents_LMW: Tensor, page_size: int, positions: int
+) -> "native.NativeModel | graphed.GraphedModel | None":
+    """What takes few tokens at once, where this machine has it."""
+    if native.usable(model):
+        return native.NativeModel(model, latents_LMW, page_size, positions)
+    if latents_LMW.is_cuda and find_spec("triton"):
+        from fathom.infer import graphed  # Triton comes with torch's CUDA builds alone
+
+        if graphed.usable(model):
+            return graphed.GraphedModel(model, latents_LMW, page_size, positions)
+    return None
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:

@@ -38,7 +38,7 @@ def test_a_packed_model_is_the_model_it_stands_for(precision: Precision, dtype: 
     packed = quantized(model, precision)
     expected = Runner(widened(packed, model), 4, 8, 64, eager)
     found = Runner(packed, 4, 8, 64, eager)
-    assert (found.native is None) == eager
+    assert (found.few is None) == eager
     stretches = [Stretch([3, 1, 4, 1, 5], 0, [0, 1]), Stretch([9, 2], 0, [2])]
     theirs, ours = (runner.main(stretches, range(7)) for runner in (expected, found))
     # int8 applies a row's scale to the sum, plain torch to every number, which bfloat16 then rounds.

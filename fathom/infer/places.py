@@ -1,0 +1,25 @@
+"""The tokens of one pass through the model, as flat lists of numbers."""
+
+from array import array
+from dataclasses import dataclass, field
+
+
+def _whole_numbers() -> "array[int]":
+    return array("q")
+
+
+@dataclass
+class Tokens:
+    """The tokens of a pass: whole numbers of 64 bits, one for each token but for `pages`."""
+
+    most_pages: int
+    """Length of the rows of `pages`."""
+    ids: "array[int]" = field(default_factory=_whole_numbers)
+    positions: "array[int]" = field(default_factory=_whole_numbers)
+    """In its sequence."""
+    slots: "array[int]" = field(default_factory=_whole_numbers)
+    """Where its latent goes."""
+    owners: "array[int]" = field(default_factory=_whole_numbers)
+    """Which row of `pages` is its sequence's."""
+    pages: "array[int]" = field(default_factory=_whole_numbers)
+    """Row after row."""

@@ -1,0 +1,257 @@
+"""Attention over the latents of a paged cache, for the few tokens of a decoding step (DeepSeek-V2, section 2.1.2).
+
+A token's past is cut into parts that run side by side and are put together afterwards. The parts depend on the token's
+position alone, so that a sequence's results are the same in any company. The reference is `latent_attention`
+(fathom/ops/attention.py) on queries that were turned.
+
+Shapes: N tokens, H heads, T places of the past, C latent width, J pairs of rotary numbers, W = C+2J, S parts.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fathom.ops.gpu.tiles import type_of
+from fathom.ops.rope import Rope
+
+_PARTS = 32
+_LEAST_PART = 128
+"""Places: a part is this long, or doubled until no more than _PARTS are needed."""
+
+
+class Places(NamedTuple):
+    """Where the tokens stand, and where their sequences' latents lie; whole numbers of 64 bits."""
+
+    positions_N: Tensor
+    """In its sequence, of which it sees all up to itself; −1 for a token that is none."""
+    slots_N: Tensor
+    """Where its own latent goes."""
+    owners_N: Tensor
+    """Which row of the pages is its sequence's."""
+    pages: Tensor
+    """The length of a row, then row after row."""
+    page_size: int
+    first: int = 0
+    """The first place that anybody sees."""
+
+
+class Scratch(NamedTuple):
+    """What the parts leave behind."""
+
+    parts_NHSC: Tensor
+    log_sums_NHS: Tensor
+
+    @staticmethod
+    def of(tokens: int, heads: int, latent: int, device: torch.device) -> "Scratch":
+        """Room for so many tokens."""
+        parts_NHSC = torch.empty(tokens, heads, _PARTS, latent, device=device)
+        return Scratch(parts_NHSC, torch.empty(tokens, heads, _PARTS, device=device))
+
+
+def remember(kv_NW: Tensor, norm_C: Tensor, eps: float, rope: Rope, places: Places, cache_MW: Tensor) -> None:
+    """Write the tokens' latents to their slots: the first C numbers normalised, the others turned."""
+    tokens, width = kv_NW.shape
+    latent = norm_C.shape[0]
+    _remember[(tokens,)](
+        *(kv_NW, norm_C, eps, rope.cos, rope.sin, places.positions_N, places.slots_N, cache_MW),
+        *(kv_NW.stride(0), cache_MW.stride(0), latent, (width - latent) // 2),
+        BLOCK_C=triton.next_power_of_2(latent),
+        BLOCK_J=triton.next_power_of_2((width - latent) // 2),
+    )
+
+
+def paged_latent_attention(
+    q_NHC: Tensor,
+    q_rope_NHR: Tensor,
+    rope: Rope,
+    places: Places,
+    cache_MW: Tensor,
+    scale: float,
+    scratch: Scratch,
+    out_NHC: Tensor,
+) -> None:
+    """Every token attends its sequence's latents, up to its own. `q_rope_NHR` is still to be turned.
+
+    `rope` is a table of all positions (positions, J).
+    """
+    tokens, heads, latent = q_NHC.shape
+    pairs = q_rope_NHR.shape[-1] // 2
+    block_h = min(64, max(16, triton.next_power_of_2(heads)))
+    _attend[(tokens, triton.cdiv(heads, block_h), _PARTS)](
+        *(q_NHC, q_rope_NHR, rope.cos, rope.sin, cache_MW, *places[:1], places.owners_N, places.pages),
+        *(*scratch, scale * 1.4426950408889634, heads, latent, pairs),
+        *(*q_NHC.stride()[:2], *q_rope_NHR.stride()[:2], cache_MW.stride(0)),
+        FIRST=places.first,
+        PAGE=places.page_size,
+        PARTS=_PARTS,
+        LEAST=_LEAST_PART,
+        TYPE=type_of(cache_MW.dtype),
+        BLOCK_H=block_h,
+        BLOCK_T=32,
+        BLOCK_C=max(16, triton.next_power_of_2(latent)),
+        BLOCK_J=max(16, triton.next_power_of_2(pairs)),
+        num_warps=4 if block_h == 16 else 8,
+        num_stages=2,
+    )
+    _combine[(tokens, heads)](
+        *(*scratch, places.positions_N, out_NHC, heads, latent, *out_NHC.stride()[:2]),
+        PARTS=_PARTS,
+        LEAST=_LEAST_PART,
+        BLOCK_C=triton.next_power_of_2(latent),
+    )
+
+
+@triton.jit
+def _part_length(length, PARTS: tl.constexpr, LEAST: tl.constexpr):
+    part = length * 0 + LEAST
+    while part * PARTS < length:
+        part *= 2
+    return part
+
+
+@triton.jit
+def _remember(
+    kv,
+    norm,
+    eps,
+    cosines,
+    sines,
+    positions,
+    slots,
+    cache,
+    kv_n,
+    cache_m,
+    latent,
+    pairs,
+    BLOCK_C: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
+    n = tl.program_id(0)
+    position = tl.maximum(tl.load(positions + n), 0)
+    to = cache + tl.load(slots + n) * cache_m
+    kv += n * kv_n
+    c_C = tl.arange(0, BLOCK_C)
+    latent_C = tl.load(kv + c_C, mask=c_C < latent, other=0.0).to(tl.float32)
+    latent_C *= tl.rsqrt(tl.sum(latent_C * latent_C, 0) / latent + eps)
+    latent_C *= tl.load(norm + c_C, mask=c_C < latent, other=0.0).to(tl.float32)
+    tl.store(to + c_C, latent_C.to(cache.dtype.element_ty), mask=c_C < latent)
+    j_J = tl.arange(0, BLOCK_J)
+    ok = j_J < pairs
+    even_J = tl.load(kv + latent + 2 * j_J, mask=ok, other=0.0).to(tl.float32)
+    odd_J = tl.load(kv + latent + 2 * j_J + 1, mask=ok, other=0.0).to(tl.float32)
+    cos_J = tl.load(cosines + position * pairs + j_J, mask=ok, other=0.0)
+    sin_J = tl.load(sines + position * pairs + j_J, mask=ok, other=0.0)
+    tl.store(to + latent + j_J, (even_J * cos_J - odd_J * sin_J).to(cache.dtype.element_ty), mask=ok)
+    tl.store(to + latent + pairs + j_J, (odd_J * cos_J + even_J * sin_J).to(cache.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _attend(
+    q,
+    q_rope,
+    cosines,
+    sines,
+    cache,
+    positions,
+    owners,
+    pages,
+    parts,
+    log_sums,
+    scale,
+    heads,
+    latent,
+    pairs,
+    q_n,
+    q_h,
+    q_rope_n,
+    q_rope_h,
+    cache_m,
+    FIRST: tl.constexpr,
+    PAGE: tl.constexpr,
+    PARTS: tl.constexpr,
+    LEAST: tl.constexpr,
+    TYPE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
+    n, part = tl.program_id(0), tl.program_id(2)
+    position = tl.load(positions + n)
+    length = position + 1
+    size = _part_length(length, PARTS, LEAST)
+    begin, end = tl.maximum(part * size, FIRST), tl.minimum(part * size + size, length)
+    if begin >= end:
+        return
+    h_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    c_C, j_J = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_J)
+    h_ok, c_ok, j_ok = h_H < heads, c_C < latent, j_J < pairs
+    q_HC = tl.load(q + n * q_n + h_H[:, None] * q_h + c_C[None, :], mask=h_ok[:, None] & c_ok[None, :], other=0.0)
+    pair_HJ = q_rope + n * q_rope_n + h_H[:, None] * q_rope_h + 2 * j_J[None, :]
+    ok_HJ = h_ok[:, None] & j_ok[None, :]
+    even_HJ = tl.load(pair_HJ, mask=ok_HJ, other=0.0).to(tl.float32)
+    odd_HJ = tl.load(pair_HJ + 1, mask=ok_HJ, other=0.0).to(tl.float32)
+    cos_1J = tl.load(cosines + position * pairs + j_J, mask=j_ok, other=0.0)[None, :]
+    sin_1J = tl.load(sines + position * pairs + j_J, mask=j_ok, other=0.0)[None, :]
+    q_HC = q_HC.to(TYPE)
+    first_HJ = (even_HJ * cos_1J - odd_HJ * sin_1J).to(TYPE)
+    second_HJ = (odd_HJ * cos_1J + even_HJ * sin_1J).to(TYPE)
+    row = pages + 1 + tl.load(owners + n) * tl.load(pages)
+
+    best_H = tl.full((BLOCK_H,), float("-inf"), tl.float32)
+    sum_H = tl.zeros((BLOCK_H,), tl.float32)
+    out_HC = tl.zeros((BLOCK_H, BLOCK_C), tl.float32)
+    for start in range(begin, end, BLOCK_T):
+        t_T = start + tl.arange(0, BLOCK_T)
+        t_ok = t_T < end
+        page_T = tl.load(row + t_T // PAGE, mask=t_ok, other=0)
+        at_T = cache + (page_T * PAGE + t_T % PAGE) * cache_m
+        latent_TC = tl.load(at_T[:, None] + c_C[None, :], mask=t_ok[:, None] & c_ok[None, :], other=0.0)
+        at_TJ = at_T[:, None] + latent + j_J[None, :]
+        first_TJ = tl.load(at_TJ, mask=t_ok[:, None] & j_ok[None, :], other=0.0)
+        second_TJ = tl.load(at_TJ + pairs, mask=t_ok[:, None] & j_ok[None, :], other=0.0)
+        score_HT = tl.dot(q_HC, tl.trans(latent_TC), input_precision="ieee")
+        score_HT = tl.dot(first_HJ, tl.trans(first_TJ), score_HT, input_precision="ieee")
+        score_HT = tl.dot(second_HJ, tl.trans(second_TJ), score_HT, input_precision="ieee")
+        score_HT = tl.where(t_ok[None, :], score_HT * scale, float("-inf"))
+        new_H = tl.maximum(best_H, tl.max(score_HT, 1))
+        prob_HT = tl.exp2(score_HT - new_H[:, None])
+        keep_H = tl.exp2(best_H - new_H)
+        sum_H = sum_H * keep_H + tl.sum(prob_HT, 1)
+        out_HC = tl.dot(prob_HT.to(TYPE), latent_TC, out_HC * keep_H[:, None], input_precision="ieee")
+        best_H = new_H
+    at_H = ((n * heads + h_H) * PARTS + part).to(tl.int64)
+    tl.store(parts + at_H[:, None] * latent + c_C[None, :], out_HC / sum_H[:, None], mask=h_ok[:, None] & c_ok[None, :])
+    tl.store(log_sums + at_H, best_H + tl.log2(sum_H), mask=h_ok)
+
+
+@triton.jit
+def _combine(
+    parts,
+    log_sums,
+    positions,
+    out,
+    heads,
+    latent,
+    out_n,
+    out_h,
+    PARTS: tl.constexpr,
+    LEAST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    n, head = tl.program_id(0), tl.program_id(1)
+    length = tl.load(positions + n) + 1
+    count = tl.cdiv(length, _part_length(length, PARTS, LEAST))
+    s_S, c_C = tl.arange(0, PARTS), tl.arange(0, BLOCK_C)
+    at = ((n * heads + head) * PARTS).to(tl.int64)
+    log_sum_S = tl.load(log_sums + at + s_S, mask=s_S < count, other=float("-inf"))
+    best = tl.max(log_sum_S, 0)
+    total = tl.sum(tl.exp2(log_sum_S - best), 0)
+    out_C = tl.zeros((BLOCK_C,), tl.float32)
+    for s in range(count):
+        share = tl.exp2(tl.load(log_sums + at + s) - best) / total
+        out_C += share * tl.load(parts + (at + s) * latent + c_C, mask=c_C < latent, other=0.0)
+    tl.store(out + n * out_n + head * out_h + c_C, out_C.to(out.dtype.element_ty), mask=c_C < latent)
