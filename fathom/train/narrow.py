@@ -23,8 +23,8 @@ class NarrowCopy:
     """
 
     def __init__(self, original: Model) -> None:
-        self._masters = _matrices(original)
-        self._copies = [nn.Parameter(master.detach().bfloat16()) for master in self._masters]
+        self._masters: list[Tensor] = _matrices(original)
+        self._copies: list[Tensor] = [nn.Parameter(master.detach().bfloat16()) for master in self._masters]
         for master, narrow in zip(self._masters, self._copies, strict=True):
             narrow.register_post_accumulate_grad_hook(partial(_hand_over, master))
         others = (*original.parameters(), *original.buffers())
@@ -37,9 +37,9 @@ class NarrowCopy:
         torch._foreach_copy_(self._copies, self._masters)
 
 
-def _matrices(model: Model) -> list[nn.Parameter]:
+def _matrices(model: Model) -> list[Tensor]:
     """All that are multiplied in the activations' type, each once."""
-    found: dict[int, nn.Parameter] = {}
+    found: dict[int, Tensor] = {}
     for module in model.modules():
         if isinstance(module, Linear | Experts):
             found |= {id(parameter): parameter for parameter in module.parameters()}

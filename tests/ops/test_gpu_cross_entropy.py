@@ -21,9 +21,7 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("tokens", "words"), [(1, 1), (3, 64), (5, 67), (4, 1000)])
-def test_equals_plain_torch(
-    tokens: int, words: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_equals_plain_torch(tokens: int, words: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cross_entropy, "_BLOCK", 64)
     draw = torch.Generator().manual_seed(words)
     logits_MO = (3 * torch.randn(tokens, words, generator=draw)).to(dtype)

@@ -68,7 +68,9 @@ def test_what_is_not_multiplied_narrow_is_shared(tiny_run: Run) -> None:
     model = Model(tiny_run.model)
     narrow = NarrowCopy(model).model
     own = {name for name, p in narrow.named_parameters() if p is not dict(model.named_parameters())[name]}
-    wide = {"embed_tokens.weight"} | {n for n, _ in model.named_parameters() if "norm" in n or n.endswith("mlp.gate.weight")}
+    wide = {"embed_tokens.weight"} | {
+        n for n, _ in model.named_parameters() if "norm" in n or n.endswith("mlp.gate.weight")
+    }
     assert own == {name for name, _ in model.named_parameters()} - wide
     assert all(dict(narrow.named_parameters())[name].dtype == torch.bfloat16 for name in own)
     for mine, others in zip(narrow.buffers(), model.buffers(), strict=True):
