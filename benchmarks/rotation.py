@@ -1,6 +1,6 @@
 """How benchmarks/train.py measures: sides take their steps in turn, so that a drifting machine meets all alike.
 
-Each side is a process of its own (benchmarks/side.py).
+Each side is a process of its own (benchmarks/side.py). benchmarks/train_gpu.py starts its sides in the same way.
 """
 
 import json
@@ -13,11 +13,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from side import Spec
 
 from fathom.config import to_json
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 WARM_UP = 2
 """First turns that are not counted: kernels are prepared, moments made, memory taken."""
@@ -147,9 +150,9 @@ class Side:
 
 
 @contextmanager
-def running(name: str, spec: Spec) -> Iterator[Side]:
-    """The side's process, for the length of a `with`."""
-    command = [sys.executable, str(Path(__file__).with_name("side.py")), json.dumps(to_json(spec))]
+def running(name: str, spec: "DataclassInstance", program: str = "side.py") -> Iterator[Side]:
+    """The side's process, for the length of a `with`: a program of this folder, which is given its spec."""
+    command = [sys.executable, str(Path(__file__).with_name(program)), json.dumps(to_json(spec))]
     with (
         tempfile.TemporaryFile("w+", errors="replace") as errors,
         # Unbuffered: what could not be written to a side that has ended is not tried again when the pipe is closed.

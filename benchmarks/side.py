@@ -72,7 +72,7 @@ class Trained(NamedTuple):
 
 
 def main() -> None:
-    answers = _own_stdout()
+    answers = own_stdout()
     spec = from_json(Spec, json.loads(sys.argv[1]), where="spec")
     if spec.allocator == "tuned":
         keep_freed_memory()  # all that `fathom train` asks of the machine before it begins
@@ -80,24 +80,24 @@ def main() -> None:
     machine = Machine()
     before = _memory("VmRSS")
     trained = build(spec)
-    _tilt_routers(trained.model)
-    _answer(answers, _sizes(trained.model))
+    tilt_routers(trained.model)
+    answer(answers, _sizes(trained.model))
     for line in sys.stdin:
         request, *arguments = line.split()
         if request == "step":
-            _answer(answers, _step(trained, _tokens(spec, turn=int(arguments[0])), before))
+            answer(answers, _step(trained, _tokens(spec, turn=int(arguments[0])), before))
         else:
-            _answer(answers, {"peak": machine.flops, "bandwidth": machine.bandwidth}[request]())
+            answer(answers, {"peak": machine.flops, "bandwidth": machine.bandwidth}[request]())
 
 
-def _own_stdout() -> TextIO:
+def own_stdout() -> TextIO:
     """Standard output for the answers alone: what libraries print there goes to standard error."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return answers
 
 
-def _answer(answers: TextIO, content: Any) -> None:
+def answer(answers: TextIO, content: Any) -> None:
     print(json.dumps(content), file=answers, flush=True)
 
 
@@ -145,7 +145,7 @@ def _around_peer(make: Callable[[ModelConfig], nn.Module], spec: Spec) -> Traine
 
 
 @torch.no_grad()
-def _tilt_routers(model: nn.Module) -> None:
+def tilt_routers(model: nn.Module) -> None:
     """Small correction biases, the same in both programs: experts' loads are uneven, as in training."""
     generator = torch.Generator().manual_seed(0)
     for name, buffer in model.named_buffers():

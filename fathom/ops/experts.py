@@ -50,9 +50,12 @@ def dispatch(topk_ids_NK: Tensor, experts: int, dtype: torch.dtype | None = None
     rows_E = _padded(load_E) if pads else load_E
     spare = experts * _LEAST_MULTIPLE + pairs // _LEAST_MULTIPLE if pads else 0
     ends_E = rows_E.cumsum(0)
-    row_P = torch.arange(pairs, device=ids_P.device) + (ends_E - rows_E - begin_E)[ids_P]
-    pair_R = pair_P.new_full((pairs + spare,), -1)
-    pair_R[row_P] = pair_P
+    row_P = torch.arange(pairs, device=ids_P.device)
+    pair_R = pair_P
+    if pads:
+        row_P = row_P + (ends_E - rows_E - begin_E)[ids_P]
+        pair_R = pair_P.new_full((pairs + spare,), -1)
+        pair_R[row_P] = pair_P
     row_NK = torch.empty_like(pair_P)
     row_NK[pair_P] = row_P
     return Dispatch(pair_R, row_NK.view_as(topk_ids_NK), ends_E.to(torch.int32), load_E)
@@ -166,7 +169,7 @@ class _RoutedExperts(torch.autograd.Function):
         down_EDF: Tensor,
     ) -> Tensor:
         token_R, weight_R = _tokens_and_weights(pair_R, weights_NK)
-        gate_up_RG = grouped_product(_gather_rows(x_ND, token_R), gate_up_EGD.transpose(1, 2), ends_E)
+        gate_up_RG = grouped_product(_gather_rows(x_ND, token_R, row_NK), gate_up_EGD.transpose(1, 2), ends_E)
         gate_RF, up_RF = _halves(gate_up_RG)
         hidden_RF = F.silu(gate_RF) * up_RF * weight_R[:, None].to(x_ND.dtype)
         y_RD = grouped_product(hidden_RF, down_EDF.transpose(1, 2), ends_E)
@@ -177,7 +180,7 @@ class _RoutedExperts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, pair_R, row_NK, ends_E, weights_NK, gate_up_EGD, down_EDF, gate_up_RG = ctx.saved_tensors
         token_R, weight_R = _tokens_and_weights(pair_R, weights_NK)
-        dy_RD = _gather_rows(grads[0], token_R)
+        dy_RD = _gather_rows(grads[0], token_R, row_NK)
         gate_RF, up_RF = _halves(gate_up_RG)
         weight_R1 = weight_R[:, None].to(x_ND.dtype)
         silu_RF = F.silu(gate_RF)
@@ -188,7 +191,7 @@ class _RoutedExperts(torch.autograd.Function):
         dhidden_RF = dscaled_RF * weight_R1
         dgate_RF = torch.ops.aten.silu_backward(dhidden_RF * up_RF, gate_RF)
         dgate_up_RG = torch.cat((dgate_RF, dhidden_RF * silu_RF), dim=-1)
-        dgate_up_EGD = grouped_outer(dgate_up_RG, _gather_rows(x_ND, token_R), ends_E)
+        dgate_up_EGD = grouped_outer(dgate_up_RG, _gather_rows(x_ND, token_R, row_NK), ends_E)
         dx_ND = sum_rows(grouped_product(dgate_up_RG, gate_up_EGD, ends_E), row_NK)
         dweights_NK = dweight_R.index_select(0, row_NK.flatten()).view_as(weights_NK)
         return dx_ND, None, None, None, dweights_NK, dgate_up_EGD, ddown_EDF
@@ -199,8 +202,10 @@ def _tokens_and_weights(pair_R: Tensor, weights_NK: Tensor) -> tuple[Tensor, Ten
     return pair_R // weights_NK.shape[1], weights_NK.flatten().index_select(0, pair_R.clamp_min(0))
 
 
-def _gather_rows(x_ND: Tensor, token_R: Tensor) -> Tensor:
+def _gather_rows(x_ND: Tensor, token_R: Tensor, row_NK: Tensor) -> Tensor:
     """Row r is token token_R[r], or zeros for padding: (R, D)."""
+    if len(token_R) == row_NK.numel():  # a row for every pair, so none is padding
+        return x_ND.index_select(0, token_R)
     padded_ND = torch.cat((x_ND, x_ND.new_zeros(1, x_ND.shape[1])))
     return padded_ND.index_select(0, torch.where(token_R < 0, x_ND.shape[0], token_R))
 
@@ -213,6 +218,8 @@ def _halves(gate_up_RG: Tensor) -> tuple[Tensor, Tensor]:
 
 def sum_rows(y_RD: Tensor, row_NK: Tensor) -> Tensor:
     """Each token's K rows added up, (N, D); nothing of size (N, K, D) is made in between."""
+    if torch.compiler.is_compiling():
+        return y_RD[row_NK].sum(1)  # becomes one kernel
     if not build.usable(y_RD, row_NK):
         return F.embedding_bag(row_NK, y_RD, mode="sum")
     out_ND = y_RD.new_empty(row_NK.shape[0], y_RD.shape[1])

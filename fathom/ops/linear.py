@@ -85,6 +85,9 @@ def input_gradient(dy_NO: Tensor, weight_OI: Tensor, out_NI: Tensor) -> None:
 def weight_gradient(dy_NO: Tensor, x_NI: Tensor, out_OI: Tensor, adds: bool) -> None:
     """out = dyᵀ·x or, where it `adds`, out += dyᵀ·x; in float32 at least."""
     if not multiplies(x_NI, out_OI):
+        if x_NI.is_cuda and x_NI.dtype != out_OI.dtype and not adds:
+            torch.mm(dy_NO.t(), x_NI, out_dtype=out_OI.dtype, out=out_OI)  # not rounded to x's type on its way
+            return
         found_OI = dy_NO.t() @ x_NI
         out_OI.add_(found_OI) if adds else out_OI.copy_(found_OI)
     else:

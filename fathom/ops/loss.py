@@ -42,7 +42,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_OD = head_OD.contiguous() if linear.multiplies(h_ND, head_OD) else head_OD.to(h_ND.dtype)
         dh_ND = torch.empty_like(h_ND) if wanted else None
         dhead_OD = torch.zeros_like(head_OD, dtype=wide) if wanted else None
-        tokens = _chunk_tokens(head_OD.shape[0])
+        tokens = _chunk_tokens(head_OD.shape[0], h_ND.device)
         for start in range(0, h_ND.shape[0], tokens):
             chunk = slice(start, start + tokens)
             h_MD = h_ND[chunk]
@@ -52,7 +52,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss += chunk_loss
             if dh_ND is not None and dhead_OD is not None:
                 linear.input_gradient(dlogits_MO, weight_OD, dh_ND[chunk])
-                linear.weight_gradient(dlogits_MO, h_MD, dhead_OD, adds=True)
+                linear.weight_gradient(dlogits_MO, h_MD, dhead_OD, adds=start > 0)
         if dh_ND is not None and dhead_OD is not None:
             ctx.save_for_backward(dh_ND, dhead_OD.to(head_OD.dtype))
         return loss
@@ -63,9 +63,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dh_ND * grads[0].to(dh_ND.dtype), dhead_OD * grads[0].to(dhead_OD.dtype), None
 
 
-def _chunk_tokens(words: int) -> int:
-    """Tokens per chunk: enough for full-speed products, few enough that a chunk of logits stays in a CPU's cache."""
-    return max(256, (1 << 23) // words)
+def _chunk_tokens(words: int, device: torch.device) -> int:
+    """Tokens per chunk: enough for full-speed products, few enough that a chunk of logits stays in a CPU's cache.
+
+    A GPU needs more of them for that, and each chunk adds to the whole gradient of the head: 2^29 logits, 1 GiB.
+    """
+    return max(1024, (1 << 29) // words) if device.type == "cuda" else max(256, (1 << 23) // words)
 
 
 def _chunk(logits_MO: Tensor, targets_M: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -79,6 +82,10 @@ def _chunk(logits_MO: Tensor, targets_M: Tensor, wide: torch.dtype) -> tuple[Ten
         sizes = (*logits_MO.shape, IGNORE)
         build.call("cross_entropy", logits_MO.dtype, logits_MO, targets_M.contiguous(), losses_M, *sizes)
         return losses_M.sum(), logits_MO
+    if logits_MO.is_cuda and wide == torch.float32:
+        from fathom.ops.gpu.cross_entropy import cross_entropy_  # Triton comes with torch's CUDA builds alone
+
+        return cross_entropy_(logits_MO, targets_M.contiguous(), IGNORE).sum(), logits_MO
     log_p_MO = logits_MO.log_softmax(1, dtype=wide)
     loss = F.nll_loss(log_p_MO, targets_M, ignore_index=IGNORE, reduction="sum")
     valid_M1 = (targets_M != IGNORE).unsqueeze(1)

@@ -35,6 +35,8 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
+        if self.world == 1:
+            return flag
         return bool(self.sum(torch.tensor(int(flag), device=self.device)).item())
 
     def barrier(self) -> None:

@@ -62,6 +62,8 @@ class StepFacts:
     mtp_loss: float | None
     balance_loss: float
     grad_norm: float
+    max_vio: float
+    """The worst router's; 0 in a model without routers."""
     loads_LE: Tensor
     skipped: bool
 
@@ -141,7 +143,8 @@ def _loop(
 def optimizer_step(state: TrainState, batches: list[Batch], sequences: int, run: Run, ranks: Ranks) -> StepFacts:
     """One step over `sequences` sequences, of which `batches` are this rank's micro-batches.
 
-    A loss or gradient that is not finite leaves weights, moments and biases as they were.
+    A loss or gradient that is not finite leaves weights, moments and biases as they were. The host waits for a GPU
+    once, to read the figures that decide this; it then hands over the update and can prepare the next step meanwhile.
     """
     modules = run.model.num_nextn_predict_layers
     step, steps = state.step, run.train.steps
@@ -158,13 +161,20 @@ def optimizer_step(state: TrainState, batches: list[Batch], sequences: int, run:
         loads.append(parts.loads_LE)
     sums_H = ranks.sum(torch.stack(sums).sum(0))
     loads_LE = ranks.sum(torch.stack(loads).sum(0))
-    balance_loss = ranks.sum(torch.stack(balance).sum())
-    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), run.optimizer.clip)
+    weights = list(state.model.parameters())
+    norm = torch.nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
+    figures = (
+        ranks.sum(torch.stack(balance).sum()),
+        norm,
+        max_violation(loads_LE).max() if loads_LE.numel() else torch.zeros_like(norm),
+        *(sums_H / counts_H.clamp_min(1)),
+    )
+    balance_loss, grad_norm, max_vio, *means_H = torch.stack([figure.double() for figure in figures]).tolist()
 
-    means_H = (sums_H / counts_H.clamp_min(1)).tolist()
-    grad_norm = norm.item()
     finite = math.isfinite(grad_norm) and all(map(math.isfinite, means_H))
     if finite:
+        if grad_norm > run.optimizer.clip:
+            torch.nn.utils.clip_grads_with_norm_(weights, run.optimizer.clip, norm)
         _apply(state, run, loads_LE)
     state.skipped += not finite
     state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
@@ -172,7 +182,7 @@ def optimizer_step(state: TrainState, batches: list[Batch], sequences: int, run:
         optimizer.zero_grad()
     state.step += 1
     mtp_loss = sum(means_H[1:]) / modules if modules else None
-    return StepFacts(means_H[0], mtp_loss, balance_loss.item(), grad_norm, loads_LE, not finite)
+    return StepFacts(means_H[0], mtp_loss, balance_loss, grad_norm, max_vio, loads_LE, not finite)
 
 
 @torch.no_grad()
@@ -183,6 +193,8 @@ def _apply(state: TrainState, run: Run, loads_LE: Tensor) -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
+    if state.narrow is not None:
+        state.narrow.refresh()
     speed = bias_speed(run.schedule, state.step, run.train.steps)
     for router, load_E in zip(state.model.routers(), loads_LE, strict=True):
         bias_E = router.e_score_correction_bias
@@ -201,8 +213,13 @@ def micro_batches(rows: TokenRows, first: int, sequences: int, run: Run, ranks: 
     batches = []
     for at in range(begin, begin + share, size):
         batch = rows.shuffled(at, min(size, begin + share - at))
-        batches.append(Batch(*(tensor.to(ranks.device) for tensor in batch)))
+        batches.append(Batch(*(_moved(tensor, ranks.device) for tensor in batch)))
     return batches
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; from memory that a GPU reads by itself, so that the host need not wait."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def seconds_per_step(run: Run, directory: Path, ranks: Ranks, steps: int) -> float:
@@ -306,13 +323,12 @@ def _announce(run: Run, prepared: Prepared, sequences: int, peak: float, ranks: 
 
 def _metrics(facts: StepFacts, run: Run, step: int, speed: float, mfu: float) -> dict[str, Any]:
     rate = run.optimizer.learning_rate * learning_rate_factor(run.schedule, step, run.train.steps)
-    worst = max_violation(facts.loads_LE).max().item() if facts.loads_LE.numel() else 0.0
     mtp = {} if facts.mtp_loss is None else {"mtp_loss": facts.mtp_loss}
     return {
         "loss": facts.loss,
         **mtp,
         "balance_loss": facts.balance_loss,
-        "max_vio": worst,
+        "max_vio": facts.max_vio,
         "grad_norm": facts.grad_norm,
         "lr": rate,
         "tokens_per_second": speed,

@@ -17,6 +17,7 @@ from fathom.model.transformer import Model
 from fathom.parallel.data import Ranks
 from fathom.train.hardware import faster_dtype
 from fathom.train.loss import Objective
+from fathom.train.narrow import NarrowCopy
 from fathom.train.optim import WeightAverage, build_optimizers
 from fathom.train.run import Run
 
@@ -30,6 +31,8 @@ class TrainState:
     """The loss around the model, replicated over the ranks."""
     optimizers: list[Optimizer]
     average: WeightAverage | None
+    narrow: NarrowCopy | None = None
+    """On a GPU: what the objective computes with, to be refreshed after every change of the weights."""
     step: int = 0
     """Optimizer steps done, skipped ones included."""
     skipped: int = 0
@@ -114,14 +117,18 @@ def rows_of(prepared: Prepared, run: Run, split: str) -> TokenRows:
 
 def state_around(model: Model, run: Run, ranks: Ranks) -> TrainState:
     """`model`, on its device, with the objective and fresh optimizers that `run` asks for."""
+    # The replicas of several ranks exchange the gradients of what they compute with, so they keep one width.
+    narrows = ranks.device.type == "cuda" and compute_dtype(run) == torch.bfloat16 and ranks.world == 1
+    narrow = NarrowCopy(model) if narrows else None
+    computing = model if narrow is None else narrow.model
     if run.train.compile == "on":
         # Layers of one kind share one compilation; the whole model would be compiled layer by layer.
-        for block in (*model.layers, *model.mtp):
+        for block in (*computing.layers, *computing.mtp):
             block.compile()
-    objective = Objective(model, run.train.balance_alpha, compute_dtype(run), run.train.recompute)
+    objective = Objective(computing, run.train.balance_alpha, compute_dtype(run), run.train.recompute)
     decay = run.optimizer.ema_decay
     average = WeightAverage(model, decay) if decay else None
-    return TrainState(model, ranks.replicate(objective), build_optimizers(model, run.optimizer), average)
+    return TrainState(model, ranks.replicate(objective), build_optimizers(model, run.optimizer), average, narrow)
 
 
 def _initial_model(path: str, config: ModelConfig) -> Model:

@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 import fathom.study.claims.measure as measure
 from fathom.config import to_json
 from fathom.data.pack import Prepared, open_prepared
-from fathom.model.balance import max_violation
 from fathom.parallel.data import Ranks
 from fathom.study.claims.variants import Variant, build_model
 from fathom.train.hardware import keep_freed_memory
@@ -86,7 +85,7 @@ def _train(
     last = history[-max(1, round(_LAST_SHARE * steps)) :]
     results = {
         "last_loss": sum(facts.loss for facts in last) / len(last),
-        "last_max_vio": sum(map(_max_vio, last)) / len(last),
+        "last_max_vio": sum(facts.max_vio for facts in last) / len(last),
         "skipped": float(state.skipped),
     }
     every = max(1, steps // _CURVE_POINTS)
@@ -94,7 +93,7 @@ def _train(
     curve = {
         "step": [float(step) for step, _ in seen],
         "loss": [facts.loss for _, facts in seen],
-        "max_vio": [_max_vio(facts) for _, facts in seen],
+        "max_vio": [facts.max_vio for _, facts in seen],
     }
     timing = {
         "train_seconds": seconds,
@@ -113,11 +112,6 @@ def _time_in(optimizers: Sequence[Optimizer], clock: Callable[[], float]) -> lis
         optimizer.register_step_pre_hook(lambda *_: spent.append(-clock()))
         optimizer.register_step_post_hook(lambda *_: spent.append(clock()))
     return spent
-
-
-def _max_vio(facts: StepFacts) -> float:
-    """The worst router's, of one training batch; 0 in a model without routers."""
-    return max_violation(facts.loads_LE).max().item() if facts.loads_LE.numel() else 0.0
 
 
 def _measure(
