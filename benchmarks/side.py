@@ -150,7 +150,7 @@ def tilt_routers(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
-            buffer.normal_(std=_BIAS_STD, generator=generator)
+            buffer.copy_(torch.empty(buffer.shape).normal_(std=_BIAS_STD, generator=generator))
 
 
 # ---------------------------------------------------------------------------------------------------------- one step

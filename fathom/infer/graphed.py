@@ -27,10 +27,10 @@ from fathom.model.mtp import MTPModule
 from fathom.model.rope import rope_table, softmax_scale
 from fathom.model.transformer import Model
 from fathom.ops.gpu import attention, experts
-from fathom.ops.gpu.linear import Norm, head_linear, linear
+from fathom.ops.gpu.linear import head_linear, linear
+from fathom.ops.gpu.norm import add_and_normalise
 from fathom.ops.gpu.routing import route
 from fathom.ops.gpu.tiles import Weight
-from fathom.ops.norm import rms_norm_reference
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Tokens that a step may have."""
@@ -172,51 +172,107 @@ class GraphedModel:
         pages = inputs.numbers[4 * size :]
         first = 0 if module is None else 1  # slot 0 of a module is never written
         places = attention.Places(positions_N, slots_N, owners_N, pages, self._page_size, first)
-        embedded_ND = self._model.embed_tokens(ids_N).float()
+        x_ND = self._model.embed_tokens(ids_N).float()
         if module is None:
+            norm, layers, caches = self._model.norm, self._layers, self._cache_LMW
             routed = self._unrouted(self._moe_layers, size)
-            sparse = iter(zip(*routed, strict=True))
-            for index, layer in enumerate(self._layers):
-                choice = next(sparse) if "router" in layer.matrices else None
-                self._layer(embedded_ND, layer, self._cache_LMW[index], places, choice)
-            return self._finish(embedded_ND, self._model.norm, routed)
-        assert inputs.before_ND is not None
-        part, layer = cast(MTPModule, self._model.mtp[module]), self._modules[module]
-        cache_MW = self._cache_LMW[len(self._layers) + module]
-        eps = self._config.rms_norm_eps
-        joined = (
-            rms_norm_reference(embedded_ND, part.enorm.weight, eps),
-            rms_norm_reference(inputs.before_ND, part.hnorm.weight, eps),
-        )
-        x_ND = self._empty(size, self._config.hidden_size)
-        eh = Weight(*stored(part.eh_proj, "weight"))
-        linear(torch.cat(joined, dim=-1).to(self._dtype), [eh], [x_ND])
+            choices = iter(zip(*routed, strict=True))
+        else:
+            part = cast(MTPModule, self._model.mtp[module])
+            norm, layers = cast(RMSNorm, part.shared_head["norm"]), [self._modules[module]]
+            caches = self._cache_LMW[len(self._layers) + module :]
+            routed = self._unrouted(0, size)
+            choices = iter(zip(*self._unrouted(1, size), strict=True))
+            x_ND = self._joined(part, x_ND, inputs.before_ND)
+        normed_ND = self._empty(size, self._config.hidden_size, dtype=self._dtype)
+        add_and_normalise(x_ND, None, *self._norm(layers[0], "input_norm"), normed_ND)
         if remember:
-            kv_NW = self._empty(size, self._config.cache_width)
-            linear(x_ND, [_matrix(layer, "kv_a")], [kv_NW], self._norm(layer, "input_norm"))
-            self._remember(kv_NW, layer, places, cache_MW)
+            self._remember(normed_ND, layers[0], places, caches[0])
             return None
-        choice = cast(tuple[Tensor, Tensor], tuple(t[0] for t in self._unrouted(1, size)))
-        self._layer(x_ND, layer, cache_MW, places, choice)
-        return self._finish(x_ND, cast(RMSNorm, part.shared_head["norm"]), self._unrouted(0, size))
+        for layer, cache_MW, following in zip(layers, caches, [*layers[1:], None], strict=False):
+            attended_ND = self._attend(normed_ND, layer, places, cache_MW)
+            add_and_normalise(x_ND, attended_ND[:, None], *self._norm(layer, "post_norm"), normed_ND)
+            choice = next(choices) if "router" in layer.matrices else None
+            y_NKD = self._feed_forward(normed_ND, layer, places, choice)
+            if following is not None:
+                add_and_normalise(x_ND, y_NKD, *self._norm(following, "input_norm"), normed_ND)
+        h_ND = torch.empty_like(x_ND)
+        add_and_normalise(x_ND, y_NKD, norm.weight, norm.eps, h_ND)
+        logits_NO = self._empty(size, self._config.vocab_size)
+        linear(h_ND.to(self._dtype), [self._head], [logits_NO])
+        return _Outputs(h_ND, logits_NO, routed)
 
-    def _layer(
+    def _joined(self, part: MTPModule, embedded_ND: Tensor, before_ND: Tensor | None) -> Tensor:
+        """What a module's layer is fed."""
+        assert before_ND is not None
+        halves = [self._empty(*embedded_ND.shape, dtype=self._dtype) for _ in range(2)]
+        for x_ND, norm, out_ND in zip((embedded_ND, before_ND), (part.enorm, part.hnorm), halves, strict=True):
+            add_and_normalise(x_ND, None, norm.weight, norm.eps, out_ND)
+        joined_ND = torch.empty_like(embedded_ND)
+        linear(torch.cat(halves, dim=-1), [Weight(*stored(part.eh_proj, "weight"))], [joined_ND])
+        return joined_ND
+
+    def _attend(
+        self, normed_ND: Tensor, layer: LayerWeights, places: attention.Places, cache_MW: Tensor
+    ) -> Tensor:
+        """What attention adds to the residual stream (N, D)."""
+        config, tokens = self._config, len(normed_ND)
+        heads, nope, latent = config.num_attention_heads, config.qk_nope_head_dim, config.kv_lora_rank
+        q_NHX = self._empty(tokens, heads, config.qk_head_dim, dtype=self._dtype)
+        q_NQ = self._remember(normed_ND, layer, places, cache_MW, q_NHX)
+        if q_NQ is not None:
+            linear(q_NQ, [_matrix(layer, "q_b")], [q_NHX.flatten(1)])
+        up_HYC = layer.matrices["kv_b"][0].unflatten(0, (heads, -1))
+        up_k_HPC, up_v_HVC = up_HYC.split((nope, config.v_head_dim), dim=1)
+        q_NHC, out_NHC = (self._empty(tokens, heads, latent, dtype=self._dtype) for _ in range(2))
+        head_linear(q_NHX[..., :nope], up_k_HPC.transpose(1, 2), q_NHC)
+        scratch = attention.Scratch.of(tokens, heads, latent, self._device)
+        q = (q_NHC, q_NHX[..., nope:], self._rope)
+        attention.paged_latent_attention(*q, places, cache_MW, self._scale, scratch, out_NHC)
+        heads_NHV = self._empty(tokens, heads, config.v_head_dim, dtype=self._dtype)
+        head_linear(out_NHC, up_v_HVC, heads_NHV)
+        attended_ND = self._empty(tokens, config.hidden_size)
+        linear(heads_NHV.flatten(1), [_matrix(layer, "o")], [attended_ND])
+        return attended_ND
+
+    def _remember(
         self,
-        x_ND: Tensor,
+        normed_ND: Tensor,
         layer: LayerWeights,
+        places: attention.Places,
         cache_MW: Tensor,
+        q_NHX: Tensor | None = None,
+    ) -> Tensor | None:
+        """Write the latents. Where there is room for queries, they are computed beside it, or their latents given."""
+        kv_NW = self._empty(len(normed_ND), self._config.cache_width)
+        maps, outs, query = [_matrix(layer, "kv_a")], [kv_NW], None
+        if q_NHX is not None and "q_a" in layer.matrices:
+            maps.insert(0, _matrix(layer, "q_a"))
+            raw_NQ = self._empty(len(normed_ND), len(layer.matrices["q_a"][0]))
+            outs.insert(0, raw_NQ)
+            normed_NQ = torch.empty_like(raw_NQ, dtype=self._dtype)
+            query = attention.QueryLatent(raw_NQ, layer.vectors["q_a_norm"], normed_NQ)
+        elif q_NHX is not None:
+            maps.insert(0, _matrix(layer, "q_b"))
+            outs.insert(0, q_NHX.flatten(1))
+        linear(normed_ND, maps, outs)
+        norm = (layer.vectors["kv_a_norm"], LATENT_NORM_EPS)
+        attention.remember(kv_NW, *norm, self._rope, places, cache_MW, query)
+        return None if query is None else query.normed_NQ
+
+    def _feed_forward(
+        self,
+        normed_ND: Tensor,
+        layer: LayerWeights,
         places: attention.Places,
         choice: tuple[Tensor, Tensor] | None,
-    ) -> None:
-        """x += attention(norm(x)); x += feed-forward(norm(x)); the chosen experts and their weights go to `choice`."""
-        self._attend(x_ND, layer, cache_MW, places)
-        config, norm = self._config, self._norm(layer, "post_norm")
-        tokens, hidden = x_ND.shape
-        routed = None
-        choices = width = 0
+    ) -> Tensor:
+        """What the experts add (N, K+1, D); which ones and with what weights goes to `choice`."""
+        config, (tokens, hidden) = self._config, normed_ND.shape
+        routed, choices, width = None, 0, 0
         if choice is not None:
             logits_NE = self._empty(tokens, config.n_routed_experts)
-            linear(x_ND, [_matrix(layer, "router")], [logits_NE], norm, dtype=torch.float32)
+            linear(normed_ND, [_matrix(layer, "router")], [logits_NE])
             groups = (config.n_group, config.topk_group)
             factor, normalise = config.routed_scaling_factor, config.norm_topk_prob
             route(logits_NE, layer.vectors["bias"], places.positions_N, *choice, groups, normalise, factor)
@@ -228,44 +284,11 @@ class GraphedModel:
             hidden_NU=self._empty(tokens, len(shared.gate_UD.numbers), dtype=self._dtype),
             y_NKD=self._empty(tokens, choices + 1, hidden),
         )
-        experts.feed_forward(x_ND, norm, routed, shared, scratch, self._dtype)
+        experts.feed_forward(normed_ND, routed, shared, scratch)
+        return scratch.y_NKD
 
-    def _attend(self, x_ND: Tensor, layer: LayerWeights, cache_MW: Tensor, places: attention.Places) -> None:
-        config, tokens = self._config, len(x_ND)
-        heads, nope, latent = config.num_attention_heads, config.qk_nope_head_dim, config.kv_lora_rank
-        norm = self._norm(layer, "input_norm")
-        kv_NW = self._empty(tokens, config.cache_width)
-        q_NHX = self._empty(tokens, heads, config.qk_head_dim, dtype=self._dtype)
-        if "q_a" in layer.matrices:
-            q_a_NQ = self._empty(tokens, len(layer.matrices["q_a"][0]))
-            linear(x_ND, [_matrix(layer, "q_a"), _matrix(layer, "kv_a")], [q_a_NQ, kv_NW], norm)
-            q_norm = Norm(layer.vectors["q_a_norm"], LATENT_NORM_EPS)
-            linear(q_a_NQ, [_matrix(layer, "q_b")], [q_NHX.flatten(1)], q_norm)
-        else:
-            linear(x_ND, [_matrix(layer, "q_b"), _matrix(layer, "kv_a")], [q_NHX.flatten(1), kv_NW], norm)
-        self._remember(kv_NW, layer, places, cache_MW)
-        up_HYC = layer.matrices["kv_b"][0].unflatten(0, (heads, -1))
-        up_k_HPC, up_v_HVC = up_HYC.split((nope, config.v_head_dim), dim=1)
-        q_NHC, out_NHC = (self._empty(tokens, heads, latent, dtype=self._dtype) for _ in range(2))
-        head_linear(q_NHX[..., :nope], up_k_HPC.transpose(1, 2), q_NHC)
-        scratch = attention.Scratch.of(tokens, heads, latent, self._device)
-        attention.paged_latent_attention(
-            q_NHC, q_NHX[..., nope:], self._rope, places, cache_MW, self._scale, scratch, out_NHC
-        )
-        heads_NHV = self._empty(tokens, heads, config.v_head_dim, dtype=self._dtype)
-        head_linear(out_NHC, up_v_HVC, heads_NHV)
-        linear(heads_NHV.flatten(1), [_matrix(layer, "o")], [x_ND], adds=True)
-
-    def _remember(self, kv_NW: Tensor, layer: LayerWeights, places: attention.Places, cache_MW: Tensor) -> None:
-        attention.remember(kv_NW, layer.vectors["kv_a_norm"], LATENT_NORM_EPS, self._rope, places, cache_MW)
-
-    def _finish(self, x_ND: Tensor, norm: RMSNorm, routed: Routed) -> _Outputs:
-        logits_NO = self._empty(len(x_ND), self._config.vocab_size)
-        linear(x_ND, [self._head], [logits_NO], Norm(norm.weight, norm.eps))
-        return _Outputs(rms_norm_reference(x_ND, norm.weight, norm.eps), logits_NO, routed)
-
-    def _norm(self, layer: LayerWeights, name: str) -> Norm:
-        return Norm(layer.vectors[name], self._config.rms_norm_eps)
+    def _norm(self, layer: LayerWeights, name: str) -> tuple[Tensor, float]:
+        return layer.vectors[name], self._config.rms_norm_eps
 
     def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self._device)

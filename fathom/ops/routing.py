@@ -25,10 +25,25 @@ def select_experts_reference(scores_NE: Tensor, choices: int, groups: int, open_
 
 
 def select_experts(scores_NE: Tensor, choices: int, groups: int = 1, open_groups: int = 1) -> Tensor:
-    """As the reference; on the CPU in one pass."""
+    """As the reference; in one pass on the CPU, and on a GPU, where torch's top-k sorts."""
+    if scores_NE.is_cuda and scores_NE.dtype == torch.float32:
+        return _select_on_gpu(scores_NE, choices, groups, open_groups)
     if not build.usable(scores_NE) or scores_NE.dtype != torch.float32:
         return select_experts_reference(scores_NE, choices, groups, open_groups)
     ids_NK = scores_NE.new_empty(scores_NE.shape[0], choices, dtype=torch.int64)
     sizes = (*scores_NE.shape, choices, groups, open_groups)
     build.call("select_experts", scores_NE.dtype, scores_NE.contiguous(), ids_NK, *sizes)
     return ids_NK
+
+
+# An operator of its own, so that torch.compile takes it whole.
+@torch.library.custom_op("fathom::select_experts", mutates_args=())
+def _select_on_gpu(scores_NE: Tensor, choices: int, groups: int, open_groups: int) -> Tensor:
+    from fathom.ops.gpu import routing  # Triton comes with torch's CUDA builds alone
+
+    return routing.select_experts(scores_NE.contiguous(), choices, groups, open_groups)
+
+
+@_select_on_gpu.register_fake
+def _(scores_NE: Tensor, choices: int, groups: int, open_groups: int) -> Tensor:
+    return scores_NE.new_empty(scores_NE.shape[0], choices, dtype=torch.int64)

@@ -14,12 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fathom.ops.gpu.norm import normalised
 from fathom.ops.gpu.tiles import type_of
 from fathom.ops.rope import Rope
 
 _PARTS = 32
 _LEAST_PART = 128
 """Places: a part is this long, or doubled until no more than _PARTS are needed."""
+
+
+_TILES = {16: (32, 4, 2), 32: (32, 4, 2), 64: (32, 8, 2)}
+"""Places that a program takes at once, its warps, and the stages of its loads, by heads."""
 
 
 class Places(NamedTuple):
@@ -51,15 +56,37 @@ class Scratch(NamedTuple):
         return Scratch(parts_NHSC, torch.empty(tokens, heads, _PARTS, device=device))
 
 
-def remember(kv_NW: Tensor, norm_C: Tensor, eps: float, rope: Rope, places: Places, cache_MW: Tensor) -> None:
-    """Write the tokens' latents to their slots: the first C numbers normalised, the others turned."""
+class QueryLatent(NamedTuple):
+    """A query's latent before and after its norm."""
+
+    raw_NQ: Tensor
+    weight_Q: Tensor
+    normed_NQ: Tensor
+
+
+def remember(
+    kv_NW: Tensor,
+    norm_C: Tensor,
+    eps: float,
+    rope: Rope,
+    places: Places,
+    cache_MW: Tensor,
+    query: QueryLatent | None = None,
+) -> None:
+    """Write the tokens' latents to their slots: the first C numbers normalised, the others turned.
+
+    The query's latent, where there is one, is normalised on the way.
+    """
     tokens, width = kv_NW.shape
     latent = norm_C.shape[0]
+    raw, weight, normed = query or (kv_NW, norm_C, kv_NW)
     _remember[(tokens,)](
         *(kv_NW, norm_C, eps, rope.cos, rope.sin, places.positions_N, places.slots_N, cache_MW),
-        *(kv_NW.stride(0), cache_MW.stride(0), latent, (width - latent) // 2),
+        *(raw, weight, normed, cache_MW.stride(0), latent, (width - latent) // 2, raw.shape[1]),
+        QUERY=query is not None,
         BLOCK_C=triton.next_power_of_2(latent),
         BLOCK_J=triton.next_power_of_2((width - latent) // 2),
+        BLOCK_Q=triton.next_power_of_2(raw.shape[1]),
     )
 
 
@@ -80,6 +107,7 @@ def paged_latent_attention(
     tokens, heads, latent = q_NHC.shape
     pairs = q_rope_NHR.shape[-1] // 2
     block_h = min(64, max(16, triton.next_power_of_2(heads)))
+    block_t, warps, stages = _TILES[block_h]
     _attend[(tokens, triton.cdiv(heads, block_h), _PARTS)](
         *(q_NHC, q_rope_NHR, rope.cos, rope.sin, cache_MW, *places[:1], places.owners_N, places.pages),
         *(*scratch, scale * 1.4426950408889634, heads, latent, pairs),
@@ -90,11 +118,11 @@ def paged_latent_attention(
         LEAST=_LEAST_PART,
         TYPE=type_of(cache_MW.dtype),
         BLOCK_H=block_h,
-        BLOCK_T=32,
+        BLOCK_T=block_t,
         BLOCK_C=max(16, triton.next_power_of_2(latent)),
         BLOCK_J=max(16, triton.next_power_of_2(pairs)),
-        num_warps=4 if block_h == 16 else 8,
-        num_stages=2,
+        num_warps=warps,
+        num_stages=stages,
     )
     _combine[(tokens, heads)](
         *(*scratch, places.positions_N, out_NHC, heads, latent, *out_NHC.stride()[:2]),
@@ -122,22 +150,31 @@ def _remember(
     positions,
     slots,
     cache,
-    kv_n,
+    q_raw,
+    q_norm,
+    q_normed,
     cache_m,
     latent,
     pairs,
+    q_latent,
+    QUERY: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_J: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
 ):
     n = tl.program_id(0)
     position = tl.maximum(tl.load(positions + n), 0)
     to = cache + tl.load(slots + n) * cache_m
-    kv += n * kv_n
+    kv += n * (latent + 2 * pairs)
     c_C = tl.arange(0, BLOCK_C)
-    latent_C = tl.load(kv + c_C, mask=c_C < latent, other=0.0).to(tl.float32)
-    latent_C *= tl.rsqrt(tl.sum(latent_C * latent_C, 0) / latent + eps)
-    latent_C *= tl.load(norm + c_C, mask=c_C < latent, other=0.0).to(tl.float32)
+    latent_C = tl.load(kv + c_C, mask=c_C < latent, other=0.0)
+    latent_C = normalised(latent_C, norm, c_C, latent, eps)
     tl.store(to + c_C, latent_C.to(cache.dtype.element_ty), mask=c_C < latent)
+    if QUERY:
+        q_Q = tl.arange(0, BLOCK_Q)
+        query_Q = tl.load(q_raw + n * q_latent + q_Q, mask=q_Q < q_latent, other=0.0)
+        query_Q = normalised(query_Q, q_norm, q_Q, q_latent, eps)
+        tl.store(q_normed + n * q_latent + q_Q, query_Q.to(q_normed.dtype.element_ty), mask=q_Q < q_latent)
     j_J = tl.arange(0, BLOCK_J)
     ok = j_J < pairs
     even_J = tl.load(kv + latent + 2 * j_J, mask=ok, other=0.0).to(tl.float32)

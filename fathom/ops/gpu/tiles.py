@@ -31,6 +31,28 @@ class Weight(NamedTuple):
         return self.numbers if self.scales is None else self.scales
 
 
+class Tiling(NamedTuple):
+    """What a program of a linear map takes at once."""
+
+    tokens: int
+    outputs: int
+    inputs: int
+    warps: int
+    stages: int
+
+    def options(self) -> dict[str, int]:
+        """As a kernel is told."""
+        blocks = {"BLOCK_N": self.tokens, "BLOCK_O": self.outputs, "BLOCK_I": self.inputs}
+        return {**blocks, "num_warps": self.warps, "num_stages": self.stages}
+
+
+def tiling(tokens: int, outputs: int, inputs: int, bytes_each: int) -> Tiling:
+    """For a map of `tokens` rows; `outputs` counts those of all that a launch computes."""
+    block_n = min(64, max(16, triton.next_power_of_2(tokens)))
+    block_i = max(32, min(512 // bytes_each, triton.next_power_of_2(inputs)))
+    return Tiling(block_n, 16 if outputs < 8192 else 32, block_i, 4, 3)
+
+
 def type_of(dtype: torch.dtype) -> tl.dtype:
     """Triton's name of a floating-point type."""
     return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
