@@ -43,6 +43,9 @@ _MOST_PENDING = 32
 _MOST_UNCOUNTED = 64
 """Passes whose routing is kept until all of it is counted at once."""
 
+_PREFILL_BUDGETS = {"cpu": 512, "cuda": 2048}
+"""Tokens of prompts read per step while others decode: a GPU is not busy with fewer."""
+
 _USUAL_LENGTH = 4096
 """Tokens per sequence the cache has room for unless its size is given; longer ones take the room of others."""
 
@@ -118,7 +121,7 @@ class Core:
         max_batch: int = 32,
         page_size: int = 64,
         cache_tokens: int | None = None,
-        prefill_budget: int = 512,
+        prefill_budget: int | None = None,
         max_waiting: int | None = None,
         eager: bool = False,
         eos_ids: Ordered[int] | None = None,
@@ -134,6 +137,8 @@ class Core:
         most = _MOST_DRAFTS if self._fixed_drafts is None else self._fixed_drafts
         pages = _pages(config, max_batch, page_size, cache_tokens)
         self.blocks = BlockManager(pages, page_size)
+        if prefill_budget is None:
+            prefill_budget = _PREFILL_BUDGETS["cuda" if model.embed_tokens.weight.is_cuda else "cpu"]
         self.scheduler = Scheduler(self.blocks, max_batch, prefill_budget, self.drafting, max_waiting)
         self.runner = Runner(model, pages, page_size, self.max_length + most + 2, eager)
         self.lengths = DraftLength(most if self.drafting else 0)

@@ -25,6 +25,6 @@ class Block(nn.Module):
         x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rope, cache)
         normed_BSD = self.post_attention_layernorm(x_BSD)
         if isinstance(self.mlp, MoE):
-            out_BSD, facts = self.mlp(normed_BSD)
+            out_BSD, facts = self.mlp(normed_BSD, trains=cache is None)
             return x_BSD + out_BSD, facts
         return x_BSD + self.mlp(normed_BSD), None

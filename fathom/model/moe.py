@@ -27,8 +27,8 @@ class RouterFacts(NamedTuple):
     """With what weights."""
     load_E: Tensor
     """Tokens each expert received, int64."""
-    balance_loss: Tensor
-    """Sequence-wise balance loss before α, mean over the batch's sequences."""
+    balance_loss: Tensor | None
+    """Sequence-wise balance loss before α, mean over the batch's sequences; None where nobody trains."""
 
 
 class Experts(nn.Module):
@@ -57,12 +57,12 @@ class MoE(nn.Module):
         self.experts = Experts(config)
         self.shared_experts = SwiGLU(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size)
 
-    def forward(self, x_BSD: Tensor) -> tuple[Tensor, RouterFacts]:
+    def forward(self, x_BSD: Tensor, trains: bool = True) -> tuple[Tensor, RouterFacts]:
         x_ND = x_BSD.flatten(0, 1)
         routing = self.gate(x_ND)
         routed_ND, load_E = self.experts(x_ND, routing.topk_ids_NK, routing.weights_NK)
         out_BSD = self.shared_experts(x_BSD) + routed_ND.view_as(x_BSD)
         shape, choices = x_BSD.shape[:2], routing.topk_ids_NK.shape[1]
-        balance = sequence_balance_loss(routing.scores_NE.unflatten(0, shape), choices)
+        balance = sequence_balance_loss(routing.scores_NE.unflatten(0, shape), choices) if trains else None
         ids_BSK, weights_BSK = routing.topk_ids_NK.unflatten(0, shape), routing.weights_NK.unflatten(0, shape)
         return out_BSD, RouterFacts(ids_BSK, weights_BSK, load_E, balance)

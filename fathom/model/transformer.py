@@ -220,7 +220,7 @@ class Model(nn.Module):
             empty_LE = torch.zeros(0, self.config.n_routed_experts, dtype=torch.int64, device=device)
             return RouterSummary(empty_LE, torch.zeros((), device=device), ())
         loads_LE = torch.stack([f.load_E for f in facts])
-        balance = torch.stack([f.balance_loss for f in facts]).sum()
+        balance = torch.stack([f.balance_loss for f in facts if f.balance_loss is not None]).sum()
         return RouterSummary(loads_LE, balance, tuple(f.topk_ids_BSK for f in facts))
 
 

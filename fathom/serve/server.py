@@ -73,8 +73,8 @@ class ServeCommand:
     """Requests that may wait for that; more are told to come back later."""
     cache_tokens: int | None = None
     """Tokens the cache has room for; none: 4096 for each of max_batch."""
-    prefill_budget: int = 512
-    """Tokens of prompts read per step while others decode."""
+    prefill_budget: int | None = None
+    """Tokens of prompts read per step while others decode; none: 512, on a GPU 2048."""
     deadline: float = 600.0
     """Seconds that a request may take."""
     largest_body: int = 4 << 20

@@ -1,8 +1,8 @@
 """Attention over the latents of a paged cache, for the few tokens of a decoding step (DeepSeek-V2, section 2.1.2).
 
-A token's past is cut into parts that run side by side and are put together afterwards. The parts depend on the token's
-position alone, so that a sequence's results are the same in any company. The reference is `latent_attention`
-(fathom/ops/attention.py) on queries that were turned.
+A token's past is cut into parts that run side by side and are put together afterwards: the more, the fewer tokens there
+are to keep the GPU busy. Latents are the left factor of both products, as they lie in shared memory, and the few heads
+the right one. The reference is `latent_attention` (fathom/ops/attention.py) on queries that were turned.
 
 Shapes: N tokens, H heads, T places of the past, C latent width, J pairs of rotary numbers, W = C+2J, S parts.
 """
@@ -18,12 +18,10 @@ from fathom.ops.gpu.norm import normalised
 from fathom.ops.gpu.tiles import type_of
 from fathom.ops.rope import Rope
 
-_PARTS = 32
-_LEAST_PART = 128
-"""Places: a part is this long, or doubled until no more than _PARTS are needed."""
-
-
-_TILES = {16: (32, 4, 2), 32: (32, 4, 2), 64: (32, 8, 2)}
+_PROGRAMS = 1024
+"""Programs that keep a GPU busy, also where some end early: several for each of its some hundred multiprocessors."""
+_MOST_PARTS = 64
+_TILES = {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 8, 2)}
 """Places that a program takes at once, its warps, and the stages of its loads, by heads."""
 
 
@@ -52,8 +50,14 @@ class Scratch(NamedTuple):
     @staticmethod
     def of(tokens: int, heads: int, latent: int, device: torch.device) -> "Scratch":
         """Room for so many tokens."""
-        parts_NHSC = torch.empty(tokens, heads, _PARTS, latent, device=device)
-        return Scratch(parts_NHSC, torch.empty(tokens, heads, _PARTS, device=device))
+        programs = tokens * triton.cdiv(heads, _head_block(heads))
+        parts = min(_MOST_PARTS, triton.next_power_of_2(triton.cdiv(_PROGRAMS, programs)))
+        parts_NHSC = torch.empty(tokens, heads, parts, latent, device=device)
+        return Scratch(parts_NHSC, torch.empty(tokens, heads, parts, device=device))
+
+
+def _head_block(heads: int) -> int:
+    return min(64, max(16, triton.next_power_of_2(heads)))
 
 
 class QueryLatent(NamedTuple):
@@ -106,16 +110,15 @@ def paged_latent_attention(
     """
     tokens, heads, latent = q_NHC.shape
     pairs = q_rope_NHR.shape[-1] // 2
-    block_h = min(64, max(16, triton.next_power_of_2(heads)))
+    block_h, parts = _head_block(heads), scratch.parts_NHSC.shape[2]
     block_t, warps, stages = _TILES[block_h]
-    _attend[(tokens, triton.cdiv(heads, block_h), _PARTS)](
+    _attend[(tokens, triton.cdiv(heads, block_h), parts)](
         *(q_NHC, q_rope_NHR, rope.cos, rope.sin, cache_MW, *places[:1], places.owners_N, places.pages),
         *(*scratch, scale * 1.4426950408889634, heads, latent, pairs),
         *(*q_NHC.stride()[:2], *q_rope_NHR.stride()[:2], cache_MW.stride(0)),
         FIRST=places.first,
         PAGE=places.page_size,
-        PARTS=_PARTS,
-        LEAST=_LEAST_PART,
+        PARTS=parts,
         TYPE=type_of(cache_MW.dtype),
         BLOCK_H=block_h,
         BLOCK_T=block_t,
@@ -124,20 +127,19 @@ def paged_latent_attention(
         num_warps=warps,
         num_stages=stages,
     )
-    _combine[(tokens, heads)](
+    block_c = min(128, triton.next_power_of_2(latent))
+    _combine[(tokens, heads, triton.cdiv(latent, block_c))](
         *(*scratch, places.positions_N, out_NHC, heads, latent, *out_NHC.stride()[:2]),
-        PARTS=_PARTS,
-        LEAST=_LEAST_PART,
-        BLOCK_C=triton.next_power_of_2(latent),
+        PARTS=parts,
+        BLOCK_T=block_t,
+        BLOCK_C=block_c,
     )
 
 
 @triton.jit
-def _part_length(length, PARTS: tl.constexpr, LEAST: tl.constexpr):
-    part = length * 0 + LEAST
-    while part * PARTS < length:
-        part *= 2
-    return part
+def _part_length(length, PARTS: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Places of each part but the last."""
+    return tl.cdiv(tl.cdiv(length, PARTS), BLOCK_T) * BLOCK_T
 
 
 @triton.jit
@@ -209,7 +211,6 @@ def _attend(
     FIRST: tl.constexpr,
     PAGE: tl.constexpr,
     PARTS: tl.constexpr,
-    LEAST: tl.constexpr,
     TYPE: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -219,7 +220,7 @@ def _attend(
     n, part = tl.program_id(0), tl.program_id(2)
     position = tl.load(positions + n)
     length = position + 1
-    size = _part_length(length, PARTS, LEAST)
+    size = _part_length(length, PARTS, BLOCK_T)
     begin, end = tl.maximum(part * size, FIRST), tl.minimum(part * size + size, length)
     if begin >= end:
         return
@@ -240,7 +241,7 @@ def _attend(
 
     best_H = tl.full((BLOCK_H,), float("-inf"), tl.float32)
     sum_H = tl.zeros((BLOCK_H,), tl.float32)
-    out_HC = tl.zeros((BLOCK_H, BLOCK_C), tl.float32)
+    out_CH = tl.zeros((BLOCK_C, BLOCK_H), tl.float32)
     for start in range(begin, end, BLOCK_T):
         t_T = start + tl.arange(0, BLOCK_T)
         t_ok = t_T < end
@@ -250,18 +251,19 @@ def _attend(
         at_TJ = at_T[:, None] + latent + j_J[None, :]
         first_TJ = tl.load(at_TJ, mask=t_ok[:, None] & j_ok[None, :], other=0.0)
         second_TJ = tl.load(at_TJ + pairs, mask=t_ok[:, None] & j_ok[None, :], other=0.0)
-        score_HT = tl.dot(q_HC, tl.trans(latent_TC), input_precision="ieee")
-        score_HT = tl.dot(first_HJ, tl.trans(first_TJ), score_HT, input_precision="ieee")
-        score_HT = tl.dot(second_HJ, tl.trans(second_TJ), score_HT, input_precision="ieee")
-        score_HT = tl.where(t_ok[None, :], score_HT * scale, float("-inf"))
-        new_H = tl.maximum(best_H, tl.max(score_HT, 1))
-        prob_HT = tl.exp2(score_HT - new_H[:, None])
+        score_TH = tl.dot(latent_TC, tl.trans(q_HC), input_precision="ieee")
+        score_TH = tl.dot(first_TJ, tl.trans(first_HJ), score_TH, input_precision="ieee")
+        score_TH = tl.dot(second_TJ, tl.trans(second_HJ), score_TH, input_precision="ieee")
+        score_TH = tl.where(t_ok[:, None], score_TH * scale, float("-inf"))
+        new_H = tl.maximum(best_H, tl.max(score_TH, 0))
+        prob_TH = tl.exp2(score_TH - new_H[None, :])
         keep_H = tl.exp2(best_H - new_H)
-        sum_H = sum_H * keep_H + tl.sum(prob_HT, 1)
-        out_HC = tl.dot(prob_HT.to(TYPE), latent_TC, out_HC * keep_H[:, None], input_precision="ieee")
+        sum_H = sum_H * keep_H + tl.sum(prob_TH, 0)
+        out_CH = tl.dot(tl.trans(latent_TC), prob_TH.to(TYPE), out_CH * keep_H[None, :], input_precision="ieee")
         best_H = new_H
     at_H = ((n * heads + h_H) * PARTS + part).to(tl.int64)
-    tl.store(parts + at_H[:, None] * latent + c_C[None, :], out_HC / sum_H[:, None], mask=h_ok[:, None] & c_ok[None, :])
+    out_HC = tl.trans(out_CH / sum_H[None, :])
+    tl.store(parts + at_H[:, None] * latent + c_C[None, :], out_HC, mask=h_ok[:, None] & c_ok[None, :])
     tl.store(log_sums + at_H, best_H + tl.log2(sum_H), mask=h_ok)
 
 
@@ -276,19 +278,17 @@ def _combine(
     out_n,
     out_h,
     PARTS: tl.constexpr,
-    LEAST: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     n, head = tl.program_id(0), tl.program_id(1)
     length = tl.load(positions + n) + 1
-    count = tl.cdiv(length, _part_length(length, PARTS, LEAST))
-    s_S, c_C = tl.arange(0, PARTS), tl.arange(0, BLOCK_C)
-    at = ((n * heads + head) * PARTS).to(tl.int64)
-    log_sum_S = tl.load(log_sums + at + s_S, mask=s_S < count, other=float("-inf"))
-    best = tl.max(log_sum_S, 0)
-    total = tl.sum(tl.exp2(log_sum_S - best), 0)
-    out_C = tl.zeros((BLOCK_C,), tl.float32)
-    for s in range(count):
-        share = tl.exp2(tl.load(log_sums + at + s) - best) / total
-        out_C += share * tl.load(parts + (at + s) * latent + c_C, mask=c_C < latent, other=0.0)
-    tl.store(out + n * out_n + head * out_h + c_C, out_C.to(out.dtype.element_ty), mask=c_C < latent)
+    count = tl.cdiv(length, tl.maximum(_part_length(length, PARTS, BLOCK_T), 1))
+    s_S, c_C = tl.arange(0, PARTS), tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    s_ok, c_ok = s_S < count, c_C < latent
+    at_S = ((n * heads + head) * PARTS).to(tl.int64) + s_S
+    log_sum_S = tl.load(log_sums + at_S, mask=s_ok, other=float("-inf"))
+    share_S = tl.exp2(log_sum_S - tl.max(log_sum_S, 0))
+    part_SC = tl.load(parts + at_S[:, None] * latent + c_C[None, :], mask=s_ok[:, None] & c_ok[None, :], other=0.0)
+    out_C = tl.sum(part_SC * share_S[:, None], 0) / tl.sum(share_S, 0)
+    tl.store(out + n * out_n + head * out_h + c_C, out_C.to(out.dtype.element_ty), mask=c_ok)

@@ -49,8 +49,9 @@ class Tiling(NamedTuple):
 def tiling(tokens: int, outputs: int, inputs: int, bytes_each: int) -> Tiling:
     """For a map of `tokens` rows; `outputs` counts those of all that a launch computes."""
     block_n = min(64, max(16, triton.next_power_of_2(tokens)))
-    block_i = max(32, min(512 // bytes_each, triton.next_power_of_2(inputs)))
-    return Tiling(block_n, 16 if outputs < 8192 else 32, block_i, 4, 3)
+    large = outputs >= 8192
+    block_i = max(32, min((128 if large else 256) // bytes_each, triton.next_power_of_2(inputs)))
+    return Tiling(block_n, 32 if large else 16, block_i, 2 if block_n < 64 else 4, 4)
 
 
 def type_of(dtype: torch.dtype) -> tl.dtype:
