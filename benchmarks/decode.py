@@ -172,7 +172,9 @@ def decoding(name: str, programs: Programs, batch: int, wanted: dict[str, tuple[
     """Steps of `batch` sequences against the peers and the bound; `wanted` has floor and goal by peer."""
     prompts = random_prompts(programs.config.vocab_size, [PROMPT] * batch)
     peers = [side for side in (programs.transformers, programs.llama) if side is not None]
-    sides = {side.name: side.steps(prompts) for side in (programs.fathom, *peers)} | {"the bound": reading(programs.device)}
+    sides = {side.name: side.steps(prompts) for side in (programs.fathom, *peers)} | {
+        "the bound": reading(programs.device)
+    }
     seconds = in_turn(sides)
     seconds["the bound"] *= needed_bytes(programs.config, batch) / 2**30
     ours = batch / seconds.pop("fathom")
@@ -255,7 +257,9 @@ def latent_attention(device: torch.device) -> Iterator[Row]:
         seconds = crowd.seconds()
         name = f"latent attention, {heads} heads, {sequences} sequences of {length}: "
         if heads == 16:
-            yield against(name + "TB/s, against a copy", crowd.bytes / seconds / 1e12, bytes_per_second / 1e12, None, 0.8)
+            yield against(
+                name + "TB/s, against a copy", crowd.bytes / seconds / 1e12, bytes_per_second / 1e12, None, 0.8
+            )
         else:
             ratio = crowd.flops / seconds / 1e12, flops_per_second / 1e12
             yield against(name + "TFLOP/s, against a product", *ratio)
@@ -288,11 +292,13 @@ class Drafting:
         inner = self._core.runner.few
         if inner is None:
             raise RuntimeError("the kernels are not built here; without them decoding is not what this measures")
-        run = inner.run
+        run, on_gpu = inner.run, model.embed_tokens.weight.is_cuda
 
         def clocked(*arguments: Any, **named: Any) -> Any:
             began = time.perf_counter()
             found = run(*arguments, **named)
+            if on_gpu:
+                torch.cuda.synchronize()
             self._clock += time.perf_counter() - began
             return found
 

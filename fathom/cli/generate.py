@@ -62,11 +62,12 @@ def run(words: list[str]) -> None:
             print(text.add(update.tokens), end="", flush=True)
     print(text.rest())
     seconds = time.perf_counter() - began
-    tokens, accepted = len(handle.token_ids), ""
+    tokens, accepted, compiled = len(handle.token_ids), "", engine.core.runner.compile_seconds
     if handle.drafted:
         accepted = f", {handle.accepted / handle.drafted:.0%} of drafts accepted"
+    preparing = f", {compiled:.1f} of them to prepare the GPU's steps" if compiled else ""
     Console(stderr=True).print(
-        f"{tokens} tokens in {seconds:.1f} s, {handle.tokens_per_forward:.2f} per forward pass{accepted}",
+        f"{tokens} tokens in {seconds:.1f} s{preparing}, {handle.tokens_per_forward:.2f} per forward pass{accepted}",
         style="dim",
         highlight=False,
     )

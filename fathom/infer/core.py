@@ -136,6 +136,7 @@ class Core:
         self._fixed_drafts = None if speculative is True else int(speculative)
         most = _MOST_DRAFTS if self._fixed_drafts is None else self._fixed_drafts
         pages = _pages(config, max_batch, page_size, cache_tokens)
+        self._max_batch = max_batch
         self.blocks = BlockManager(pages, page_size)
         if prefill_budget is None:
             prefill_budget = _PREFILL_BUDGETS["cuda" if model.embed_tokens.weight.is_cuda else "cpu"]
@@ -154,6 +155,11 @@ class Core:
     def has_work(self) -> bool:
         """Whether any request is not finished."""
         return bool(self._active)
+
+    def prepare(self) -> None:
+        """Make ready, on a GPU, the steps of all batches that may decode: a server's first requests need not wait."""
+        drafts = self.lengths.most if self._fixed_drafts is None else self._fixed_drafts
+        self.runner.prepare(self._max_batch * (1 + (drafts if self.drafting else 0)))
 
     def submit(
         self,
@@ -223,6 +229,7 @@ class Core:
             bytes_per_token=latents_LMW[:, 0].numel() * latents_LMW.element_size(),
             cache_bytes=latents_LMW.numel() * latents_LMW.element_size(),
             load_LE=self._load_LE.clone(),
+            compile_seconds=self.runner.compile_seconds,
         )
 
     # ------------------------------------------------------------------------------------------------- decoding

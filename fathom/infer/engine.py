@@ -116,6 +116,10 @@ class Engine:
         """Whether any request is not finished."""
         return self.core.has_work
 
+    def prepare(self) -> None:
+        """Compile and record now, on a GPU, the steps of all batches that may decode, not when they first come."""
+        self.core.prepare()
+
     def submit(self, request: Request) -> Generation:
         """Queue a request; returns the handle that `step` reports on.
 

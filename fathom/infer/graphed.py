@@ -68,6 +68,7 @@ class GraphedModel:
         """`positions`: slots that one sequence may take at most."""
         config = model.config
         self.compile_seconds = 0.0
+        """Spent so far on compiling and recording."""
         self._model, self._config, self._cache_LMW, self._page_size = model, config, cache_LMW, page_size
         self._device, self._dtype = cache_LMW.device, cache_LMW.dtype
         self._most_pages = -(-positions // page_size)
@@ -80,6 +81,17 @@ class GraphedModel:
         self._moe_layers = sum(isinstance(cast(Block, layer).mlp, MoE) for layer in model.layers)
         self._steps: dict[tuple[int | None, bool, int], _Step] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
+
+    @torch.no_grad()
+    def prepare(self, tokens: int) -> None:
+        """Make ready now, not when it is asked for, whatever steps of up to so many tokens may need."""
+        most = next((size for size in SIZES if size >= tokens), SIZES[-1])
+        kinds: list[tuple[int | None, bool]] = [(None, False)]
+        if self._modules:
+            kinds += [(0, False), (0, True)]
+        for size in SIZES[: SIZES.index(most) + 1]:
+            for module, remember in kinds:
+                self._step(module, remember, size)
 
     @torch.no_grad()
     def run(
@@ -97,10 +109,7 @@ class GraphedModel:
         """
         count, which = len(tokens.ids), list(wanted)
         size = next(size for size in SIZES if size >= count)
-        key = (module, remember, size)
-        if key not in self._steps:
-            self._steps[key] = self._prepare(*key)
-        step = self._steps[key]
+        step = self._step(module, remember, size)
         self._fill(step.inputs, tokens, size, before_ND)
         step.replay()
         if step.outputs is None:
@@ -112,7 +121,13 @@ class GraphedModel:
         found = Routed(routed.experts_LNK[:, :count].clone(), routed.weights_LNK[:, :count].clone())
         return states_ND[:count].clone(), logits_NO[: len(which)], found
 
-    def _prepare(self, module: int | None, remember: bool, size: int) -> _Step:
+    def _step(self, module: int | None, remember: bool, size: int) -> _Step:
+        key = (module, remember, size)
+        if key not in self._steps:
+            self._steps[key] = self._made(*key)
+        return self._steps[key]
+
+    def _made(self, module: int | None, remember: bool, size: int) -> _Step:
         """Compile what is not compiled yet, and record the step where there are graphs."""
         began = time.perf_counter()
         numbers = torch.zeros(4 * size + 1 + size * self._most_pages, dtype=torch.int64, device=self._device)
@@ -212,9 +227,7 @@ class GraphedModel:
         linear(torch.cat(halves, dim=-1), [Weight(*stored(part.eh_proj, "weight"))], [joined_ND])
         return joined_ND
 
-    def _attend(
-        self, normed_ND: Tensor, layer: LayerWeights, places: attention.Places, cache_MW: Tensor
-    ) -> Tensor:
+    def _attend(self, normed_ND: Tensor, layer: LayerWeights, places: attention.Places, cache_MW: Tensor) -> Tensor:
         """What attention adds to the residual stream (N, D)."""
         config, tokens = self._config, len(normed_ND)
         heads, nope, latent = config.num_attention_heads, config.qk_nope_head_dim, config.kv_lora_rank

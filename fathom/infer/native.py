@@ -89,6 +89,8 @@ class NativeModel:
     """Tokens up to which reading the weights takes longer than multiplying with them."""
     most_remembered = 512
     """The same where a drafting module only writes latents: two products a token."""
+    compile_seconds = 0.0
+    """The kernels are compiled once for all models."""
 
     def __init__(self, model: Model, cache_LMW: Tensor, page_size: int, positions: int) -> None:
         config = model.config
@@ -128,6 +130,9 @@ class NativeModel:
             sines=self._keep(rope.sin),
         )
         self._plan_at, self._dtype = ctypes.addressof(self._plan), cache_LMW.dtype
+
+    def prepare(self, tokens: int) -> None:
+        """Nothing: it is ready."""
 
     def run(
         self,

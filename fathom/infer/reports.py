@@ -117,3 +117,5 @@ class Stats:
     """Allocated for the cache."""
     load_LE: Tensor
     """How many tokens, rejected drafts included, each expert of each MoE layer of the main model has served, int64."""
+    compile_seconds: float
+    """Spent on compiling and recording steps for a GPU."""

@@ -1,13 +1,15 @@
 """From stretches of tokens to states and logits: the tensor side of the engine.
 
 Two ways lead through the same weights and the same cache. Plain torch takes any number of tokens on any device: all
-of them pass as one row, in attention each stretch goes on its own. Few tokens, the usual step, take a single call instead:
-of compiled C++ on the CPU (fathom/infer/native.py), of a recorded graph on a GPU (fathom/infer/graphed.py).
+of them pass as one row, in attention each stretch goes on its own. Few tokens, the usual step, take a single call
+instead: of compiled C++ on the CPU (fathom/infer/native.py), of a recorded graph on a GPU (fathom/infer/graphed.py).
 
 Shapes: N tokens of all stretches, B stretches of one length, S length, T tokens of a sequence, D hidden, O vocabulary.
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -66,27 +68,43 @@ class Runner:
         self.model = model
         self.cache = LatentCache(model.config, pages, page_size, weight.dtype, weight.device)
         self._compute = _compute_dtype(weight)
+        # Triton's kernels go to the current device.
+        self._on_device = partial(torch.cuda.device, weight.device) if weight.is_cuda else nullcontext
         self.few = None if eager else _for_few(model, self.cache.latents_LMW, page_size, positions)
+
+    def prepare(self, tokens: int) -> None:
+        """Compile and record now, on a GPU, what steps of up to so many tokens need."""
+        if self.few is not None:
+            with self._on_device():
+                self.few.prepare(tokens)
+
+    @property
+    def compile_seconds(self) -> float:
+        """Spent so far on that, whenever it was needed."""
+        return 0.0 if self.few is None else self.few.compile_seconds
 
     @torch.no_grad()
     def main(self, stretches: Sequence[Stretch], wanted: Sequence[int]) -> Output:
         """Run the main model over the stretches; logits of the tokens at the places `wanted` among all of them."""
-        return self._run(None, stretches, wanted, None)
+        with self._on_device():
+            return self._run(None, stretches, wanted, None)
 
     @torch.no_grad()
     def draft(self, stretches: Sequence[Stretch], h_ND: Tensor, wanted: Sequence[int]) -> Output:
         """Run the first MTP module: every token with the state of the one before it."""
-        return self._run(0, stretches, wanted, h_ND)
+        with self._on_device():
+            return self._run(0, stretches, wanted, h_ND)
 
     @torch.no_grad()
     def remember(self, stretches: Sequence[Stretch], h_ND: Tensor) -> None:
         """Let the first MTP module write its latents of every token with the state of the one before it."""
         tokens = sum(len(stretch.tokens) for stretch in stretches)
-        if self.few is not None and tokens <= self.few.most_remembered:
-            self.few.run(0, self._flat(stretches), (), h_ND, remember=True)
-            return
-        ids_N = _indices(token for stretch in stretches for token in stretch.tokens).to(h_ND.device)
-        self.model.remember_mtp(0, ids_N, h_ND.to(self._compute), self._batch(stretches, 1))
+        with self._on_device():
+            if self.few is not None and tokens <= self.few.most_remembered:
+                self.few.run(0, self._flat(stretches), (), h_ND, remember=True)
+                return
+            ids_N = _indices(token for stretch in stretches for token in stretch.tokens).to(h_ND.device)
+            self.model.remember_mtp(0, ids_N, h_ND.to(self._compute), self._batch(stretches, 1))
 
     def _run(
         self, module: int | None, stretches: Sequence[Stretch], wanted: Sequence[int], before_ND: Tensor | None

@@ -30,7 +30,7 @@ def layer_weights(block: Block) -> LayerWeights:
         "kv_b": stored(attention.kv_b_proj, "weight"),
         "o": stored(attention.o_proj, "weight"),
     }
-    vectors = {
+    vectors: dict[str, Tensor] = {
         "input_norm": block.input_layernorm.weight,
         "kv_a_norm": attention.kv_a_layernorm.weight,
         "post_norm": block.post_attention_layernorm.weight,

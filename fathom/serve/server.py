@@ -104,6 +104,10 @@ def serve(command: ServeCommand) -> int:
     # processors those of the engine's thread would sleep at each of a step's barriers instead of waiting awake.
     with ThreadPoolExecutor(1) as loading:
         engine = loading.submit(_engine, command, device, directory, tokenizer).result()
+        loading.submit(engine.prepare).result()
+    compiled = engine.core.runner.compile_seconds
+    if compiled:
+        console.print(f"prepared   the GPU's decoding steps in {compiled:.0f} s")
     name = command.name or Path(command.path).absolute().name
     server: uvicorn.Server
 

@@ -67,9 +67,7 @@ def test_a_step_is_the_model(seed: int, dtype: torch.dtype) -> None:
         found, expected = (runner.main(stretches, wanted) for runner in (ours, theirs))
         errors += token_errors(found.h_ND, expected.h_ND) + token_errors(found.logits_NO, expected.logits_NO)
         if dtype == torch.float32:
-            assert torch.equal(
-                found.routed.experts_LNK.cpu().sort().values, expected.routed.experts_LNK.sort().values
-            )
+            assert torch.equal(found.routed.experts_LNK.cpu().sort().values, expected.routed.experts_LNK.sort().values)
             weights = [t.routed.weights_LNK.cpu().sort().values for t in (found, expected)]
             assert torch.allclose(*weights, rtol=1e-4, atol=1e-6)
         later = [stretch._replace(start=stretch.start + 1) for stretch in stretches]

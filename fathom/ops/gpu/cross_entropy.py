@@ -28,7 +28,7 @@ def cross_entropy_(logits_MO: Tensor, targets_M: Tensor, ignored: int) -> Tensor
 
 
 @triton.jit
-def _kernel(logits_MO, targets_M, losses_M, words, ignored, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _kernel(logits_MO, targets_M, losses_M, words, ignored, BLOCK: tl.constexpr):
     """One row."""
     token = tl.program_id(0)
     target = tl.load(targets_M + token)

@@ -2,15 +2,14 @@
 
 An expert that nobody chose is not read: programs are for experts or, where those are more, for the choices, of which
 the first for an expert serves all. The shared experts are one more, which everybody takes; a dense layer has that one
-alone. Every token's K+1 results are left side by side, to be summed in a fixed order: they do not depend on the company.
-The references are `routed_experts_reference` (fathom/ops/experts.py) and `SwiGLU`.
+alone. Every token's K+1 results are left side by side, to be summed in a fixed order, whatever the company. The
+references are `routed_experts_reference` (fathom/ops/experts.py) and `SwiGLU`.
 
 Shapes: N tokens, D hidden, E experts, K experts per token, F expert width, G = 2F, U width of the shared experts.
 """
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -84,7 +83,10 @@ def feed_forward(x_ND: Tensor, routed: Routed | None, shared: Shared, scratch: S
 
 @triton.jit
 def _expert(ids, group, PAIRS: tl.constexpr):
-    """A group's expert; −1 where an earlier group has it. PAIRS: room for all choices, or 0 where experts are groups."""
+    """A group's expert; −1 where an earlier group has it.
+
+    PAIRS: room for all choices where these are the groups, else 0.
+    """
     expert = group.to(tl.int64)
     if PAIRS > 0:
         p_P = tl.arange(0, PAIRS)
@@ -139,7 +141,7 @@ def _up(
     row_N = n_N
     weight_N = tl.full((BLOCK_N,), 1.0, tl.float32)
     g_F, u_F, out, size = f_F, f_F, hidden_shared, common
-    if CHOICES > 0:
+    if CHOICES > 0:  # noqa: SIM102  (decided when this is compiled, the inner one when it runs)
         if group < groups:
             expert = _expert(ids, group, PAIRS)
             takes_N, k_N = _who(ids, n_N, takes_N, expert, CHOICES, BLOCK_K)
@@ -202,7 +204,7 @@ def _down(
     takes_N = n_N < tokens
     row_N, k_N = n_N, tl.full((BLOCK_N,), CHOICES, tl.int32)
     hidden, size, w, scales, o_D = hidden_shared, common, shared_down, shared_down_scales, d_D
-    if CHOICES > 0:
+    if CHOICES > 0:  # noqa: SIM102  (decided when this is compiled, the inner one when it runs)
         if group < groups:
             expert = _expert(ids, group, PAIRS)
             takes_N, k_N = _who(ids, n_N, takes_N, expert, CHOICES, BLOCK_K)

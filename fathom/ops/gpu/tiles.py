@@ -47,11 +47,23 @@ class Tiling(NamedTuple):
 
 
 def tiling(tokens: int, outputs: int, inputs: int, bytes_each: int) -> Tiling:
-    """For a map of `tokens` rows; `outputs` counts those of all that a launch computes."""
+    """For a map of `tokens` rows; `outputs` counts those of all that a launch computes.
+
+    The sizes are the fastest of some thirty that were tried on an H200 (docs/log.md). Few outputs need small tiles, or
+    they would not reach all multiprocessors.
+    """
     block_n = min(64, max(16, triton.next_power_of_2(tokens)))
-    large = outputs >= 8192
-    block_i = max(32, min((128 if large else 256) // bytes_each, triton.next_power_of_2(inputs)))
-    return Tiling(block_n, 32 if large else 16, block_i, 2 if block_n < 64 else 4, 4)
+    many = outputs >= 8192
+    if block_n == 16:
+        block_o, block_i, warps, stages = (32 if many else 16), 128, 2, 4
+    elif many:
+        block_o, block_i, warps, stages = 128, 64, 4, 3
+    elif block_n == 32:
+        block_o, block_i, warps, stages = 32, 256, 4, 4
+    else:
+        block_o, block_i, warps, stages = (64 if outputs >= 4096 else 16), 128, 4, 4
+    block_i = max(32, min(block_i * 2 // bytes_each, triton.next_power_of_2(inputs)))
+    return Tiling(block_n, block_o, block_i, warps, stages)
 
 
 def type_of(dtype: torch.dtype) -> tl.dtype:
