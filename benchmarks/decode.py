@@ -172,7 +172,9 @@ def decoding(name: str, programs: Programs, batch: int, wanted: dict[str, tuple[
     """Steps of `batch` sequences against the peers and the bound; `wanted` has floor and goal by peer."""
     prompts = random_prompts(programs.config.vocab_size, [PROMPT] * batch)
     peers = [side for side in (programs.transformers, programs.llama) if side is not None]
-    sides = {side.name: side.steps(prompts) for side in (programs.fathom, *peers)} | {"the bound": reading(programs.device)}
+    sides = {side.name: side.steps(prompts) for side in (programs.fathom, *peers)} | {
+        "the bound": reading(programs.device)
+    }
     seconds = in_turn(sides)
     seconds["the bound"] *= needed_bytes(programs.config, batch) / 2**30
     ours = batch / seconds.pop("fathom")
@@ -255,7 +257,9 @@ def latent_attention(device: torch.device) -> Iterator[Row]:
         seconds = crowd.seconds()
         name = f"latent attention, {heads} heads, {sequences} sequences of {length}: "
         if heads == 16:
-            yield against(name + "TB/s, against a copy", crowd.bytes / seconds / 1e12, bytes_per_second / 1e12, None, 0.8)
+            yield against(
+                name + "TB/s, against a copy", crowd.bytes / seconds / 1e12, bytes_per_second / 1e12, None, 0.8
+            )
         else:
             ratio = crowd.flops / seconds / 1e12, flops_per_second / 1e12
             yield against(name + "TFLOP/s, against a product", *ratio)
