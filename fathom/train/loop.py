@@ -159,6 +159,8 @@ def optimizer_step(state: TrainState, batches: list[Batch], sequences: int, run:
         sums.append(parts.sums_H)
         balance.append(parts.balance * share)
         loads.append(parts.loads_LE)
+    if state.narrow is not None:
+        state.narrow.collect()
     sums_H = ranks.sum(torch.stack(sums).sum(0))
     loads_LE = ranks.sum(torch.stack(loads).sum(0))
     weights = list(state.model.parameters())
