@@ -301,7 +301,7 @@ def _open_directory(run: Run, directory: Path, ranks: Ranks, resume: bool) -> Ru
 def _announce(run: Run, prepared: Prepared, sequences: int, peak: float, ranks: Ranks, progress: Progress) -> None:
     """Say what is about to happen; refuse what cannot."""
     counts = run.model.parameter_counts()
-    needs = estimate(run, compute_dtype(run), sequences)
+    needs = estimate(run, compute_dtype(run), sequences, ranks.device)
     if refusal := memory_refusal(run, needs, free_memory(ranks.device)):
         raise TrainingError(refusal)
     progress.say(
