@@ -74,6 +74,8 @@ def main() -> None:
         print(json.dumps(_measured(from_json(Run, json.loads(options.child)))))
         return
     if options.gpu == "cuda":
+        if not torch.cuda.is_available():
+            parser.error("there is no CUDA device here")
         from plan_gpu import rows_on_gpu  # needs a GPU's Triton
 
         rows = rows_on_gpu(options.only)
