@@ -1,4 +1,4 @@
-"""`fathom plan --gpu cpu` against this machine, memory and step time: `python benchmarks/plan.py`.
+"""`fathom plan --gpu cpu` against this machine, memory and step time: `python benchmarks/plan.py` (a GPU: --gpu cuda).
 
 Every case is planned here and then trained for a few steps by the trainer's own `optimizer_step` in a process of its
 own. Memory is the most that process held in a step (VmHWM) above what it held when a tiny model had taken two steps:
@@ -62,24 +62,34 @@ def _sized(run: Run, batch: int, length: int) -> Run:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compare the planner with this machine; about eleven minutes.")
+    parser = argparse.ArgumentParser(
+        description="Compare the planner with this machine; about eleven minutes, on a GPU two."
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE, too")
     parser.add_argument("--only", default="", metavar="WORDS", help="measure the cases that have WORDS in their name")
+    parser.add_argument("--gpu", choices=("cpu", "cuda"), default="cpu", help="as `fathom plan` takes it")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         print(json.dumps(_measured(from_json(Run, json.loads(options.child)))))
         return
-    if not KNOWS_PEAK_MEMORY:
+    if options.gpu == "cuda":
+        if not torch.cuda.is_available():
+            parser.error("there is no CUDA device here")
+        from plan_gpu import rows_on_gpu  # needs a GPU's Triton
+
+        rows = rows_on_gpu(options.only)
+    elif KNOWS_PEAK_MEMORY:
+        rows = [_row(name, run) for name, run in cases().items() if options.only in name]
+    else:
         parser.error("this system does not tell a process's peak memory (Linux does)")
-    rows = [_row(name, run) for name, run in cases().items() if options.only in name]
     Console(width=120).print(_table(rows))
     if options.json:
         atomic_write(options.json, json.dumps(rows, indent=1) + "\n")
 
 
 def _row(name: str, run: Run) -> dict[str, Any]:
-    plan = plan_here(run)
+    plan = plan_here(run, torch.device("cpu"))
     command = [sys.executable, __file__, "--child", json.dumps(to_json(plan.run))]
     answer = subprocess.run(command, check=True, stdout=subprocess.PIPE)
     measured = json.loads(answer.stdout)

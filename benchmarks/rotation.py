@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -122,14 +123,23 @@ class Side:
         self._process = process
         self._errors = errors
 
-    def ask(self, request: str) -> Any:
-        """The side's answer to a request."""
+    def ask(self, request: str, seconds: float = threading.TIMEOUT_MAX) -> Any:
+        """The side's answer to a request; a side that takes more than so many `seconds` is ended."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(f"{request}\n".encode())
         except BrokenPipeError:
             raise self._ended() from None
-        return self.answer()
+        patience = threading.Timer(seconds, self._process.kill)
+        patience.start()
+        try:
+            return self.answer()
+        except SideError as error:
+            if patience.is_alive():
+                raise
+            raise SideError(f"the side «{self._name}» took longer than {seconds:.0f} s; {error}") from None
+        finally:
+            patience.cancel()
 
     def answer(self) -> Any:
         """The next line that the side writes."""

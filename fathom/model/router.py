@@ -10,12 +10,11 @@ from collections.abc import Callable
 from typing import NamedTuple, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fathom.model.config import ModelConfig
-from fathom.model.layers import at_least_float32
 from fathom.ops.routing import select_experts, select_experts_reference
+from fathom.ops.wide import wide_linear
 
 
 class Routing(NamedTuple):
@@ -54,8 +53,7 @@ class Router(nn.Module):
         return self
 
     def forward(self, x_ND: Tensor) -> Routing:
-        x_ND = at_least_float32(x_ND)
-        logits_NE = F.linear(x_ND, self.weight.to(x_ND.dtype))
+        logits_NE = wide_linear(x_ND, self.weight)
         scores_NE = logits_NE.softmax(-1) if self.config.is_v2 else logits_NE.sigmoid()
         topk_ids_NK = self.select(scores_NE.detach())
         weights_NK = scores_NE.gather(1, topk_ids_NK)

@@ -181,19 +181,13 @@ class _RoutedExperts(torch.autograd.Function):
         x_ND, pair_R, row_NK, ends_E, weights_NK, gate_up_EGD, down_EDF, gate_up_RG = ctx.saved_tensors
         token_R, weight_R = _tokens_and_weights(pair_R, weights_NK)
         dy_RD = _gather_rows(grads[0], token_R, row_NK)
-        gate_RF, up_RF = _halves(gate_up_RG)
-        weight_R1 = weight_R[:, None].to(x_ND.dtype)
-        silu_RF = F.silu(gate_RF)
-        hidden_RF = silu_RF * up_RF
         dscaled_RF = grouped_product(dy_RD, down_EDF, ends_E)
-        ddown_EDF = grouped_outer(dy_RD, hidden_RF * weight_R1, ends_E)
-        dweight_R = (dscaled_RF * hidden_RF).sum(-1, dtype=weights_NK.dtype)
-        dhidden_RF = dscaled_RF * weight_R1
-        dgate_RF = torch.ops.aten.silu_backward(dhidden_RF * up_RF, gate_RF)
-        dgate_up_RG = torch.cat((dgate_RF, dhidden_RF * silu_RF), dim=-1)
+        backward = _weighted_swiglu_backward if x_ND.is_cuda else weighted_swiglu_backward_reference
+        dgate_up_RG, scaled_RF, dweight_R = backward(gate_up_RG, weight_R.to(x_ND.dtype), dscaled_RF)
+        ddown_EDF = grouped_outer(dy_RD, scaled_RF, ends_E)
         dgate_up_EGD = grouped_outer(dgate_up_RG, _gather_rows(x_ND, token_R, row_NK), ends_E)
         dx_ND = sum_rows(grouped_product(dgate_up_RG, gate_up_EGD, ends_E), row_NK)
-        dweights_NK = dweight_R.index_select(0, row_NK.flatten()).view_as(weights_NK)
+        dweights_NK = dweight_R.index_select(0, row_NK.flatten()).view_as(weights_NK).to(weights_NK.dtype)
         return dx_ND, None, None, None, dweights_NK, dgate_up_EGD, ddown_EDF
 
 
@@ -214,6 +208,40 @@ def _halves(gate_up_RG: Tensor) -> tuple[Tensor, Tensor]:
     """Gate, copied to be contiguous, and up: exponentials of strided bf16 rows cost more than the copy."""
     gate_RF, up_RF = gate_up_RG.chunk(2, dim=-1)
     return gate_RF.contiguous(), up_RF
+
+
+def weighted_swiglu_backward_reference(
+    gate_up_RG: Tensor, weight_R: Tensor, dscaled_RF: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward through scaled = silu(gate)·up·weight: gradients of gate over up (R, G), scaled itself (R, F), and the
+    weights' gradients (R) in float32 at least."""
+    gate_RF, up_RF = _halves(gate_up_RG)
+    weight_R1 = weight_R[:, None]
+    silu_RF = F.silu(gate_RF)
+    hidden_RF = silu_RF * up_RF
+    wide = torch.promote_types(dscaled_RF.dtype, torch.float32)
+    dweight_R = (dscaled_RF * hidden_RF).sum(-1, dtype=wide)
+    dhidden_RF = dscaled_RF * weight_R1
+    dgate_RF = torch.ops.aten.silu_backward(dhidden_RF * up_RF, gate_RF)
+    return torch.cat((dgate_RF, dhidden_RF * silu_RF), dim=-1), hidden_RF * weight_R1, dweight_R
+
+
+# An operator of its own, so that torch.compile takes it whole: it would make three passes of it.
+@torch.library.custom_op("fathom::weighted_swiglu_backward", mutates_args=())
+def _weighted_swiglu_backward(
+    gate_up_RG: Tensor, weight_R: Tensor, dscaled_RF: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    if dscaled_RF.dtype == torch.float64:  # sums beyond float32 are not the kernel's
+        return weighted_swiglu_backward_reference(gate_up_RG, weight_R, dscaled_RF)
+    from fathom.ops.gpu.swiglu import weighted_swiglu_backward  # Triton comes with torch's CUDA builds alone
+
+    return weighted_swiglu_backward(gate_up_RG, weight_R, dscaled_RF)
+
+
+@_weighted_swiglu_backward.register_fake
+def _(gate_up_RG: Tensor, weight_R: Tensor, dscaled_RF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(dscaled_RF.dtype, torch.float32)
+    return torch.empty_like(gate_up_RG), torch.empty_like(dscaled_RF), weight_R.new_empty(len(weight_R), dtype=wide)
 
 
 def sum_rows(y_RD: Tensor, row_NK: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_OD = head_OD.contiguous() if linear.multiplies(h_ND, head_OD) else head_OD.to(h_ND.dtype)
         dh_ND = torch.empty_like(h_ND) if wanted else None
         dhead_OD = torch.zeros_like(head_OD, dtype=wide) if wanted else None
-        tokens = _chunk_tokens(head_OD.shape[0], h_ND.device)
+        tokens = chunk_tokens(head_OD.shape[0], h_ND.device.type)
         for start in range(0, h_ND.shape[0], tokens):
             chunk = slice(start, start + tokens)
             h_MD = h_ND[chunk]
@@ -63,12 +63,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dh_ND * grads[0].to(dh_ND.dtype), dhead_OD * grads[0].to(dhead_OD.dtype), None
 
 
-def _chunk_tokens(words: int, device: torch.device) -> int:
+def chunk_tokens(words: int, device: str) -> int:
     """Tokens per chunk: enough for full-speed products, few enough that a chunk of logits stays in a CPU's cache.
 
     A GPU needs more of them for that, and each chunk adds to the whole gradient of the head: 2^29 logits, 1 GiB.
     """
-    return max(1024, (1 << 29) // words) if device.type == "cuda" else max(256, (1 << 23) // words)
+    return max(1024, (1 << 29) // words) if device == "cuda" else max(256, (1 << 23) // words)
 
 
 def _chunk(logits_MO: Tensor, targets_M: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fathom.train.gpu_memory import gpu_memory
 from fathom.train.run import Run
 
 _ASSUMED_MFU = 0.5
@@ -15,9 +16,9 @@ class Estimate:
     """A run's needs on each rank."""
 
     weights: int
-    """Bytes of float32 weights, gradients, optimizer moments and, where kept, the moving average."""
+    """Bytes of float32 weights, gradients, moments and, where they are kept, bfloat16 copies and the moving average."""
     activations: int
-    """Bytes one micro-batch keeps for its backward pass."""
+    """Bytes one micro-batch takes: what it keeps for its backward pass, and what exists beside at the worst moment."""
     flops: int
     """Model FLOPs of the whole run, MTP included, over all ranks."""
     tokens: int
@@ -33,18 +34,31 @@ class Estimate:
         return self.flops / (peak_flops * _ASSUMED_MFU)
 
 
-def estimate(run: Run, compute_dtype: torch.dtype, sequences: int) -> Estimate:
+def estimate(run: Run, compute_dtype: torch.dtype, sequences: int, device: torch.device) -> Estimate:
     """Needs of a run of `sequences` training sequences, from the configuration alone."""
-    counts = run.model.parameter_counts()
-    moments = 1 if run.optimizer.kind == "muon" else 2
-    copies = 2 + moments + (1 if run.optimizer.ema_decay else 0)
     tokens = sequences * run.train.sequence_length
+    weights, activations = (_on_gpu if device.type == "cuda" else _on_cpu)(run, compute_dtype)
     return Estimate(
-        weights=4 * copies * (counts.total + counts.mtp),
-        activations=_activation_bytes(run, compute_dtype),
+        weights=weights,
+        activations=activations,
         flops=tokens * run.model.flops_per_token(run.train.sequence_length, mtp=True),
         tokens=tokens,
     )
+
+
+def _on_gpu(run: Run, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of what stays and of activations."""
+    memory = gpu_memory(run, dtype.itemsize)
+    activations = memory.kept + memory.passing + memory.workspaces
+    return memory.total - activations, activations
+
+
+def _on_cpu(run: Run, dtype: torch.dtype) -> tuple[int, int]:
+    """The same."""
+    counts = run.model.parameter_counts()
+    moments = 1 if run.optimizer.kind == "muon" else 2
+    copies = 2 + moments + (1 if run.optimizer.ema_decay else 0)
+    return 4 * copies * (counts.total + counts.mtp), _activation_bytes(run, dtype)
 
 
 def _activation_bytes(run: Run, dtype: torch.dtype) -> int:

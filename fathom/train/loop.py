@@ -159,6 +159,8 @@ def optimizer_step(state: TrainState, batches: list[Batch], sequences: int, run:
         sums.append(parts.sums_H)
         balance.append(parts.balance * share)
         loads.append(parts.loads_LE)
+    if state.narrow is not None:
+        state.narrow.collect()
     sums_H = ranks.sum(torch.stack(sums).sum(0))
     loads_LE = ranks.sum(torch.stack(loads).sum(0))
     weights = list(state.model.parameters())
@@ -299,7 +301,7 @@ def _open_directory(run: Run, directory: Path, ranks: Ranks, resume: bool) -> Ru
 def _announce(run: Run, prepared: Prepared, sequences: int, peak: float, ranks: Ranks, progress: Progress) -> None:
     """Say what is about to happen; refuse what cannot."""
     counts = run.model.parameter_counts()
-    needs = estimate(run, compute_dtype(run), sequences)
+    needs = estimate(run, compute_dtype(run), sequences, ranks.device)
     if refusal := memory_refusal(run, needs, free_memory(ranks.device)):
         raise TrainingError(refusal)
     progress.say(

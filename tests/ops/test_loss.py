@@ -31,7 +31,7 @@ def _value_and_gradients(function, tokens: int, dtype: torch.dtype) -> list[Tens
 
 @pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 100])
 def test_equals_the_reference_in_float64(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "_chunk_tokens", lambda *_: 16)
+    monkeypatch.setattr(loss, "chunk_tokens", lambda *_: 16)
     ours = _value_and_gradients(linear_cross_entropy, tokens, torch.float64)
     reference = _value_and_gradients(linear_cross_entropy_reference, tokens, torch.float64)
     for a, b in zip(ours, reference, strict=True):
@@ -41,7 +41,7 @@ def test_equals_the_reference_in_float64(tokens: int, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "plain torch"])
 @pytest.mark.parametrize("tokens", [1, 17, 100])
 def test_equals_the_reference_in_float32(tokens: int, kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "_chunk_tokens", lambda *_: 16)
+    monkeypatch.setattr(loss, "chunk_tokens", lambda *_: 16)
     with nullcontext() if kernels else build.disabled():
         ours = _value_and_gradients(linear_cross_entropy, tokens, torch.float32)
     reference = _value_and_gradients(linear_cross_entropy_reference, tokens, torch.float32)
@@ -67,7 +67,7 @@ def test_what_is_not_finite_is_not_hidden() -> None:
 
 
 def test_bfloat16_is_as_close_to_float64_as_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "_chunk_tokens", lambda *_: 64)
+    monkeypatch.setattr(loss, "chunk_tokens", lambda *_: 64)
     exact = _value_and_gradients(linear_cross_entropy_reference, 300, torch.float64)
     ours = _value_and_gradients(linear_cross_entropy, 300, torch.bfloat16)
     reference = _value_and_gradients(linear_cross_entropy_reference, 300, torch.bfloat16)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 from rich.console import Console
 
@@ -22,18 +23,18 @@ from fathom.study.plan.search import search
 from fathom.study.plan.show import plan_json, show_plan, show_sensitivity
 from fathom.train.run import Run, TrainConfig
 
-_HERE = "cpu"
+_HERE = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
 class PlanCommand:
-    """What training (and serving) a model takes: memory, communication, time and cost, on a cluster or on this CPU."""
+    """What training (and serving) a model takes: memory, communication, time and cost, on a cluster or right here."""
 
     model: tyro.conf.Positional[str]
     """A preset, a config.json, a model directory or a name on the hub."""
     layout: Annotated[Layout, tyro.conf.arg(name="")] = field(default_factory=Layout)
     gpu: str = "h800"
-    """h800, h100, h200, b200, a100 or l40s; cpu: this machine, by short measurements of what it can do."""
+    """h800, h100, h200, b200, a100 or l40s; cpu or cuda: this machine's, by short measurements of what it can do."""
     gpus: int = 8
     gpus_per_node: int = 8
     link: float | None = None
@@ -67,7 +68,7 @@ class PlanCommand:
     @property
     def cluster(self) -> Cluster:
         """The GPUs asked for."""
-        check(self.gpu in GPUS, "gpu", self.gpu, f"one of {', '.join(GPUS)}, or {_HERE}")
+        check(self.gpu in GPUS, "gpu", self.gpu, f"one of {', '.join((*GPUS, *_HERE))}")
         gpu: Gpu = GPUS[self.gpu]
         link = gpu.link if self.link is None else self.link * 1e9
         network = gpu.network if self.network is None else self.network * 1e9
@@ -80,7 +81,7 @@ def plan_command(words: list[str]) -> None:
     default = tyro.MISSING_NONPROP if run is None else PlanCommand(words[0], layout=_layout(run))
     command = tyro.cli(PlanCommand, args=words[1:] if run else words, default=default, prog="fathom plan")
     assert run is not None  # without a model tyro has ended the program
-    if command.gpu == _HERE:
+    if command.gpu in _HERE:
         _here(command, run)
     else:
         _cluster(command, run.model)
@@ -111,7 +112,7 @@ def _here(command: PlanCommand, run: Run) -> None:
         sequence_length=layout.length,
         recompute=layout.recompute == "full",
     )
-    plan = plan_here(replace(run, train=train))
+    plan = plan_here(replace(run, train=train), torch.device(command.gpu))
     if command.json:
         print(json.dumps(here_json(plan), indent=1))
     else:

@@ -154,6 +154,19 @@ class Machine:
         h, targets = torch.randn(tokens, width).to(self.dtype).requires_grad_(), torch.randint(words, (tokens,))
         return timed(lambda: linear_cross_entropy(h, head, targets)) / (tokens * words)
 
+    @property
+    def name(self) -> str:
+        """For the table of rates."""
+        return f"{self.threads} threads"
+
+    def others(self) -> dict[str, float]:
+        """What was measured beside products: bytes a second, and seconds a number or a step."""
+        passes = {name: getattr(self, name) for name in ("bandwidth", "norm", "activation", "copy", "cross_entropy")}
+        found = {
+            f"overhead_{name}": value for each in self.overheads.values() for name, value in each._asdict().items()
+        }
+        return passes | found
+
     def _pass(self, function: Callable[[Tensor], Tensor]) -> float:
         x = torch.randn(_NUMBERS).to(self.dtype).requires_grad_()
         gradient = torch.ones_like(x)

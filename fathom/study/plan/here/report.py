@@ -1,4 +1,4 @@
-"""The plan of a run on this machine: memory, a step's time and the rates they were made from."""
+"""The plan of a run on this machine, its CPU or its GPU: memory, a step's time and the rates they were made from."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -8,10 +8,14 @@ from rich.console import Console
 from rich.table import Table
 
 from fathom.ops.cpu import build
+from fathom.study.plan.hardware import check
+from fathom.study.plan.here.gpu_rates import GpuMachine
+from fathom.study.plan.here.gpu_step import gpu_step_time
 from fathom.study.plan.here.peak import Peak, peak
 from fathom.study.plan.here.rates import Machine
 from fathom.study.plan.here.saved import Shape
 from fathom.study.plan.here.step import StepTime, step_time
+from fathom.train.gpu_memory import GpuMemory, gpu_memory
 from fathom.train.hardware import faster_dtype
 from fathom.train.run import Run
 
@@ -21,9 +25,9 @@ class HerePlan:
     """What a step of `run` takes here."""
 
     run: Run
-    peak: Peak
+    peak: Peak | GpuMemory
     time: StepTime
-    machine: Machine
+    machine: Machine | GpuMachine
 
     @property
     def tokens(self) -> int:
@@ -36,19 +40,24 @@ class HerePlan:
         return self.tokens * self.run.model.flops_per_token(self.run.train.sequence_length, mtp=True)
 
 
-def plan_here(run: Run) -> HerePlan:
-    """Measures the rates it needs, which takes some seconds.
+def plan_here(run: Run, device: torch.device) -> HerePlan:
+    """Measures the rates it needs, which takes some seconds, on a GPU half a minute.
 
-    Raises ImportError where the CPU's kernels cannot be built: the plan follows them.
+    Raises ImportError where the CPU's kernels cannot be built, for its plan follows them; ConfigError without a GPU.
     """
-    if why := build.missing():
+    if device.type == "cuda":
+        check(torch.cuda.is_available(), "gpu", device.type, "cpu here: torch finds no CUDA device")
+    elif why := build.missing():
         raise ImportError(f"this machine's plan follows the CPU's kernels, which are missing: {why}")
     compute = run.train.compute
-    dtype = faster_dtype(torch.device("cpu")) if compute == "auto" else getattr(torch, compute)
+    dtype = faster_dtype(device) if compute == "auto" else getattr(torch, compute)
     train = replace(run.train, compute="float32" if dtype == torch.float32 else "bfloat16")
     run = replace(run, train=train)
-    machine = Machine(dtype)
     shape = shape_of(run)
+    if device.type == "cuda":
+        gpu = GpuMachine(dtype)
+        return HerePlan(run, gpu_memory(run, shape.itemsize), gpu_step_time(run, shape, gpu), gpu)
+    machine = Machine(dtype)
     return HerePlan(run, peak(run, shape), step_time(run, shape, machine), machine)
 
 
@@ -61,22 +70,14 @@ def shape_of(run: Run) -> Shape:
 
 def here_json(plan: HerePlan) -> dict[str, Any]:
     """Everything, in bytes, seconds and FLOP/s."""
-    machine = plan.machine
     return {
         "parameters": asdict(plan.run.model.parameter_counts()),
         "flops_per_step": plan.flops,
         "memory": asdict(plan.peak) | {"total": plan.peak.total},
         "step": asdict(plan.time) | {"total": plan.time.total},
         "tokens_per_second": plan.tokens / plan.time.total,
-        "rates": {
-            "products": machine.products,
-            "overhead": {kind: found._asdict() for kind, found in machine.overheads.items()},
-            **{name: getattr(machine, name) for name in _RATES},
-        },
+        "rates": {"products": plan.machine.products, **plan.machine.others()},
     }
-
-
-_RATES = ("bandwidth", "norm", "activation", "copy", "cross_entropy")
 
 
 def show_here(console: Console, plan: HerePlan) -> None:
@@ -94,15 +95,17 @@ def show_here(console: Console, plan: HerePlan) -> None:
     step = Table("part", "ms", title="Step", title_justify="left")
     for name, seconds in {**asdict(plan.time), "total": plan.time.total}.items():
         step.add_row(name, f"{seconds * 1e3:.1f}")
-    rates = Table("measured here", "", title=f"Rates ({plan.machine.threads} threads)", title_justify="left")
-    for name in _RATES:
-        value = getattr(plan.machine, name)
-        unit = f"{value / 1e9:.1f} GB/s" if name == "bandwidth" else f"{value * 1e9:.3g} ns"
-        rates.add_row(name.replace("_", " "), unit)
-    for found in plan.machine.overheads.values():
-        for name, seconds in found._asdict().items():
-            rates.add_row(f"overhead, {name.replace('_', ' ')}", f"{seconds * 1e3:.2f} ms")
+    rates = Table("measured here", "", title=f"Rates ({plan.machine.name})", title_justify="left")
+    for name, value in plan.machine.others().items():
+        rates.add_row(name.replace("_", " "), _with_unit(name, value))
     for name, flops in plan.machine.products.items():
         rates.add_row(name, f"{flops / 1e9:.0f} GFLOP/s")
     for table in (memory, step, rates):
         console.print(table)
+
+
+def _with_unit(name: str, value: float) -> str:
+    """Bytes a second, or seconds."""
+    if name == "bandwidth":
+        return f"{value / 1e9:.1f} GB/s"
+    return f"{value * 1e9:.3g} ns" if value < 1e-5 else f"{value * 1e3:.2f} ms"

@@ -62,7 +62,7 @@ def step_time(run: Run, shape: Shape, machine: Machine) -> StepTime:
         attention=times * again * _attention(shape, machine),
         head=times * _head(shape, machine),
         passes=times * again * _passes(shape, machine),
-        overhead=_overhead(times, again, _blocks(shape)[0], machine.overhead(run.optimizer.kind)),
+        overhead=_overhead(times, again, blocks(shape)[0], machine.overhead(run.optimizer.kind)),
         optimizer=_optimizer(run, shape, machine),
     )
 
@@ -73,7 +73,7 @@ def _overhead(times: int, again: float, layers: int, overhead: Overhead) -> floa
     return times * each + overhead.step + layers * overhead.layer_step
 
 
-def _blocks(shape: Shape) -> tuple[int, int]:
+def blocks(shape: Shape) -> tuple[int, int]:
     """(all layers, those with experts), MTP modules included."""
     config = shape.config
     modules = config.num_nextn_predict_layers
@@ -83,7 +83,7 @@ def _blocks(shape: Shape) -> tuple[int, int]:
 def matrices(shape: Shape) -> Counter[tuple[int, int]]:
     """(inputs, outputs) of every matrix that all tokens pass through, and how often it occurs, without the head."""
     config = shape.config
-    layers, sparse = _blocks(shape)
+    layers, sparse = blocks(shape)
     d, heads = config.hidden_size, config.num_attention_heads
     width, values = heads * config.qk_head_dim, heads * (config.qk_nope_head_dim + config.v_head_dim)
     found = Counter[tuple[int, int]]()
@@ -108,7 +108,7 @@ def matrices(shape: Shape) -> Counter[tuple[int, int]]:
 def _projections(shape: Shape, machine: Machine) -> float:
     """Three products a matrix: forward, and backward to its input and to itself. Routers' are float32 ones."""
     config, n = shape.config, shape.tokens
-    routers, d, e = _blocks(shape)[1], config.hidden_size, config.n_routed_experts
+    routers, d, e = blocks(shape)[1], config.hidden_size, config.n_routed_experts
     gate = machine.product(n, d, e, wide=True) + machine.product(n, e, d, wide=True)
     seconds = routers * (gate + machine.product(e, n, d, transposed=True, wide=True)) if routers else 0.0
     for (inputs, outputs), count in matrices(shape).items():
@@ -130,14 +130,14 @@ def _experts(shape: Shape, machine: Machine) -> float:
         + machine.product(d, rows, f, alone=True, transposed=True)
         + machine.product(2 * f, rows, d, alone=True, transposed=True)
     )
-    return _blocks(shape)[1] * config.n_routed_experts * products / machine.threads
+    return blocks(shape)[1] * config.n_routed_experts * products / machine.threads
 
 
 def _attention(shape: Shape, machine: Machine) -> float:
     """Measured whole, some heads at once: from queries and latents to the heads' output, and back."""
     config = shape.config
     widths = (config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim)
-    heads = _blocks(shape)[0] * shape.batch * config.num_attention_heads
+    heads = blocks(shape)[0] * shape.batch * config.num_attention_heads
     return heads * machine.attention(shape.length, *widths)
 
 
@@ -155,7 +155,7 @@ def _head(shape: Shape, machine: Machine) -> float:
 def _passes(shape: Shape, machine: Machine) -> float:
     """Norms, activations, residual sums, gathers, and the narrowing of weights."""
     config, n = shape.config, shape.tokens
-    layers, sparse = _blocks(shape)
+    layers, sparse = blocks(shape)
     d, rank = config.hidden_size, config.q_lora_rank or 0
     normed = n * (layers * (2 * d + rank + config.kv_lora_rank) + d * (1 + 3 * config.num_nextn_predict_layers))
     active = config.first_k_dense_replace * n * config.intermediate_size
@@ -171,7 +171,7 @@ def _narrowed(shape: Shape) -> int:
     config, counts = shape.config, shape.config.parameter_counts()
     if not shape.own:
         return counts.total + counts.mtp
-    return _blocks(shape)[1] * config.n_routed_experts * 3 * config.hidden_size * config.moe_intermediate_size
+    return blocks(shape)[1] * config.n_routed_experts * 3 * config.hidden_size * config.moe_intermediate_size
 
 
 def _optimizer(run: Run, shape: Shape, machine: Machine) -> float:
