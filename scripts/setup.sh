@@ -109,6 +109,13 @@ install_llama() {
         Building takes a C++ compiler. Later: .venv/bin/python -m pip install llama-cpp-python"
 }
 
+# The GPU's kernels are tested in Triton's interpreter. torch's CUDA builds bring their own Triton, its CPU builds none.
+install_triton() {
+    if .venv/bin/python -c 'import triton' 2>/dev/null; then return; fi
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check triton==3.7.1 ||
+        say "Triton could not be installed (its reason is printed above); the tests of the GPU's kernels are skipped."
+}
+
 # The CPU kernels are C++, built when first used. Without a compiler everything still runs, only slower.
 warn_without_compiler() {
     for candidate in "${CXX:-c++}" g++ clang++; do
@@ -124,6 +131,9 @@ if [ -z "$extra" ] && is_installed .installed .installed-test; then exit 0; fi
 if [ -n "$extra" ] && is_installed ".installed-$extra"; then exit 0; fi
 make_environment
 install_fathom
-if [ "$extra" = test ]; then install_llama; fi
+if [ "$extra" = test ]; then
+    install_triton
+    install_llama
+fi
 warn_without_compiler
 fingerprint >".venv/.installed${extra:+-$extra}"

@@ -1,8 +1,7 @@
 """Attention over the latents of a paged cache, for the few tokens of a decoding step (DeepSeek-V2, section 2.1.2).
 
 A token's past is cut into parts that run side by side and are put together afterwards: the more, the fewer tokens there
-are to keep the GPU busy. Latents are the left factor of both products, as they lie in shared memory, and the few heads
-the right one. The reference is `latent_attention` (fathom/ops/attention.py) on queries that were turned.
+are to keep the GPU busy. The reference is `latent_attention` (fathom/ops/attention.py) on queries that were turned.
 
 Shapes: N tokens, H heads, T places of the past, C latent width, J pairs of rotary numbers, W = C+2J, S parts.
 """
@@ -20,8 +19,8 @@ from fathom.ops.rope import Rope
 
 _PROGRAMS = 1024
 """Programs that keep a GPU busy, also where some end early: several for each of its some hundred multiprocessors."""
-_MOST_PARTS = 64
-_TILES = {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 8, 2)}
+_MOST_PARTS = 128
+_TILES = {16: (32, 4, 2), 32: (32, 4, 2), 64: (64, 8, 2)}
 """Places that a program takes at once, its warps, and the stages of its loads, by heads."""
 
 
@@ -127,7 +126,7 @@ def paged_latent_attention(
         num_warps=warps,
         num_stages=stages,
     )
-    block_c = min(128, triton.next_power_of_2(latent))
+    block_c = min(64, triton.next_power_of_2(latent))
     _combine[(tokens, heads, triton.cdiv(latent, block_c))](
         *(*scratch, places.positions_N, out_NHC, heads, latent, *out_NHC.stride()[:2]),
         PARTS=parts,
@@ -221,7 +220,7 @@ def _attend(
     position = tl.load(positions + n)
     length = position + 1
     size = _part_length(length, PARTS, BLOCK_T)
-    begin, end = tl.maximum(part * size, FIRST), tl.minimum(part * size + size, length)
+    begin, end = part * size, tl.minimum(part * size + size, length)
     if begin >= end:
         return
     h_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -241,29 +240,36 @@ def _attend(
 
     best_H = tl.full((BLOCK_H,), float("-inf"), tl.float32)
     sum_H = tl.zeros((BLOCK_H,), tl.float32)
-    out_CH = tl.zeros((BLOCK_C, BLOCK_H), tl.float32)
+    out_HC = tl.zeros((BLOCK_H, BLOCK_C), tl.float32)
+    # Where a tile lies within one page, that page's number is read a round ahead: waiting for it would take as long as
+    # reading the tile.
+    page = tl.load(row + begin // PAGE)
     for start in range(begin, end, BLOCK_T):
         t_T = start + tl.arange(0, BLOCK_T)
-        t_ok = t_T < end
-        page_T = tl.load(row + t_T // PAGE, mask=t_ok, other=0)
-        at_T = cache + (page_T * PAGE + t_T % PAGE) * cache_m
+        t_ok = (t_T >= FIRST) & (t_T < end)
+        if PAGE % BLOCK_T == 0:
+            at_T = cache + (page * PAGE + start % PAGE + tl.arange(0, BLOCK_T)) * cache_m
+            page = tl.load(row + (start + BLOCK_T) // PAGE, mask=start + BLOCK_T < end, other=0)
+        else:
+            page_T = tl.load(row + t_T // PAGE, mask=t_ok, other=0)
+            at_T = cache + (page_T * PAGE + t_T % PAGE) * cache_m
+        # What is hidden may hold anything, and a NaN times 0 is no 0.
         latent_TC = tl.load(at_T[:, None] + c_C[None, :], mask=t_ok[:, None] & c_ok[None, :], other=0.0)
         at_TJ = at_T[:, None] + latent + j_J[None, :]
         first_TJ = tl.load(at_TJ, mask=t_ok[:, None] & j_ok[None, :], other=0.0)
         second_TJ = tl.load(at_TJ + pairs, mask=t_ok[:, None] & j_ok[None, :], other=0.0)
-        score_TH = tl.dot(latent_TC, tl.trans(q_HC), input_precision="ieee")
-        score_TH = tl.dot(first_TJ, tl.trans(first_HJ), score_TH, input_precision="ieee")
-        score_TH = tl.dot(second_TJ, tl.trans(second_HJ), score_TH, input_precision="ieee")
-        score_TH = tl.where(t_ok[:, None], score_TH * scale, float("-inf"))
-        new_H = tl.maximum(best_H, tl.max(score_TH, 0))
-        prob_TH = tl.exp2(score_TH - new_H[None, :])
+        score_HT = tl.dot(q_HC, tl.trans(latent_TC), input_precision="ieee")
+        score_HT = tl.dot(first_HJ, tl.trans(first_TJ), score_HT, input_precision="ieee")
+        score_HT = tl.dot(second_HJ, tl.trans(second_TJ), score_HT, input_precision="ieee")
+        score_HT = tl.where(t_ok[None, :], score_HT * scale, float("-inf"))
+        new_H = tl.maximum(best_H, tl.max(score_HT, 1))
+        prob_HT = tl.exp2(score_HT - new_H[:, None])
         keep_H = tl.exp2(best_H - new_H)
-        sum_H = sum_H * keep_H + tl.sum(prob_TH, 0)
-        out_CH = tl.dot(tl.trans(latent_TC), prob_TH.to(TYPE), out_CH * keep_H[None, :], input_precision="ieee")
+        sum_H = sum_H * keep_H + tl.sum(prob_HT, 1)
+        out_HC = tl.dot(prob_HT.to(TYPE), latent_TC, out_HC * keep_H[:, None], input_precision="ieee")
         best_H = new_H
     at_H = ((n * heads + h_H) * PARTS + part).to(tl.int64)
-    out_HC = tl.trans(out_CH / sum_H[None, :])
-    tl.store(parts + at_H[:, None] * latent + c_C[None, :], out_HC, mask=h_ok[:, None] & c_ok[None, :])
+    tl.store(parts + at_H[:, None] * latent + c_C[None, :], out_HC / sum_H[:, None], mask=h_ok[:, None] & c_ok[None, :])
     tl.store(log_sums + at_H, best_H + tl.log2(sum_H), mask=h_ok)
 
 
