@@ -24,7 +24,7 @@ def heads(
     """As `heads_reference`; with `pads` the values are as wide as the keys (Z = X), else they lie where they lay."""
     q_BSHX, kv_BTHY = q_BSHX.contiguous(), kv_BTHY.contiguous()
     cos, sin = (t.contiguous() for t in rope)
-    k_rope_NR = k_rope_BTR.reshape(-1, k_rope_BTR.shape[-1])
+    k_rope_NR = k_rope_BTR.flatten(0, 1)
     batch, length, count, width = q_BSHX.shape
     keys, rotated = kv_BTHY.shape[1], k_rope_BTR.shape[-1]
     nope = width - rotated
@@ -35,12 +35,12 @@ def heads(
     block_h = min(triton.next_power_of_2(count), max(1, _NUMBERS // block_p))
     _heads[(batch * max(length, keys), triton.cdiv(count, block_h))](
         *(q_BSHX, kv_BTHY, k_rope_NR, cos, sin, turned_BSHX, k_BTHX, v_BTHZ),
-        *(batch * length, batch * keys, cos.numel() // cos.shape[-1], k_rope_NR.stride(0)),
+        *(batch * length, batch * keys, cos.shape[:-1].numel(), k_rope_NR.stride(0)),
         *(count, nope, rotated // 2, value),
         PADS=pads,
         BLOCK_H=block_h,
         BLOCK_P=block_p,
-        BLOCK_J=triton.next_power_of_2(rotated // 2),
+        BLOCK_J=triton.next_power_of_2(max(rotated // 2, 1)),
         BLOCK_Z=triton.next_power_of_2(width),
     )
     return turned_BSHX, k_BTHX, v_BTHZ

@@ -49,12 +49,13 @@ def weighted_swiglu(gate_up_RG: Tensor, pair_R: Tensor, weights_NK: Tensor) -> T
     """silu(gate)·up·weight of each row's pair: (R, F)."""
     rows, both = gate_up_RG.shape
     hidden_RF = gate_up_RG.new_empty(rows, both // 2)
-    _activate(gate_up_RG, gate_up_RG[:, both // 2 :], both, pair_R, weights_NK, hidden_RF)
+    _activate(gate_up_RG, gate_up_RG[:, both // 2 :], both, pair_R, weights_NK.contiguous(), hidden_RF)
     return hidden_RF
 
 
 def sum_rows(y_RD: Tensor, row_NK: Tensor) -> Tensor:
     """Each token's K rows added up in float32, in their order: (N, D)."""
+    y_RD, row_NK = y_RD.contiguous(), row_NK.contiguous()
     out_ND = y_RD.new_empty(row_NK.shape[0], y_RD.shape[1])
     choices, block = row_NK.shape[1], _columns(out_ND)
     _sum_rows[_grid(out_ND)](y_RD, row_NK, out_ND, out_ND.shape[1], CHOICES=choices, BLOCK_D=block)
