@@ -12,6 +12,7 @@ from fathom.model.layers import RMSNorm
 from fathom.ops import gpu
 from fathom.ops.attention import Lengths, heads_reference, ragged_attention
 from fathom.ops.attention import expanded_attention_reference as expanded_reference
+from fathom.ops.cpu import build
 from fathom.ops.experts import dispatch, routed_experts, routed_experts_reference, sum_rows
 from fathom.ops.latents import write_latents, write_latents_reference
 from fathom.ops.rope import Rope
@@ -34,11 +35,16 @@ EXACT = {torch.float32: 1e-11, torch.bfloat16: 2e-5}
 NARROW = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not GPU, reason="no GPU"))]
 
 
+def act_as_a_gpu(patch: pytest.MonkeyPatch) -> None:
+    """Whatever asks takes the GPU's kernels, also on the CPU, and none of the CPU's."""
+    if not GPU:
+        patch.setattr(gpu, "usable", lambda *tensors: not any(t.dtype == torch.float64 for t in tensors))
+        patch.setattr(build, "usable", lambda *tensors: False)
+
+
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything that asks takes the kernels, also on the CPU."""
-    if not GPU:
-        monkeypatch.setattr(gpu, "usable", lambda *tensors: not any(t.dtype == torch.float64 for t in tensors))
+    act_as_a_gpu(monkeypatch)
 
 
 def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -158,8 +164,8 @@ def test_prompts_are_read_as_by_plain_torch(
 ) -> None:
     """Prompts of many lengths in one pass, then their second parts; the second model's rows are too odd for torch's
     grouped product."""
-    model = lively_model(tiny(num_nextn_predict_layers=1, **changes), seed=4).to(dtype)
-    lengths, size = (40, 1, 9, 3, 3, 70, 25), 8
+    model = lively_model(tiny(num_hidden_layers=2, num_nextn_predict_layers=1, **changes), seed=4).to(dtype)
+    lengths, size = (20, 1, 9, 3, 3, 33, 11), 8
     pages = [list(range(20 * i, 20 * i + 20)) for i in range(len(lengths))]
 
     def read(runner: Runner) -> list[Tensor]:
@@ -180,8 +186,7 @@ def test_prompts_are_read_as_by_plain_torch(
 
     theirs = Runner(lively_model(model.config, seed=4).to(dtype).float(), 150, size, 128, eager=True)
     expected = read(theirs)
-    if not GPU:
-        monkeypatch.setattr(gpu, "usable", lambda *tensors: True)
+    act_as_a_gpu(monkeypatch)
     ours = Runner(model.to(DEVICE), 150, size, 128, eager=True)
     ours._gathers = True
     for found, there in zip(read(ours), expected, strict=True):
