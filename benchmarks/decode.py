@@ -195,6 +195,7 @@ def reading_prompts(name: str, programs: Programs, wanted: dict[str, tuple[float
 def eight_bits(programs: Programs, folder: Path) -> Iterator[Row]:
     peer = llama(programs.model, folder, "q8_0")
     if peer is None:
+        yield from fewer_bits(programs)
         return
     prompts = random_prompts(programs.config.vocab_size, [PROMPT])
     packed = Fathom(quantized(programs.model, "int8"))
@@ -202,6 +203,19 @@ def eight_bits(programs: Programs, folder: Path) -> Iterator[Row]:
     yield against(
         "bench-medium, int8, batch 1, against llama.cpp q8_0", 1 / seconds["ours"], 1 / seconds["peer"], 1, 1.8
     )
+
+
+def fewer_bits(programs: Programs) -> Iterator[Row]:
+    """Steps in 8 and 4 bits against bfloat16, where there is no other program to compare with."""
+    for batch in (1, 32):
+        prompts = random_prompts(programs.config.vocab_size, [PROMPT] * batch)
+        sides = {"bfloat16": programs.fathom.steps(prompts)}
+        for precision in ("int8", "int4"):
+            sides[precision] = Fathom(quantized(programs.model, precision)).steps(prompts)
+        seconds = in_turn(sides)
+        plain = batch / seconds.pop("bfloat16")
+        for precision, took in seconds.items():
+            yield against(f"bench-medium, {precision}, batch {batch}, against bfloat16", batch / took, plain)
 
 
 def crowd(programs: Programs) -> Iterator[Row]:
@@ -420,6 +434,8 @@ def medium(folder: Path, device: torch.device) -> Iterator[Row]:
     eight = {"transformers": (3.5, 5.5), "llama.cpp bf16": (1.0, 1.5), "the bound": (0.46, 0.7)}
     yield from decoding("bench-medium", programs, 1, single)
     yield from decoding("bench-medium", programs, 8, eight)
+    if device.type == "cuda":
+        yield from decoding("bench-medium", programs, 64, {})
     yield from reading_prompts("bench-medium", programs, {"transformers": (1.3, 2.5), "llama.cpp bf16": (2, 4)})
     yield from crowd(programs)
     yield from eight_bits(programs, folder)

@@ -270,7 +270,7 @@ class GraphedModel:
             outs.insert(0, q_NHX.flatten(1))
         linear(normed_ND, maps, outs)
         norm = (layer.vectors["kv_a_norm"], LATENT_NORM_EPS)
-        attention.remember(kv_NW, *norm, self._rope, places, cache_MW, query)
+        attention.remember(kv_NW, *norm, self._rope, places.positions_N, places.slots_N, cache_MW, query)
         return None if query is None else query.normed_NQ
 
     def _feed_forward(

@@ -1,8 +1,9 @@
 """From stretches of tokens to states and logits: the tensor side of the engine.
 
-Two ways lead through the same weights and the same cache. Plain torch takes any number of tokens on any device: all
-of them pass as one row, in attention each stretch goes on its own. Few tokens, the usual step, take a single call
-instead: of compiled C++ on the CPU (fathom/infer/native.py), of a recorded graph on a GPU (fathom/infer/graphed.py).
+Two ways lead through the same weights and the same cache. The model's own modules take any number of tokens on any
+device: all of them pass as one row, in attention each stretch goes on its own, but on a GPU many together. Few tokens,
+the usual step, take a single call instead: of compiled C++ on the CPU (fathom/infer/native.py), of a recorded graph on
+a GPU (fathom/infer/graphed.py).
 
 Shapes: N tokens of all stretches, B stretches of one length, S length, T tokens of a sequence, D hidden, O vocabulary.
 """
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -20,9 +22,10 @@ from torch import Tensor
 from fathom.infer import native
 from fathom.infer.cache import LatentCache
 from fathom.infer.places import Tokens
-from fathom.model.cached import Batch, Piece, Routed, expanding_pays
+from fathom.model.cached import Batch, Piece, RaggedPiece, Routed, expanding_pays
 from fathom.model.layers import at_least_float32
 from fathom.model.transformer import Model
+from fathom.ops.attention import Lengths
 from fathom.ops.precision import bfloat16_is_emulated
 
 if TYPE_CHECKING:
@@ -30,6 +33,10 @@ if TYPE_CHECKING:
 
 _SHORT = 8
 """Stretches up to this length attend together with others of the same length."""
+_FEW_KEYS = 256
+"""On a GPU the latents of sequences up to this length are expanded in any case: to begin takes longer than to do."""
+_MOST_KEYS = 1 << 14
+"""On a GPU sequences that are expanded attend together while they have no more tokens than that in all."""
 
 
 class Stretch(NamedTuple):
@@ -69,13 +76,14 @@ class Runner:
         self.cache = LatentCache(model.config, pages, page_size, weight.dtype, weight.device)
         self._compute = _compute_dtype(weight)
         # Triton's kernels go to the current device.
-        self._on_device = partial(torch.cuda.device, weight.device) if weight.is_cuda else nullcontext
+        self._current = partial(torch.cuda.device, weight.device) if weight.is_cuda else nullcontext
+        self._gathers = weight.is_cuda
         self.few = None if eager else _for_few(model, self.cache.latents_LMW, page_size, positions)
 
     def prepare(self, tokens: int) -> None:
         """Compile and record now, on a GPU, what steps of up to so many tokens need."""
         if self.few is not None:
-            with self._on_device():
+            with self._current():
                 self.few.prepare(tokens)
 
     @property
@@ -86,24 +94,24 @@ class Runner:
     @torch.no_grad()
     def main(self, stretches: Sequence[Stretch], wanted: Sequence[int]) -> Output:
         """Run the main model over the stretches; logits of the tokens at the places `wanted` among all of them."""
-        with self._on_device():
+        with self._current():
             return self._run(None, stretches, wanted, None)
 
     @torch.no_grad()
     def draft(self, stretches: Sequence[Stretch], h_ND: Tensor, wanted: Sequence[int]) -> Output:
         """Run the first MTP module: every token with the state of the one before it."""
-        with self._on_device():
+        with self._current():
             return self._run(0, stretches, wanted, h_ND)
 
     @torch.no_grad()
     def remember(self, stretches: Sequence[Stretch], h_ND: Tensor) -> None:
         """Let the first MTP module write its latents of every token with the state of the one before it."""
         tokens = sum(len(stretch.tokens) for stretch in stretches)
-        with self._on_device():
+        with self._current():
             if self.few is not None and tokens <= self.few.most_remembered:
                 self.few.run(0, self._flat(stretches), (), h_ND, remember=True)
                 return
-            ids_N = _indices(token for stretch in stretches for token in stretch.tokens).to(h_ND.device)
+            ids_N = self._indices(chain.from_iterable(stretch.tokens for stretch in stretches))
             self.model.remember_mtp(0, ids_N, h_ND.to(self._compute), self._batch(stretches, 1))
 
     def _run(
@@ -112,8 +120,7 @@ class Runner:
         tokens = sum(len(stretch.tokens) for stretch in stretches)
         if self.few is not None and tokens <= self.few.most_tokens:
             return Output(*self.few.run(module, self._flat(stretches), wanted, before_ND))
-        weight = self.model.embed_tokens.weight
-        ids_N = _indices(token for stretch in stretches for token in stretch.tokens).to(weight.device)
+        ids_N = self._indices(chain.from_iterable(stretch.tokens for stretch in stretches))
         if before_ND is None or module is None:
             h_ND, routed = self.model.cached_states(ids_N, self._batch(stretches, 0), self._compute)
         else:
@@ -121,7 +128,7 @@ class Runner:
             h_ND = self.model.cached_mtp_states(module, ids_N, before_ND.to(self._compute), self._batch(stretches, 1))
             nothing_LNK = ids_N.new_empty(0, tokens, self.model.config.num_experts_per_tok)
             routed = Routed(nothing_LNK, nothing_LNK.float())
-        logits_NO = self.model.logits(h_ND[_indices(wanted).to(weight.device)])
+        logits_NO = self.model.logits(h_ND.index_select(0, self._indices(wanted)))
         return Output(at_least_float32(h_ND), at_least_float32(logits_NO), routed)
 
     def _flat(self, stretches: Sequence[Stretch]) -> Tokens:
@@ -141,37 +148,50 @@ class Runner:
 
     def _batch(self, stretches: Sequence[Stretch], first: int) -> Batch:
         """The same for plain torch, in pieces; slots before `first` are out of sight."""
-        pieces: list[Piece] = []
-        together: list[Stretch] = []
+        groups: list[list[Stretch]] = []
         for stretch in stretches:
-            short = len(stretch.tokens) <= _SHORT
-            if together and not (short and len(stretch.tokens) == len(together[0].tokens)):
-                pieces.append(self._piece(together, first))
-                together = []
-            together.append(stretch)
-            if not short:
-                pieces.append(self._piece(together, first))
-                together = []
-        if together:
-            pieces.append(self._piece(together, first))
+            if groups and self._joins(stretch, groups[-1], first):
+                groups[-1].append(stretch)
+            else:
+                groups.append([stretch])
         writes = np.concatenate([self._writes(stretch) for stretch in stretches])
-        latents_LMW = self.cache.latents_LMW
-        return Batch(tuple(pieces), torch.from_numpy(writes).to(latents_LMW.device), latents_LMW)
+        pieces = tuple(self._piece(group, first) for group in groups)
+        return Batch(pieces, self._on_device(writes), self.cache.latents_LMW)
 
-    def _piece(self, stretches: Sequence[Stretch], first: int) -> Piece:
-        config, device = self.model.config, self.cache.latents_LMW.device
-        slots = np.full((len(stretches), max(stretch.end for stretch in stretches) - first), self.cache.nowhere)
-        for row, stretch in enumerate(stretches):
-            slots[row, : stretch.end - first] = self._slots(stretch, first)
-        positions = np.stack([np.arange(stretch.start, stretch.end) - first for stretch in stretches])
+    def _joins(self, stretch: Stretch, group: list[Stretch], first: int) -> bool:
+        """Whether it attends together with those before it."""
+        if self._gathers and self._expands(group[0], first):
+            return self._expands(stretch, first) and sum(one.end - first for one in (stretch, *group)) <= _MOST_KEYS
+        return len(stretch.tokens) == len(group[0].tokens) <= _SHORT
+
+    def _expands(self, stretch: Stretch, first: int) -> bool:
+        config, keys = self.model.config, stretch.end - first
         widths = (config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim, config.kv_lora_rank)
-        expand = len(stretches) == 1 and expanding_pays(positions.shape[1], slots.shape[1], *widths)
-        return Piece(torch.from_numpy(positions).to(device), torch.from_numpy(slots).to(device), expand)
+        few = self._gathers and keys <= _FEW_KEYS
+        return few or expanding_pays(len(stretch.tokens), keys, *widths)
+
+    def _piece(self, group: list[Stretch], first: int) -> Piece | RaggedPiece:
+        positions = [np.arange(stretch.start, stretch.end) - first for stretch in group]
+        slots = [self._slots(stretch, first) for stretch in group]
+        if (len(group) == 1 or self._gathers) and self._expands(group[0], first):
+            lengths = Lengths.of([len(p) for p in positions], [len(s) for s in slots], self.cache.latents_LMW.device)
+            every = [self._on_device(np.concatenate(arrays)) for arrays in (positions, slots)]
+            return RaggedPiece(every[0], every[1], lengths)
+        padded = np.full((len(group), max(map(len, slots))), self.cache.nowhere)
+        for row, own in enumerate(slots):
+            padded[row, : len(own)] = own
+        return Piece(self._on_device(np.stack(positions)), self._on_device(padded))
 
     def _slots(self, stretch: Stretch, first: int) -> np.ndarray:
         """Where slots `first` … of the stretch's sequence lie, up to its end."""
         at, size = np.arange(first, stretch.end), self.cache.page_size
         return np.asarray(np.array(stretch.pages)[at // size] * size + at % size)
+
+    def _indices(self, numbers: Iterable[int]) -> Tensor:
+        return self._on_device(np.fromiter(numbers, np.int64))
+
+    def _on_device(self, numbers: np.ndarray) -> Tensor:
+        return torch.from_numpy(numbers).to(self.cache.latents_LMW.device)
 
     def _writes(self, stretch: Stretch) -> np.ndarray:
         slots = self._slots(stretch, stretch.start)
@@ -200,7 +220,3 @@ def _compute_dtype(weight: Tensor) -> torch.dtype:
     """
     emulated = weight.dtype == torch.bfloat16 and bfloat16_is_emulated(weight.device)
     return torch.float32 if emulated else weight.dtype
-
-
-def _indices(numbers: Iterable[int]) -> Tensor:
-    return torch.tensor(list(numbers), dtype=torch.int64)

@@ -4,8 +4,8 @@ A step of the engine brings tokens of several sequences, here many of one (a pro
 but attention treats tokens alone, so they pass as one row; attention takes them by the piece. Latents lie in slots that
 the caller assigns as it likes. The model remembers nothing: a rejected draft is undone by writing its slots again.
 
-Shapes: N tokens of the pass, B sequences, S new tokens of each, T tokens of each in all, M slots, L layers, W = C+R, K
-experts per token.
+Shapes: N tokens of the pass, B sequences, S new tokens of each, T tokens of each in all (of all of them, in a ragged
+piece), M slots, L layers, W = C+R, K experts per token.
 """
 
 from dataclasses import dataclass
@@ -14,24 +14,43 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fathom.ops.attention import Lengths
+
 
 @dataclass(frozen=True)
 class Piece:
-    """B sequences that bring S tokens each."""
+    """B sequences that bring S tokens each. They attend in the absorbed form."""
 
     positions_BS: Tensor
     """Where each new token stands in its sequence."""
     slots_BT: Tensor
     """Where the latents of tokens 0 … T−1 lie, the new ones among them; a shorter sequence may name any slot."""
-    expand: bool = False
-    """Attend in the expanded form; the new tokens must then be the last S of T. Pays where S is large."""
+
+    @property
+    def positions(self) -> Tensor:
+        return self.positions_BS.flatten()
+
+
+@dataclass(frozen=True)
+class RaggedPiece:
+    """Sequences of any lengths, one after another. They attend in the expanded form, which pays for many new tokens.
+
+    The new tokens are the last ones of each.
+    """
+
+    positions: Tensor
+    """Where each new token stands in its sequence, (new tokens)."""
+    slots_T: Tensor
+    """Where the latents of every token of every sequence lie."""
+    lengths: Lengths
+    """How many new tokens (queries), and tokens in all (keys), each sequence has."""
 
 
 @dataclass(frozen=True)
 class Batch:
     """What one pass brings, and where it finds and leaves its latents."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Piece | RaggedPiece, ...]
     writes_N: Tensor
     """The slot each new token's latent is written to, piece after piece, sequence after sequence."""
     cache_LMW: Tensor
@@ -40,7 +59,7 @@ class Batch:
     @property
     def positions(self) -> Tensor:
         """Positions of all new tokens, (1, N)."""
-        return torch.cat([piece.positions_BS.flatten() for piece in self.pieces])[None]
+        return torch.cat([piece.positions for piece in self.pieces])[None]
 
     def layer(self, index: int) -> "LayerCache":
         """What one layer's attention sees of it."""
@@ -57,7 +76,7 @@ class Routed(NamedTuple):
 class LayerCache(NamedTuple):
     """A layer's part of a batch."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Piece | RaggedPiece, ...]
     writes_N: Tensor
     latents_MW: Tensor
 

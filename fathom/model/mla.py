@@ -14,11 +14,12 @@ C latent rank, Q query rank, W = C+R, X = P+R.
 import torch
 from torch import Tensor, nn
 
-from fathom.model.cached import LayerCache
+from fathom.model.cached import LayerCache, Piece, RaggedPiece
 from fathom.model.config import ModelConfig
 from fathom.model.layers import LATENT_NORM_EPS, Linear, RMSNorm
 from fathom.model.rope import softmax_scale
-from fathom.ops.attention import expanded_attention, latent_attention
+from fathom.ops.attention import expanded_attention, latent_attention, ragged_attention
+from fathom.ops.latents import latents, write_latents
 from fathom.ops.rope import Rope, apply_rope
 
 
@@ -54,26 +55,34 @@ class MultiHeadLatentAttention(nn.Module):
 
     def remember(self, x_1ND: Tensor, rope: Rope, cache: LayerCache) -> None:
         """Write the new tokens' latents, which is all that later ones see of them."""
-        latents_NW = torch.cat(self.latents(x_1ND, rope), dim=-1)[0]
-        cache.latents_MW[cache.writes_N] = latents_NW.to(cache.latents_MW.dtype)
+        norm = self.kv_a_layernorm
+        kv_1NW = self.kv_a_proj_with_mqa(x_1ND)
+        write_latents(kv_1NW[0], norm.weight, norm.eps, rope, cache.writes_N, cache.latents_MW)
 
     def cached(self, q_1NHX: Tensor, rope: Rope, cache: LayerCache) -> Tensor:
         """Each piece of the batch attends its own sequences' latents; (1, N, H, V)."""
         heads, first = [], 0
         for piece in cache.pieces:
-            shape = piece.positions_BS.shape
-            here = slice(first, first + shape.numel())
+            here = slice(first, first + piece.positions.shape[0])
             first = here.stop
-            q_BSHX = q_1NHX[0, here].unflatten(0, shape)
-            piece_rope = Rope(rope.cos[0, here].unflatten(0, shape), rope.sin[0, here].unflatten(0, shape))
-            latents_BTW = cache.latents_MW[piece.slots_BT].to(q_1NHX.dtype)
-            if piece.expand:
-                c_BTC, k_rope_BTR = latents_BTW.split((self.config.kv_lora_rank, self.config.qk_rope_head_dim), dim=-1)
-                heads_BSHV = self.expanded(q_BSHX, c_BTC, k_rope_BTR, piece_rope)
+            q_NHX, piece_rope = q_1NHX[0, here], Rope(rope.cos[0, here], rope.sin[0, here])
+            if isinstance(piece, RaggedPiece):
+                heads.append(self._ragged(q_NHX, piece_rope, piece, cache.latents_MW))
             else:
-                heads_BSHV = self.absorbed(q_BSHX, latents_BTW, piece.positions_BS, piece_rope)
-            heads.append(heads_BSHV.flatten(0, 1))
-        return torch.cat(heads)[None]
+                heads.append(self._rectangular(q_NHX, piece_rope, piece, cache.latents_MW))
+        return (heads[0] if len(heads) == 1 else torch.cat(heads))[None]
+
+    def _rectangular(self, q_NHX: Tensor, rope: Rope, piece: Piece, latents_MW: Tensor) -> Tensor:
+        shape = piece.positions_BS.shape
+        here = Rope(rope.cos.unflatten(0, shape), rope.sin.unflatten(0, shape))
+        latents_BTW = latents_MW[piece.slots_BT].to(q_NHX.dtype)
+        return self.absorbed(q_NHX.unflatten(0, shape), latents_BTW, piece.positions_BS, here).flatten(0, 1)
+
+    def _ragged(self, q_NHX: Tensor, rope: Rope, piece: RaggedPiece, latents_MW: Tensor) -> Tensor:
+        latents_TW = latents_MW.index_select(0, piece.slots_T).to(q_NHX.dtype)
+        c_TC, k_rope_TR = latents_TW.split((self.config.kv_lora_rank, self.config.qk_rope_head_dim), dim=-1)
+        kv_THY = self.kv_b_proj(c_TC).unflatten(-1, (self.config.num_attention_heads, -1))
+        return ragged_attention(q_NHX, kv_THY, k_rope_TR, rope, piece.lengths, self.scale)
 
     def queries(self, x_BSD: Tensor) -> Tensor:
         """Each head's query (B, S, H, X): P numbers without position, then R that are still to be rotated."""
@@ -86,10 +95,8 @@ class MultiHeadLatentAttention(nn.Module):
 
     def latents(self, x_BSD: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """What is cached: the normalised latent c (B, S, C) and the rotated key all heads share (B, S, R)."""
-        config = self.config
-        kv_BSW = self.kv_a_proj_with_mqa(x_BSD)
-        c_BSC, k_rope_BSR = kv_BSW.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
-        return self.kv_a_layernorm(c_BSC), apply_rope(k_rope_BSR, rope)
+        norm = self.kv_a_layernorm
+        return latents(self.kv_a_proj_with_mqa(x_BSD), norm.weight, norm.eps, rope)
 
     def expanded(self, q_BSHX: Tensor, c_BTC: Tensor, k_rope_BTR: Tensor, rope: Rope) -> Tensor:
         """Causal attention of the last S of T tokens, with keys and values built per head; (B, S, H, V)."""

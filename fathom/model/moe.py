@@ -59,10 +59,12 @@ class MoE(nn.Module):
 
     def forward(self, x_BSD: Tensor, trains: bool = True) -> tuple[Tensor, RouterFacts]:
         x_ND = x_BSD.flatten(0, 1)
-        routing = self.gate(x_ND)
+        routing = self.gate(x_ND, trains)
         routed_ND, load_E = self.experts(x_ND, routing.topk_ids_NK, routing.weights_NK)
         out_BSD = self.shared_experts(x_BSD) + routed_ND.view_as(x_BSD)
         shape, choices = x_BSD.shape[:2], routing.topk_ids_NK.shape[1]
-        balance = sequence_balance_loss(routing.scores_NE.unflatten(0, shape), choices) if trains else None
+        balance = None
+        if trains and routing.scores_NE is not None:
+            balance = sequence_balance_loss(routing.scores_NE.unflatten(0, shape), choices)
         ids_BSK, weights_BSK = routing.topk_ids_NK.unflatten(0, shape), routing.weights_NK.unflatten(0, shape)
         return out_BSD, RouterFacts(ids_BSK, weights_BSK, load_E, balance)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fathom.model.config import ModelConfig
-from fathom.ops.routing import select_experts, select_experts_reference
+from fathom.ops import gpu
+from fathom.ops.routing import route, select_experts, select_experts_reference
 from fathom.ops.wide import wide_linear
 
 
@@ -24,8 +25,8 @@ class Routing(NamedTuple):
     """Experts each token takes, int64."""
     weights_NK: Tensor
     """Their weights; gradients flow to the gate through these alone."""
-    scores_NE: Tensor
-    """affinity of every token to every expert, for the balance loss."""
+    scores_NE: Tensor | None
+    """affinity of every token to every expert, for the balance loss; may be None where nobody trains."""
 
 
 class Router(nn.Module):
@@ -52,8 +53,12 @@ class Router(nn.Module):
             self.e_score_correction_bias = bias_E.to(self.e_score_correction_bias.device)
         return self
 
-    def forward(self, x_ND: Tensor) -> Routing:
+    def forward(self, x_ND: Tensor, trains: bool = True) -> Routing:
         logits_NE = wide_linear(x_ND, self.weight)
+        if not trains and not self.config.is_v2 and gpu.usable(logits_NE, self.e_score_correction_bias):
+            config = self.config
+            rule = config.num_experts_per_tok, (config.n_group, config.topk_group), config.norm_topk_prob
+            return Routing(*route(logits_NE, self.e_score_correction_bias, *rule, config.routed_scaling_factor), None)
         scores_NE = logits_NE.softmax(-1) if self.config.is_v2 else logits_NE.sigmoid()
         topk_ids_NK = self.select(scores_NE.detach())
         weights_NK = scores_NE.gather(1, topk_ids_NK)

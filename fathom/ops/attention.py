@@ -4,16 +4,19 @@
 `latent_attention` is the absorbed form's: every head attends one shared key, the cached latent (decode).
 
 Shapes: B batch, S query length, T key length, H heads, X query/key width P+R, V value width,
-C latent width, R rope width, W = C+R.
+C latent width, R rope width, W = C+R, Y = P+V; N queries and T keys of several sequences, one after another.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fathom.ops import gpu
 from fathom.ops.cpu import build
 from fathom.ops.rope import Rope, apply_rope
 
@@ -43,7 +46,7 @@ def expanded_attention_reference(
     head's P key numbers without position, then its V values; `k_rope_BTR` is the rotated key that all heads share. Of
     T ≥ S keys the last S stand at the queries' own positions.
     """
-    return causal_attention_reference(*_heads(q_BSHX, kv_BTHY, k_rope_BTR, rope), scale)
+    return causal_attention_reference(*heads_reference(q_BSHX, kv_BTHY, k_rope_BTR, rope), scale)
 
 
 def expanded_attention(q_BSHX: Tensor, kv_BTHY: Tensor, k_rope_BTR: Tensor, rope: Rope, scale: float) -> Tensor:
@@ -58,6 +61,55 @@ def expanded_attention(q_BSHX: Tensor, kv_BTHY: Tensor, k_rope_BTR: Tensor, rope
     heads = _heads(q_BSHX, kv_BTHY, k_rope_BTR, rope)
     attend = fused_causal_attention if q_BSHX.is_cuda else _in_blocks
     return attend(*heads, scale)
+
+
+class Lengths(NamedTuple):
+    """How many queries and keys each of some sequences has, and where they end: int32, from 0 on, on the device."""
+
+    queries: tuple[int, ...]
+    keys: tuple[int, ...]
+    query_ends: Tensor
+    key_ends: Tensor
+
+    @staticmethod
+    def of(queries: Sequence[int], keys: Sequence[int], device: torch.device) -> "Lengths":
+        """Of sequences with so many queries and keys each."""
+        ends = (torch.tensor([0, *accumulate(lengths)], dtype=torch.int32) for lengths in (queries, keys))
+        return Lengths(tuple(queries), tuple(keys), *(t.to(device) for t in ends))
+
+
+def ragged_attention(
+    q_NHX: Tensor, kv_THY: Tensor, k_rope_TR: Tensor, rope: Rope, lengths: Lengths, scale: float
+) -> Tensor:
+    """`expanded_attention` of several sequences of any lengths, one after another; `rope` (N, J). Gives (N, H, V).
+
+    On a GPU all at once, by the flash kernel, which wants values as wide as keys.
+    """
+    alone = lengths.queries == lengths.keys and len(lengths.keys) == 1
+    if not alone and _flash_takes(q_NHX, kv_THY, k_rope_TR):
+        from fathom.ops.gpu.heads import heads  # Triton comes with torch's CUDA builds alone
+
+        q, k, v = (t[0] for t in heads(q_NHX[None], kv_THY[None], k_rope_TR[None], rope, pads=True))
+        most = (max(lengths.queries), max(lengths.keys))
+        # Its causal mask ends at the last query and the last key.
+        out_NHX = torch.ops.aten._flash_attention_forward(
+            q, k, v, lengths.query_ends, lengths.key_ends, *most, 0.0, True, False, scale=scale
+        )[0]
+        value = kv_THY.shape[-1] - (q_NHX.shape[-1] - k_rope_TR.shape[-1])
+        return out_NHX[..., :value]
+    each = zip(
+        *(t.split(lengths.queries) for t in (q_NHX, *rope)),
+        *(t.split(lengths.keys) for t in (kv_THY, k_rope_TR)),
+        strict=True,
+    )
+    outs = [expanded_attention(q[None], kv[None], k_rope[None], Rope(*r), scale)[0] for q, *r, kv, k_rope in each]
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def _flash_takes(q_NHX: Tensor, kv_THY: Tensor, k_rope_TR: Tensor) -> bool:
+    width, wide = q_NHX.shape[-1], kv_THY.shape[-1] - (q_NHX.shape[-1] - k_rope_TR.shape[-1])
+    narrow = q_NHX.dtype in (torch.bfloat16, torch.float16)
+    return narrow and width % 8 == 0 and wide <= width <= 256 and gpu.usable(q_NHX, kv_THY, k_rope_TR)
 
 
 def fused_causal_attention(q_BSHX: Tensor, k_BTHX: Tensor, v_BTHV: Tensor, scale: float) -> Tensor:
@@ -87,6 +139,15 @@ def _in_blocks(q_BSHX: Tensor, k_BTHX: Tensor, v_BTHV: Tensor, scale: float) -> 
 
 
 def _heads(q_BSHX: Tensor, kv_BTHY: Tensor, k_rope_BTR: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+    """As the reference; in one kernel on a GPU where nobody trains."""
+    if gpu.usable(q_BSHX, kv_BTHY, k_rope_BTR):
+        from fathom.ops.gpu.heads import heads  # Triton comes with torch's CUDA builds alone
+
+        return heads(q_BSHX, kv_BTHY, k_rope_BTR, rope)
+    return heads_reference(q_BSHX, kv_BTHY, k_rope_BTR, rope)
+
+
+def heads_reference(q_BSHX: Tensor, kv_BTHY: Tensor, k_rope_BTR: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
     """Queries (B, S, H, X) and keys (B, T, H, X) with their rotated parts in place, and values (B, T, H, V)."""
     heads, rotated = q_BSHX.shape[2], k_rope_BTR.shape[-1]
     nope = q_BSHX.shape[-1] - rotated

@@ -1,11 +1,12 @@
 """Choosing the experts of every token: the best scores within the best groups (DeepSeek-V3 report, section 2.1.2).
 
-Shapes: N tokens, E experts, K experts per token, G groups.
+Shapes: N tokens, D hidden, E experts, K experts per token, G groups.
 """
 
 import torch
 from torch import Tensor
 
+from fathom.ops import gpu
 from fathom.ops.cpu import build
 
 
@@ -26,6 +27,10 @@ def select_experts_reference(scores_NE: Tensor, choices: int, groups: int, open_
 
 def select_experts(scores_NE: Tensor, choices: int, groups: int = 1, open_groups: int = 1) -> Tensor:
     """As the reference; in one pass on the CPU, and on a GPU, where torch's top-k sorts."""
+    if scores_NE.dtype == torch.float32 and gpu.usable(scores_NE):
+        from fathom.ops.gpu import routing  # Triton comes with torch's CUDA builds alone
+
+        return routing.select_experts(scores_NE.contiguous(), choices, groups, open_groups)
     if scores_NE.is_cuda and scores_NE.dtype == torch.float32:
         return _select_on_gpu(scores_NE, choices, groups, open_groups)
     if not build.usable(scores_NE) or scores_NE.dtype != torch.float32:
@@ -34,6 +39,20 @@ def select_experts(scores_NE: Tensor, choices: int, groups: int = 1, open_groups
     sizes = (*scores_NE.shape, choices, groups, open_groups)
     build.call("select_experts", scores_NE.dtype, scores_NE.contiguous(), ids_NK, *sizes)
     return ids_NK
+
+
+def route(
+    logits_NE: Tensor, bias_E: Tensor, choices: int, groups: tuple[int, int], normalise: bool, factor: float
+) -> tuple[Tensor, Tensor]:
+    """DeepSeek-V3's router from its float32 logits on, in one kernel on a GPU: ids (N, K), and weights without
+    gradients; `groups`: how many there are, and how many of them are open to a token.
+    """
+    from fathom.ops.gpu import routing  # Triton comes with torch's CUDA builds alone
+
+    ids_NK = logits_NE.new_empty(logits_NE.shape[0], choices, dtype=torch.int64)
+    weights_NK = torch.empty_like(ids_NK, dtype=torch.float32)
+    routing.route(logits_NE, bias_E, None, ids_NK, weights_NK, groups, normalise, factor)
+    return ids_NK, weights_NK
 
 
 # An operator of its own, so that torch.compile takes it whole.

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fathom.ops import gpu
+
 
 def wide_linear_reference(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
     """x·Wᵀ in float32 at least: (N, O)."""
@@ -22,7 +24,9 @@ def wide_linear_reference(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
 
 
 def wide_linear(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
-    """As the reference; of bfloat16 rows and float32 weights on a GPU by narrow products."""
+    """As the reference; of bfloat16 rows on a GPU by narrow products."""
+    if x_NI.dtype == weight_OI.dtype == torch.bfloat16 and gpu.usable(x_NI, weight_OI):
+        return _multiply(x_NI, weight_OI.t())
     if not x_NI.is_cuda or (x_NI.dtype, weight_OI.dtype) != (torch.bfloat16, torch.float32):
         return wide_linear_reference(x_NI, weight_OI)
     y_NO: Tensor = WideLinear.apply(x_NI, weight_OI)

@@ -7,9 +7,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fathom.model.cached import Batch, Piece
+from fathom.model.cached import Batch, Piece, RaggedPiece
 from fathom.model.config import ModelConfig, YarnScaling
 from fathom.model.transformer import Model
+from fathom.ops.attention import Lengths
 
 TINY = ModelConfig(
     vocab_size=61,
@@ -130,4 +131,8 @@ def rows_of_a_cache(
     firsts_B1 = torch.arange(rows)[:, None] * slots
     slots_BT = firsts_B1 + torch.arange(visible or slots)
     writes_N = (firsts_B1 + positions_BS).flatten()
-    return Batch((Piece(positions_BS, slots_BT, expand),), writes_N, cache_LBTW.view(layers, rows * slots, width))
+    piece: Piece | RaggedPiece = Piece(positions_BS, slots_BT)
+    if expand:
+        lengths = Lengths.of([positions_BS.shape[1]] * rows, [slots_BT.shape[1]] * rows, positions_BS.device)
+        piece = RaggedPiece(positions_BS.flatten(), slots_BT.flatten(), lengths)
+    return Batch((piece,), writes_N, cache_LBTW.view(layers, rows * slots, width))

@@ -181,7 +181,7 @@ def test_decoding_never_expands_the_cache(monkeypatch: pytest.MonkeyPatch) -> No
     tokens_BS = random_tokens(config, 1, 8)
     model.cached_states(tokens_BS[0, :7], rows_of_a_cache(torch.arange(7)[None], cache_LBTW, 7, expand=True))
     # Taking the expanded form would now be an AttributeError.
-    monkeypatch.delattr(MultiHeadLatentAttention, "expanded")
+    monkeypatch.delattr(MultiHeadLatentAttention, "_ragged")
     h_ND = model.cached_states(tokens_BS[0, 7:], rows_of_a_cache(torch.tensor([[7]]), cache_LBTW))[0]
     monkeypatch.undo()
     torch.testing.assert_close(h_ND, model.hidden(tokens_BS)[0, 7:], rtol=1e-4, atol=1e-5)

@@ -72,19 +72,21 @@ def remember(
     norm_C: Tensor,
     eps: float,
     rope: Rope,
-    places: Places,
+    positions_N: Tensor | None,
+    slots_N: Tensor,
     cache_MW: Tensor,
     query: QueryLatent | None = None,
 ) -> None:
     """Write the tokens' latents to their slots: the first C numbers normalised, the others turned.
 
+    `rope` is a table of all positions or, where there are no positions, has a row for every token.
     The query's latent, where there is one, is normalised on the way.
     """
     tokens, width = kv_NW.shape
     latent = norm_C.shape[0]
     raw, weight, normed = query or (kv_NW, norm_C, kv_NW)
     _remember[(tokens,)](
-        *(kv_NW, norm_C, eps, rope.cos, rope.sin, places.positions_N, places.slots_N, cache_MW),
+        *(kv_NW, norm_C, eps, rope.cos, rope.sin, positions_N, slots_N, cache_MW),
         *(raw, weight, normed, cache_MW.stride(0), latent, (width - latent) // 2, raw.shape[1]),
         QUERY=query is not None,
         BLOCK_C=triton.next_power_of_2(latent),
@@ -163,8 +165,10 @@ def _remember(
     BLOCK_J: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    n = tl.program_id(0)
-    position = tl.maximum(tl.load(positions + n), 0)
+    n = tl.program_id(0).to(tl.int64)
+    position = n
+    if positions is not None:
+        position = tl.maximum(tl.load(positions + n), 0)
     to = cache + tl.load(slots + n) * cache_m
     kv += n * (latent + 2 * pairs)
     c_C = tl.arange(0, BLOCK_C)

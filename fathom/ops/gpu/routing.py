@@ -21,14 +21,14 @@ def select_experts(scores_NE: Tensor, choices: int, groups: int, open_groups: in
 def route(
     logits_NE: Tensor,
     bias_E: Tensor,
-    positions_N: Tensor,
+    positions_N: Tensor | None,
     ids_NK: Tensor,
     weights_NK: Tensor,
     groups: tuple[int, int],
     normalise: bool,
     factor: float,
 ) -> None:
-    """The router from its logits on: the chosen experts and their weights; −1 for tokens that are none.
+    """The router from its logits on: the chosen experts and their weights; −1 for tokens that stand at position −1.
 
     `groups`: how many there are, and how many of them are open to a token.
     """
@@ -133,7 +133,7 @@ def _route(
     BLOCK_X: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    n = tl.program_id(0)
+    n = tl.program_id(0).to(tl.int64)
     e_GX, ok_GX = _experts(GROUPS, SIZE, BLOCK_G, BLOCK_X)
     affinity_GX = tl.sigmoid(tl.load(logits + n * logits_n + e_GX, mask=ok_GX, other=0.0))
     biased_GX = affinity_GX + tl.load(bias + e_GX, mask=ok_GX, other=0.0)
@@ -144,6 +144,7 @@ def _route(
     weight_K = tl.where(k_ok, tl.sigmoid(tl.load(logits + n * logits_n + ids_K, mask=k_ok, other=0.0)), 0.0)
     if NORMALISE:
         weight_K = weight_K / (tl.sum(weight_K, 0) + 1e-20)
-    ids_K = tl.where(tl.load(positions + n) >= 0, ids_K, -1)
+    if positions is not None:
+        ids_K = tl.where(tl.load(positions + n) >= 0, ids_K, -1)
     tl.store(ids + n * CHOICES + k_K, ids_K.to(tl.int64), mask=k_ok)
     tl.store(weights + n * CHOICES + k_K, weight_K * factor, mask=k_ok)

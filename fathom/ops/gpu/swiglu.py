@@ -23,7 +23,7 @@ def weighted_swiglu_backward(gate_up_RG: Tensor, weight_R: Tensor, dscaled_RF: T
 
 
 @triton.jit
-def _kernel(gate_up, weight, dscaled, dgate_up, scaled, dweight, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _kernel(gate_up, weight, dscaled, dgate_up, scaled, dweight, width, BLOCK: tl.constexpr):
     """One row."""
     row = tl.program_id(0).to(tl.int64)
     w = tl.load(weight + row).to(tl.float32)

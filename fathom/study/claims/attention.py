@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fathom.config import ConfigError
-from fathom.model.cached import LayerCache
+from fathom.model.cached import LayerCache, Piece
 from fathom.model.config import ModelConfig
 from fathom.model.layers import Linear
 from fathom.ops.attention import expanded_attention
@@ -67,6 +67,8 @@ class GroupedQueryAttention(nn.Module):
         """Each piece of the batch attends its own sequences' keys and values; (1, N, H, V)."""
         heads, first = [], 0
         for piece in cache.pieces:
+            if not isinstance(piece, Piece):
+                raise NotImplementedError("grouped-query attention takes rectangular pieces alone")
             shape = piece.positions_BS.shape
             q_BSHV = q_1NHV[0, first : first + shape.numel()].unflatten(0, shape)
             first += shape.numel()
