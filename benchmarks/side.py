@@ -119,7 +119,7 @@ def _build_ours(spec: Spec) -> Trained:
     model = Model(spec.shape).train()
     if spec.compile:
         for block in (*model.layers, *model.mtp):  # as `fathom train` compiles them
-            block.compile()
+            block.compile(dynamic=False)
     objective = Objective(model, _BALANCE_ALPHA, _DTYPES[spec.dtype])
 
     def loss(tokens_BW: Tensor) -> Tensor:

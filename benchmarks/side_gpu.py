@@ -164,7 +164,7 @@ def _peer(make: Callable[[ModelConfig], nn.Module], spec: Spec) -> Trained:
         model = make(spec.shape).train()
     if spec.compile:
         for layer in model.model.layers:
-            layer.compile()
+            layer.compile(dynamic=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, betas=(0.9, 0.95), fused=True)
 
     def step(tokens: list[Tensor]) -> float:
