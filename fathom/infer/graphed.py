@@ -317,11 +317,12 @@ def _matrix(layer: LayerWeights, name: str) -> Weight:
 
 
 def usable(model: Model) -> bool:
-    """Whether this model can run here: all of it on one GPU, in float32 or bfloat16, with Triton installed.
+    """Whether this model can run here: all of it on one GPU, in float32 or bfloat16, with DeepSeek-V3's router.
 
-    The router is DeepSeek-V3's.
+    Products have the activations' type, which gates must then have, too.
     """
-    weights = list(model.parameters())
+    weights, own = list(model.parameters()), model.embed_tokens.weight.dtype
     kinds = {torch.float32, torch.bfloat16, torch.int8, torch.int32}
     on_one = len({weight.device for weight in weights}) == 1 and weights[0].is_cuda
-    return on_one and not model.config.is_v2 and all(weight.dtype in kinds for weight in weights)
+    known = all(weight.dtype in kinds for weight in weights)
+    return on_one and known and not model.config.is_v2 and all(r.weight.dtype == own for r in model.routers())

@@ -23,6 +23,7 @@ from fathom.model.transformer import Model
 from fathom.ops.gpu import attention
 from tests.model.configs import lively_model, tiny
 
+pytestmark = pytest.mark.slow
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not ON_GPU, reason="no GPU"))]
@@ -68,7 +69,7 @@ def test_a_step_is_the_model(seed: int, dtype: torch.dtype) -> None:
     for _ in range(3):
         stretches = []
         for row in range(3):
-            count = min(rng.randint(1, 9), 99 - lengths[row])
+            count = min(rng.randint(1, 9 if seed == 0 else 2), 99 - lengths[row])
             stretches.append(Stretch([rng.randrange(words) for _ in range(count)], lengths[row], held[row]))
             lengths[row] += count
         wanted = rng.sample(range(sum(len(s.tokens) for s in stretches)), 2)
@@ -96,15 +97,15 @@ def test_a_step_is_the_model(seed: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("heads", "latent", "page_size"), [(3, 32, 256), (21, 17, 7)])
 def test_long_pasts_are_attended_in_parts(heads: int, latent: int, page_size: int, dtype: torch.dtype) -> None:
     """More parts than a token may have of the least size; odd widths."""
-    length = 5000
+    length = 2500
     model = lively_model(tiny(num_attention_heads=heads, kv_lora_rank=latent), seed=5).to(dtype)
     ours = graphed(model, length // page_size + 2, page_size, length + 1)
     theirs = Runner(copy.deepcopy(model).float(), length // page_size + 2, page_size, length + 1, eager=True)
     past_LMW = torch.randn(ours.cache.latents_LMW.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     for runner in (ours, theirs):
         runner.cache.latents_LMW.copy_(past_LMW)
-    stretches = [Stretch([1, 2, 3], length - 3, range(length // page_size + 1)), Stretch([4], 130, range(19))]
-    found, expected = (runner.main(stretches, range(4)) for runner in (ours, theirs))
+    stretches = [Stretch([1, 2], length - 2, range(length // page_size + 1)), Stretch([4], 130, range(19))]
+    found, expected = (runner.main(stretches, range(3)) for runner in (ours, theirs))
     assert max(token_errors(found.logits_NO, expected.logits_NO)) <= (2e-5 if dtype == torch.float32 else 0.03)
 
 
@@ -156,13 +157,13 @@ def test_a_token_is_the_same_alone_and_in_company() -> None:
 def test_an_engine_with_drafts_gives_the_tokens_of_one_without() -> None:
     """Through Core: prompts by plain torch, steps by graphs of several sizes, with one to three drafts and none."""
     model = lively_model(tiny(vocab_size=8, num_hidden_layers=2, num_nextn_predict_layers=1), seed=4)
-    prompts = [[1, 2, 3], [4, 5], [6, 7, 1, 2]]
+    prompts = [[1, 2, 3], [4, 5]]
     found = []
     for drafts in (0, 2):
         core = Core(model.to(DEVICE), speculative=drafts, max_batch=4, page_size=4)
         few = GraphedModel(core.runner.model, core.runner.cache.latents_LMW, 4, core.max_length + drafts + 2)
         core.runner.few = few
-        handles = [core.submit(prompt, SamplingParams(max_tokens=7, ignore_eos=True)) for prompt in prompts]
+        handles = [core.submit(prompt, SamplingParams(max_tokens=5, ignore_eos=True)) for prompt in prompts]
         while core.has_work:
             core.step()
         found.append([handle.token_ids for handle in handles])
