@@ -40,6 +40,9 @@ _MOST_DRAFTS = 4
 _MOST_PENDING = 32
 """States a sequence keeps for the drafting module while nothing is drafted; it then takes them in together."""
 
+_SLEEP_STEPS = 8192
+"""Steps for which the drafting module is not kept up to date where drafts are hopeless."""
+
 _MOST_UNCOUNTED = 64
 """Passes whose routing is kept until all of it is counted at once."""
 
@@ -143,6 +146,8 @@ class Core:
         self.scheduler = Scheduler(self.blocks, max_batch, prefill_budget, self.drafting, max_waiting)
         self.runner = Runner(model, pages, page_size, self.max_length + most + 2, eager)
         self.lengths = DraftLength(most if self.drafting else 0)
+        self._asleep_since: int | None = None
+        """The step since which nobody drafts and the module is not kept up to date; None while it is."""
         self._steps = self._prompt_tokens = self._generated_tokens = self._drafted = self._accepted = 0
         layers = sum(isinstance(layer.mlp, MoE) for layer in cast(Iterable[Block], model.layers))
         device = model.embed_tokens.weight.device
@@ -176,6 +181,7 @@ class Core:
         """
         prompt = list(prompt)
         self._check(prompt, params)
+        self._wake()
         if constraint is not None and params.min_tokens:
             raise ValueError(
                 f"min_tokens is {params.min_tokens}; with a constraint it must be 0, for that may allow the end alone"
@@ -234,8 +240,27 @@ class Core:
 
     # ------------------------------------------------------------------------------------------------- decoding
 
+    @property
+    def _keeps_up(self) -> bool:
+        """Whether the drafting module sees what the main model does."""
+        return self.drafting and self._asleep_since is None
+
+    def _sleep(self) -> None:
+        """Give drafting up for long: what the module has not seen it never will."""
+        self._asleep_since = self._steps
+        for active in self._active.values():
+            active.forget()
+
+    def _wake(self) -> None:
+        """Try anew after long, with sequences that the module sees from their first token on.
+
+        Beginnings shared from meanwhile it has not seen: drafts behind them are worse, which accepting finds out.
+        """
+        if self._asleep_since is not None and not self._active and self._steps >= self._asleep_since + _SLEEP_STEPS:
+            self._asleep_since, self.lengths = None, DraftLength(self.lengths.most)
+
     def _wanted_drafts(self, batch: int) -> int:
-        if not self.drafting:
+        if not self._keeps_up:
             return 0
         return self.lengths.choose(max(batch, 1)) if self._fixed_drafts is None else self._fixed_drafts
 
@@ -257,14 +282,16 @@ class Core:
             first = place * fed
             self._trace(active.generation, len(active.sequence.tokens) - 1, output.routed, first, decision.accepted + 1)
             updates.append(self._take(active, decision, output.h_ND, first))
-        if self.drafting and self._fixed_drafts is None and (caught_up or not drafts):
+        if self._keeps_up and self._fixed_drafts is None and (caught_up or not drafts):
             accepted_at = [sum(decision.accepted > place for decision in decisions) for place in range(drafts)]
             self.lengths.record(len(batch), drafts, len(batch), accepted_at, time.perf_counter() - began)
+            if drafts and self.lengths.hopeless(len(batch)):
+                self._sleep()
         return updates
 
     def _draft(self, batch: list[_Active], drafts: int) -> None:
         """Show the module what it has not seen and have it draft; without drafts, only where much has piled up."""
-        if not self.drafting:
+        if not self._keeps_up:
             return
         if drafts == 0:
             self._catch_up([active for active in batch if active.pending >= _MOST_PENDING], 0)
@@ -370,7 +397,7 @@ class Core:
                 logits = 1
             used += logits
             sequence.computed = end
-            if self.drafting:
+            if self._keeps_up:
                 # The pair with the token that is decided now waits for the next drafting.
                 pairs = count - 1 if whole else count
                 if pairs:
@@ -434,7 +461,7 @@ class Core:
         if generation.routing is not None:
             # The pass read accepted drafts that an ending left out.
             del generation.routing[sequence.computed :]
-        if self.drafting:
+        if self._keeps_up:
             active.pending_ND.append(h_ND[first : first + len(taken)])
             active.pending += len(taken)
         sequence.ready = len(sequence.tokens) - max(active.pending, 1)

@@ -39,6 +39,9 @@ _COSTS_KEPT = 15
 _FIRST_WAIT, _SHORTEST_WAIT, _LONGEST_WAIT = 16, 64, 1024
 """Steps between two tries of a length that was not the best: at first, after a change, and at most."""
 
+_HOPELESS_WAIT = 256
+"""Waiting that long between two tries of drafts whose costs alone rule them out is giving up."""
+
 
 @dataclass
 class _Costs:
@@ -127,6 +130,16 @@ class DraftLength:
             costs.waited, costs.wait, costs.turn = 0, min(2 * costs.wait, _LONGEST_WAIT), costs.turn + 1
         else:
             costs.waited += 1
+
+    def hopeless(self, batch: int) -> bool:
+        """Whether a draft has long cost steps of `batch` rows more than it could bring even if it were always accepted.
+
+        So must it be for all other numbers of rows for which a draft's cost is known.
+        """
+        if self.most == 0 or self._costs_of(batch).wait < _HOPELESS_WAIT:
+            return False
+        tried = [costs for costs in self._costs.values() if costs.known(1)]
+        return all(costs.typical[1] >= 2 * costs.typical[0] for costs in tried)
 
     def _costs_of(self, batch: int) -> _Costs:
         """One account for 1 row, 2, 3 to 4, 5 to 8, and so on."""

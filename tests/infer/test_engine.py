@@ -19,6 +19,7 @@ from fathom.infer.engine import Engine, Request, TextStream, generate
 from fathom.infer.reports import Generation
 from fathom.infer.runner import Runner, Stretch
 from fathom.infer.sampler import SamplingParams
+from fathom.infer.speculative import DraftLength
 from fathom.model.config import ModelConfig
 from fathom.model.transformer import Model
 from fathom.ops.cpu import build
@@ -140,6 +141,27 @@ def test_what_piled_up_undrafted_is_caught_up() -> None:
         core.step()
     whole = drafts_judged_afterwards(model, prompt + handle.token_ids[:80], handle.token_ids[80:])
     assert handle.accepted_mask[81:] == whole[1:] and any(whole)
+
+
+def test_hopeless_drafting_is_given_up_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Meanwhile the module sees nothing; the tokens are the same all along, and drafts of a later text are its own."""
+    model = lively_model(small_vocabulary(), seed=4, std=0.25)
+    prompts = some_prompts(model.config, 3, seed=1)
+    plain = [run(Core(model, False, page_size=4), [prompt], greedy(40))[0].token_ids for prompt in prompts]
+    core = Core(model, page_size=4)
+    monkeypatch.setattr("fathom.infer.core._SLEEP_STEPS", 30)
+    monkeypatch.setattr(DraftLength, "hopeless", lambda self, batch: True)
+    [first] = run(core, [prompts[0]], greedy(40))
+    assert first.token_ids == plain[0] and 0 < first.drafted <= 4
+    module_MW = core.runner.cache.latents_LMW[-1]
+    seen = module_MW.clone()
+    core.runner.cache.latents_LMW[-1].zero_()
+    core._steps = core._asleep_since or 0  # as if it had just fallen asleep
+    [second] = run(core, [prompts[1]], greedy(40))
+    assert second.token_ids == plain[1] and second.drafted == 0
+    assert seen.any() and not module_MW.any()
+    [third] = run(core, [prompts[2]], greedy(40))
+    assert third.token_ids == plain[2] and third.drafted > 0
 
 
 @native

@@ -120,6 +120,21 @@ def test_drafting_stops_and_returns_with_acceptance(batch: int) -> None:
     assert chosen[2] > 0.9 * 1000 and efficiency > 0.98
 
 
+def test_only_costs_make_drafting_hopeless_and_only_after_long() -> None:
+    dear = Workload(2, 1, seed=3)
+    dear.run(50, (1.0, 2.4, 3.9), (0.9, 0.9))
+    assert not dear.length.hopeless(1)  # tried a few times
+    dear.run(1500, (1.0, 2.4, 3.9), (0.9, 0.9))
+    assert dear.length.hopeless(1)
+    rejected = Workload(2, 1, seed=3)
+    rejected.run(1500, (1.0, 1.7, 2.6), (0.1, 0.1))
+    assert not rejected.length.hopeless(1)  # another text may be easier to draft
+    dear.batch = 8
+    dear.run(1500, (1.0, 1.3, 1.7), (0.8, 0.8))
+    assert not dear.length.hopeless(1)  # with eight rows it pays
+    assert not DraftLength(0).hopeless(1)
+
+
 def test_costs_that_change_are_noticed() -> None:
     """Longer contexts: verification, once dear, is free beside attention; and back again."""
     workload, chances = Workload(1, 4, seed=9), (0.6,)
