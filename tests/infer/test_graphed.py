@@ -21,12 +21,10 @@ from fathom.infer.runner import Runner, Stretch
 from fathom.infer.sampler import SamplingParams
 from fathom.model.transformer import Model
 from fathom.ops.gpu import attention
+from tests.gpu import DEVICE, ON_GPU, PRODUCT_DTYPES
 from tests.model.configs import lively_model, tiny
 
 pytestmark = pytest.mark.slow
-ON_GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not ON_GPU, reason="no GPU"))]
 CONFIGS: list[dict[str, Any]] = [
     {"num_hidden_layers": 2},
     {"num_hidden_layers": 2, "num_nextn_predict_layers": 2, "q_lora_rank": None, "n_group": 1, "topk_group": 1},
@@ -54,7 +52,7 @@ def token_errors(found_ND: torch.Tensor, expected_ND: torch.Tensor) -> list[floa
     return ((found_ND - expected_ND).norm(dim=-1) / expected_ND.norm(dim=-1)).tolist()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=str)
 @pytest.mark.parametrize("seed", range(3))
 def test_a_step_is_the_model(seed: int, dtype: torch.dtype) -> None:
     """Random stretches of random sequences, behind one another in scattered pages, through model and module."""
@@ -93,7 +91,7 @@ def test_a_step_is_the_model(seed: int, dtype: torch.dtype) -> None:
         assert statistics.median(errors) <= 0.006
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=str)
 @pytest.mark.parametrize(("heads", "latent", "page_size"), [(3, 32, 256), (21, 17, 7)])
 def test_long_pasts_are_attended_in_parts(heads: int, latent: int, page_size: int, dtype: torch.dtype) -> None:
     """More parts than a token may have of the least size; odd widths."""

@@ -1,21 +1,14 @@
 """The Triton kernels of training's backward pass against plain torch, in Triton's interpreter where there is no GPU."""
 
-import os
-
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="triton is not installed")
+
 from fathom.ops.experts import weighted_swiglu_backward_reference
+from fathom.ops.gpu import sums, swiglu
+from tests.gpu import DEVICE
 from tests.ops.errors import scale_free_error
-
-GPU = torch.cuda.is_available()
-if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("neither a GPU nor Triton's interpreter", allow_module_level=True)
-pytest.importorskip("triton")
-
-from fathom.ops.gpu import sums, swiglu  # noqa: E402
-
-DEVICE = torch.device("cuda" if GPU else "cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,11 +1,11 @@
 """The GPU's kernels without gradients against plain torch, in Triton's interpreter where there is no GPU."""
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed")
 
 from fathom.infer.runner import Runner, Stretch
 from fathom.model.layers import RMSNorm
@@ -14,30 +14,23 @@ from fathom.ops.attention import Lengths, heads_reference, ragged_attention
 from fathom.ops.attention import expanded_attention_reference as expanded_reference
 from fathom.ops.cpu import build
 from fathom.ops.experts import dispatch, routed_experts, routed_experts_reference, sum_rows
+from fathom.ops.gpu import rows
+from fathom.ops.gpu.heads import heads
 from fathom.ops.latents import write_latents, write_latents_reference
 from fathom.ops.rope import Rope
 from fathom.ops.swiglu import swiglu
+from tests.gpu import DEVICE, ON_GPU, PRODUCT_DTYPES
 from tests.infer.test_graphed import token_errors
 from tests.model.configs import lively_model, tiny
 from tests.ops.errors import scale_free_error
 
-GPU = torch.cuda.is_available()
-if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("neither a GPU nor Triton's interpreter", allow_module_level=True)
-pytest.importorskip("triton")
-
-from fathom.ops.gpu import rows  # noqa: E402
-from fathom.ops.gpu.heads import heads  # noqa: E402
-
-DEVICE = torch.device("cuda" if GPU else "cpu")
 DTYPES = [torch.float32, torch.bfloat16]
 EXACT = {torch.float32: 1e-11, torch.bfloat16: 2e-5}
-NARROW = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not GPU, reason="no GPU"))]
 
 
 def act_as_a_gpu(patch: pytest.MonkeyPatch) -> None:
     """Whatever asks takes the GPU's kernels, also on the CPU, and none of the CPU's."""
-    if not GPU:
+    if not ON_GPU:
         patch.setattr(gpu, "usable", lambda *tensors: not any(t.dtype == torch.float64 for t in tensors))
         patch.setattr(build, "usable", lambda *tensors: False)
 
@@ -102,7 +95,7 @@ def test_heads_are_the_references(count: int, nope: int, rotated: int, value: in
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
-@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=str)
 def test_latents_are_written_to_their_slots(dtype: torch.dtype) -> None:
     slots_N = torch.tensor([4, 0, 6], device=DEVICE)
     caches = [torch.zeros(9, 14 + 6, device=DEVICE, dtype=dtype) for _ in range(2)]
@@ -114,7 +107,7 @@ def test_latents_are_written_to_their_slots(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
-@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=str)
 @pytest.mark.parametrize("lengths", [((4,), (4,)), ((3,), (9,)), ((5, 1, 70, 2), (5, 130, 70, 9))])
 def test_sequences_attend_by_themselves(lengths: tuple[tuple[int, ...], tuple[int, ...]], dtype: torch.dtype) -> None:
     queries, keys = lengths
@@ -133,7 +126,7 @@ def test_sequences_attend_by_themselves(lengths: tuple[tuple[int, ...], tuple[in
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
-@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=str)
 def test_without_gradients_the_result_is_the_same(dtype: torch.dtype) -> None:
     """The operations themselves, through whatever they choose."""
     x_ND, weights_NK = random(9, 32, seed=1, dtype=dtype), random(9, 3, seed=2).sigmoid()
@@ -151,7 +144,7 @@ def test_without_gradients_the_result_is_the_same(dtype: torch.dtype) -> None:
     assert scale_free_error(sum_rows(x_ND, ids_NK), x_ND.double()[ids_NK].sum(1)) < EXACT[dtype]
 
 
-@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=str)
 @pytest.mark.parametrize(
     "changes",
     [
