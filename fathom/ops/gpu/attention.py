@@ -6,6 +6,7 @@ are to keep the GPU busy. The reference is `latent_attention` (fathom/ops/attent
 Shapes: N tokens, H heads, T places of the past, C latent width, J pairs of rotary numbers, W = C+2J, S parts.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fathom.ops.gpu.norm import normalised
+from fathom.ops.gpu.rotation import turned
 from fathom.ops.gpu.tiles import type_of
 from fathom.ops.rope import Rope
 
@@ -114,8 +116,8 @@ def paged_latent_attention(
     block_h, parts = _head_block(heads), scratch.parts_NHSC.shape[2]
     block_t, warps, stages = _TILES[block_h]
     _attend[(tokens, triton.cdiv(heads, block_h), parts)](
-        *(q_NHC, q_rope_NHR, rope.cos, rope.sin, cache_MW, *places[:1], places.owners_N, places.pages),
-        *(*scratch, scale * 1.4426950408889634, heads, latent, pairs),
+        *(q_NHC, q_rope_NHR, rope.cos, rope.sin, cache_MW, places.positions_N, places.owners_N, places.pages),
+        *(*scratch, scale * math.log2(math.e), heads, latent, pairs),
         *(*q_NHC.stride()[:2], *q_rope_NHR.stride()[:2], cache_MW.stride(0)),
         FIRST=places.first,
         PAGE=places.page_size,
@@ -186,8 +188,22 @@ def _remember(
     odd_J = tl.load(kv + latent + 2 * j_J + 1, mask=ok, other=0.0).to(tl.float32)
     cos_J = tl.load(cosines + position * pairs + j_J, mask=ok, other=0.0)
     sin_J = tl.load(sines + position * pairs + j_J, mask=ok, other=0.0)
-    tl.store(to + latent + j_J, (even_J * cos_J - odd_J * sin_J).to(cache.dtype.element_ty), mask=ok)
-    tl.store(to + latent + pairs + j_J, (odd_J * cos_J + even_J * sin_J).to(cache.dtype.element_ty), mask=ok)
+    first_J, second_J = turned(even_J, odd_J, cos_J, sin_J, cache.dtype.element_ty)
+    tl.store(to + latent + j_J, first_J, mask=ok)
+    tl.store(to + latent + pairs + j_J, second_J, mask=ok)
+
+
+@triton.jit
+def _turned_queries(q_rope, q_rope_h, cosines, sines, h_H, heads, pairs, TYPE: tl.constexpr, BLOCK_J: tl.constexpr):
+    """The two halves of one token's turned queries; `cosines` and `sines` are its position's rows."""
+    j_J = tl.arange(0, BLOCK_J)
+    ok_HJ = (h_H < heads)[:, None] & (j_J < pairs)[None, :]
+    pair_HJ = q_rope + h_H[:, None] * q_rope_h + 2 * j_J[None, :]
+    even_HJ = tl.load(pair_HJ, mask=ok_HJ, other=0.0).to(tl.float32)
+    odd_HJ = tl.load(pair_HJ + 1, mask=ok_HJ, other=0.0).to(tl.float32)
+    cos_1J = tl.load(cosines + j_J, mask=j_J < pairs, other=0.0)[None, :]
+    sin_1J = tl.load(sines + j_J, mask=j_J < pairs, other=0.0)[None, :]
+    return turned(even_HJ, odd_HJ, cos_1J, sin_1J, TYPE)
 
 
 @triton.jit
@@ -231,15 +247,12 @@ def _attend(
     c_C, j_J = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_J)
     h_ok, c_ok, j_ok = h_H < heads, c_C < latent, j_J < pairs
     q_HC = tl.load(q + n * q_n + h_H[:, None] * q_h + c_C[None, :], mask=h_ok[:, None] & c_ok[None, :], other=0.0)
-    pair_HJ = q_rope + n * q_rope_n + h_H[:, None] * q_rope_h + 2 * j_J[None, :]
-    ok_HJ = h_ok[:, None] & j_ok[None, :]
-    even_HJ = tl.load(pair_HJ, mask=ok_HJ, other=0.0).to(tl.float32)
-    odd_HJ = tl.load(pair_HJ + 1, mask=ok_HJ, other=0.0).to(tl.float32)
-    cos_1J = tl.load(cosines + position * pairs + j_J, mask=j_ok, other=0.0)[None, :]
-    sin_1J = tl.load(sines + position * pairs + j_J, mask=j_ok, other=0.0)[None, :]
     q_HC = q_HC.to(TYPE)
-    first_HJ = (even_HJ * cos_1J - odd_HJ * sin_1J).to(TYPE)
-    second_HJ = (odd_HJ * cos_1J + even_HJ * sin_1J).to(TYPE)
+    q_rope += n * q_rope_n
+    angles = position * pairs
+    first_HJ, second_HJ = _turned_queries(
+        q_rope, q_rope_h, cosines + angles, sines + angles, h_H, heads, pairs, TYPE, BLOCK_J
+    )
     row = pages + 1 + tl.load(owners + n) * tl.load(pages)
 
     best_H = tl.full((BLOCK_H,), float("-inf"), tl.float32)

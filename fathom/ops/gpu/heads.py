@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fathom.ops.gpu.rotation import turned
 from fathom.ops.rope import Rope
 
 _NUMBERS = 2048
@@ -85,8 +86,7 @@ def _heads(
         at_J = n % angles * pairs + j_J
         cos_1J = tl.load(cosines + at_J, mask=j_J < pairs, other=0.0)[None, :]
         sin_1J = tl.load(sines + at_J, mask=j_J < pairs, other=0.0)[None, :]
-        first_HJ = (even_HJ * cos_1J - odd_HJ * sin_1J).to(q_out.dtype.element_ty)
-        second_HJ = (odd_HJ * cos_1J + even_HJ * sin_1J).to(q_out.dtype.element_ty)
+        first_HJ, second_HJ = turned(even_HJ, odd_HJ, cos_1J, sin_1J, q_out.dtype.element_ty)
         to_HJ = q_out + to_H1 + nope + j_J[None, :]
         tl.store(to_HJ, first_HJ, mask=ok_HJ)
         tl.store(to_HJ + pairs, second_HJ, mask=ok_HJ)
