@@ -485,6 +485,8 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, default=Path("runs/demo"), help="directory of a demo's run")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device is cuda, and torch finds no CUDA device here")
     settle(options.device)
     console = Console(width=150)
     rows = list(measured(options, console))

@@ -181,11 +181,11 @@ class Core:
         """
         prompt = list(prompt)
         self._check(prompt, params)
-        self._wake()
         if constraint is not None and params.min_tokens:
             raise ValueError(
                 f"min_tokens is {params.min_tokens}; with a constraint it must be 0, for that may allow the end alone"
             )
+        self._wake()
         # The list of tokens is the sequence's own: it grows.
         limit = min(len(prompt) + params.max_tokens, self.max_length, self.blocks.slots)
         sequence = Sequence(list(prompt), limit, priority, reuse=params.prompt_logprobs is None)

@@ -11,7 +11,6 @@ Shapes: N tokens of all stretches, B stretches of one length, S length, T tokens
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from importlib.util import find_spec
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,6 +24,7 @@ from fathom.infer.places import Tokens
 from fathom.model.cached import Batch, Piece, RaggedPiece, Routed, expanding_pays
 from fathom.model.layers import at_least_float32
 from fathom.model.transformer import Model
+from fathom.ops import gpu
 from fathom.ops.attention import Lengths
 from fathom.ops.precision import bfloat16_is_emulated
 
@@ -205,7 +205,7 @@ def _for_few(
     """What takes few tokens at once, where this machine has it."""
     if native.usable(model):
         return native.NativeModel(model, latents_LMW, page_size, positions)
-    if latents_LMW.is_cuda and find_spec("triton"):
+    if latents_LMW.is_cuda and gpu.INSTALLED:
         from fathom.infer import graphed  # Triton comes with torch's CUDA builds alone
 
         if graphed.usable(model):

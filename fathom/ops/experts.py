@@ -200,7 +200,7 @@ class _RoutedExperts(torch.autograd.Function):
         token_R, weight_R = _tokens_and_weights(pair_R, weights_NK)
         dy_RD = _gather_rows(grads[0], token_R, row_NK)
         dscaled_RF = grouped_product(dy_RD, down_EDF, ends_E)
-        backward = _weighted_swiglu_backward if x_ND.is_cuda else weighted_swiglu_backward_reference
+        backward = _weighted_swiglu_backward if x_ND.is_cuda and gpu.INSTALLED else weighted_swiglu_backward_reference
         dgate_up_RG, scaled_RF, dweight_R = backward(gate_up_RG, weight_R.to(x_ND.dtype), dscaled_RF)
         ddown_EDF = grouped_outer(dy_RD, scaled_RF, ends_E)
         dgate_up_EGD = grouped_outer(dgate_up_RG, _gather_rows(x_ND, token_R, row_NK), ends_E)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fathom.ops import linear
+from fathom.ops import gpu, linear
 from fathom.ops.cpu import build
 
 IGNORE = -100
@@ -82,7 +82,7 @@ def _chunk(logits_MO: Tensor, targets_M: Tensor, wide: torch.dtype) -> tuple[Ten
         sizes = (*logits_MO.shape, IGNORE)
         build.call("cross_entropy", logits_MO.dtype, logits_MO, targets_M.contiguous(), losses_M, *sizes)
         return losses_M.sum(), logits_MO
-    if logits_MO.is_cuda and wide == torch.float32:
+    if logits_MO.is_cuda and wide == torch.float32 and gpu.INSTALLED:
         from fathom.ops.gpu.cross_entropy import cross_entropy_  # Triton comes with torch's CUDA builds alone
 
         return cross_entropy_(logits_MO, targets_M.contiguous(), IGNORE).sum(), logits_MO

@@ -31,7 +31,7 @@ def select_experts(scores_NE: Tensor, choices: int, groups: int = 1, open_groups
         from fathom.ops.gpu import routing  # Triton comes with torch's CUDA builds alone
 
         return routing.select_experts(scores_NE.contiguous(), choices, groups, open_groups)
-    if scores_NE.is_cuda and scores_NE.dtype == torch.float32:
+    if scores_NE.is_cuda and scores_NE.dtype == torch.float32 and gpu.INSTALLED:
         return _select_on_gpu(scores_NE, choices, groups, open_groups)
     if not build.usable(scores_NE) or scores_NE.dtype != torch.float32:
         return select_experts_reference(scores_NE, choices, groups, open_groups)

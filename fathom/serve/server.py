@@ -104,6 +104,8 @@ def serve(command: ServeCommand) -> int:
     # processors those of the engine's thread would sleep at each of a step's barriers instead of waiting awake.
     with ThreadPoolExecutor(1) as loading:
         engine = loading.submit(_engine, command, device, directory, tokenizer).result()
+        if device.type == "cuda":
+            console.print("preparing  the GPU's decoding steps (the first time on a machine takes longest)")
         loading.submit(engine.prepare).result()
     compiled = engine.core.runner.compile_seconds
     if compiled:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fathom.model.layers import Linear
 from fathom.model.moe import Experts
 from fathom.model.transformer import Model
+from fathom.ops import gpu
 
 
 class NarrowCopy:
@@ -68,7 +69,7 @@ def _matrices(model: Model) -> list[Tensor]:
 
 def _sum(a: Tensor, b: Tensor) -> Tensor:
     """a + b in float32; into `a` where that is float32."""
-    if a.is_cuda:
+    if a.is_cuda and gpu.INSTALLED:
         from fathom.ops.gpu.sums import sum_in_float32  # Triton comes with torch's CUDA builds alone
 
         return sum_in_float32(a, b.contiguous())

@@ -124,7 +124,7 @@ def state_around(model: Model, run: Run, ranks: Ranks) -> TrainState:
     if run.train.compile == "on":
         # Layers of one kind share one compilation; the whole model would be compiled layer by layer.
         for block in (*computing.layers, *computing.mtp):
-            # Shapes stay symbols where one changes, unless told: slower kernels, and torch 2.11 fails to trace them.
+            # Shapes stay symbols where one changes, unless told: slower kernels, which torch 2.11 has failed to trace.
             block.compile(dynamic=False)
     objective = Objective(computing, run.train.balance_alpha, compute_dtype(run), run.train.recompute)
     decay = run.optimizer.ema_decay
