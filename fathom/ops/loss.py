@@ -42,11 +42,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_OD = head_OD.contiguous() if linear.multiplies(h_ND, head_OD) else head_OD.to(h_ND.dtype)
         dh_ND = torch.empty_like(h_ND) if wanted else None
         dhead_OD = torch.zeros_like(head_OD, dtype=wide) if wanted else None
-        tokens = chunk_tokens(head_OD.shape[0], h_ND.device.type)
+        tokens = min(h_ND.shape[0], chunk_tokens(head_OD.shape[0], h_ND.device.type))
+        room_MO = h_ND.new_empty(tokens, head_OD.shape[0])
         for start in range(0, h_ND.shape[0], tokens):
             chunk = slice(start, start + tokens)
             h_MD = h_ND[chunk]
-            logits_MO = h_MD.new_empty(h_MD.shape[0], head_OD.shape[0])
+            logits_MO = room_MO[: len(h_MD)]
             linear.product(h_MD, weight_OD, logits_MO)
             chunk_loss, dlogits_MO = _chunk(logits_MO, targets_N[chunk], wide)
             loss += chunk_loss

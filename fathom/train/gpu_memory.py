@@ -138,9 +138,10 @@ def _backward_bytes(config: ModelConfig, c: int, n: int) -> int:
 
 
 def _muon_bytes(run: Run) -> int:
-    """What Muon holds while it orthogonalises the largest stack: directions, a copy, two iterates and two grams."""
+    """What Muon holds for the largest stack of experts: two iterates and two grams, or its directions before they are
+    narrowed and after."""
     if run.optimizer.kind != "muon":
         return 0
     config = run.model
     short, long = sorted((config.moe_intermediate_size, config.hidden_size))
-    return 2 * config.n_routed_experts * short * (10 * long + 4 * short)
+    return 2 * config.n_routed_experts * short * max(4 * long + 4 * short, 6 * long)

@@ -11,6 +11,8 @@ from statistics import median
 
 import torch
 
+from fathom.ops.arena.install import install
+
 _SIZE = {"cpu": 1024, "cuda": 8192}
 _REPEATS = 5
 
@@ -21,22 +23,35 @@ _HUGE_PAGE, _MADV_HUGEPAGE = 2 << 20, 14
 
 def matmul_flops(dtype: torch.dtype, device: torch.device) -> float:
     """Measured FLOP/s of a large square product: the peak that MFU is a fraction of."""
-    size = _SIZE.get(device.type, 1024)
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    times = []
-    for _ in range(_REPEATS + 1):
-        _synchronize(device)
-        start = time.perf_counter()
-        a @ b
-        _synchronize(device)
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / median(times[1:])
+    [times] = _product_times([dtype], device)
+    return _product_flops(device) / median(times)
 
 
 def faster_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the machine multiplies it faster than float32: CPUs without AVX512-BF16 or AMX do not."""
-    narrow, wide = matmul_flops(torch.bfloat16, device), matmul_flops(torch.float32, device)
-    return torch.bfloat16 if narrow > 1.2 * wide else torch.float32
+    # In turn, and the best of each: another program that takes the processor for a while must not decide.
+    narrow, wide = map(min, _product_times([torch.bfloat16, torch.float32], device))
+    return torch.bfloat16 if 1.2 * narrow < wide else torch.float32
+
+
+def _product_flops(device: torch.device) -> int:
+    return 2 * _SIZE.get(device.type, 1024) ** 3
+
+
+def _product_times(dtypes: list[torch.dtype], device: torch.device) -> list[list[float]]:
+    """Seconds of a large square product in each of the types, in turn, after one that warms up."""
+    size = _SIZE.get(device.type, 1024)
+    factors = [[torch.randn(size, size, device=device).to(dtype) for _ in range(2)] for dtype in dtypes]
+    times: list[list[float]] = [[] for _ in dtypes]
+    for repeat in range(_REPEATS + 1):
+        for (a, b), found in zip(factors, times, strict=True):
+            _synchronize(device)
+            start = time.perf_counter()
+            a @ b
+            _synchronize(device)
+            if repeat:
+                found.append(time.perf_counter() - start)
+    return times
 
 
 def free_memory(device: torch.device) -> int:
@@ -62,12 +77,20 @@ def missing_for_compile(device: torch.device) -> str | None:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed instead of giving it back to the kernel, and keep it in huge pages.
+    """Keep what is freed for what is taken next instead of giving it back to the kernel, and keep it in huge pages.
 
     A training step, or the reading of a prompt, frees and takes the same large buffers again; with glibc's defaults
     each is mapped and zeroed by the kernel anew, hundreds of thousands of page faults a step, and read through small
-    pages (docs/log.md). Memory is only reserved here, not taken. Elsewhere than on glibc: nothing.
+    pages (docs/log.md). Tensors made from now on live in an arena (fathom/ops/arena), which has next to no holes; where
+    it cannot be compiled, glibc is told to keep what it has. Memory is only reserved here, not taken. Elsewhere than on
+    Linux: nothing.
     """
+    if not install(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
+        _keep_heap()
+
+
+def _keep_heap() -> None:
+    """Have glibc's own heap keep what is freed. Elsewhere than on glibc: nothing."""
     if not sys.platform.startswith("linux"):
         return
     libc = ctypes.CDLL(None)

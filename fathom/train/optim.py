@@ -37,6 +37,10 @@ def build_optimizers(model: Model, config: OptimizerConfig) -> list[Optimizer]:
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
     settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     adamw = torch.optim.AdamW([g for g in groups if g["params"]], betas=config.betas, fused=True, **settings)
+    for param in rest:
+        # torch makes them at the first step, amid what that has left free, where they part it for good.
+        zero = torch.zeros((), device=param.device)
+        adamw.state[param] = {"step": zero, "exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
     return [adamw, BatchedMuon(matrices, **settings)] if matrices else [adamw]
 
 
@@ -64,6 +68,9 @@ class BatchedMuon(Optimizer):
 
     def __init__(self, groups: Iterable[dict[str, Any]], lr: float, weight_decay: float) -> None:
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "parts": 1})
+        for group in self.param_groups:
+            for param in group["params"]:
+                self.state[param]["momentum_buffer"] = torch.zeros_like(param)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -76,18 +83,15 @@ class BatchedMuon(Optimizer):
                 matrices_EIO = self._directions(param, group["parts"])
                 batch = batches[tuple(sorted(matrices_EIO.shape[1:]))]
                 batch.append((param, group, matrices_EIO))
+                del matrices_EIO
                 if sum(m.numel() for _, _, m in batch) >= BATCH_NUMBERS:
                     _apply(batch)
-                    batch.clear()
         for batch in batches.values():
             _apply(batch)
 
     def _directions(self, param: Tensor, parts: int) -> Tensor:
         """Gradient and momentum mixed (Nesterov), as matrices (E, I, O) in the type they are orthogonalised in."""
-        state = self.state[param]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(param)
-        momentum: Tensor = state["momentum_buffer"]
+        momentum: Tensor = self.state[param]["momentum_buffer"]
         assert param.grad is not None
         momentum.lerp_(param.grad, 1 - _MUON_MOMENTUM)
         # Newton-Schulz needs no more digits than bfloat16 has.
@@ -97,28 +101,35 @@ class BatchedMuon(Optimizer):
 
 
 def _apply(batch: list[tuple[Tensor, dict[str, Any], Tensor]]) -> None:
-    """Move parameters whose matrices have one shape, up to transposition."""
+    """Move parameters whose matrices have one shape, up to transposition; the batch is empty afterwards."""
     if not batch:
         return
-    wide = [m.mT if m.shape[-2] > m.shape[-1] else m for _, _, m in batch]
-    results = orthogonalize(torch.cat(wide)).split([len(m) for m in wide])
-    for (param, group, matrices_EIO), result in zip(batch, results, strict=True):
-        tall = matrices_EIO.shape[-2] > matrices_EIO.shape[-1]
+    moved = [(param, group, len(m), m.shape[-2] > m.shape[-1]) for param, group, m in batch]
+    joined = [m.mT if tall else m for (_, _, m), (*_, tall) in zip(batch, moved, strict=True)]
+    batch.clear()
+    joined_EIO = torch.cat(joined)
+    joined.clear()  # no directions are held beside their copy
+    results = orthogonalize(joined_EIO).split([count for _, _, count, _ in moved])
+    for (param, group, _, tall), result in zip(moved, results, strict=True):
         update = result.mT if tall else result
         rate = group["lr"] * 0.2 * math.sqrt(max(update.shape[-2:]))
         param.mul_(1 - group["lr"] * group["weight_decay"])
         param.add_(update.reshape(param.shape), alpha=-rate)
 
 
-def orthogonalize(matrices_EIO: Tensor) -> Tensor:
-    """Roughly U·Vᵀ of each wide matrix's singular value decomposition, in the matrices' type."""
+def orthogonalize(x_EIO: Tensor) -> Tensor:
+    """Roughly U·Vᵀ of each wide matrix's singular value decomposition, in their type. Overwrites its argument."""
     a, b, c = _NEWTON_SCHULZ
-    x = matrices_EIO / matrices_EIO.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    x_EIO.div_(x_EIO.norm(dim=(-2, -1), keepdim=True).clamp_(min=1e-7))
+    next_EIO = torch.empty_like(x_EIO)
+    gram_EII = x_EIO.new_empty(*x_EIO.shape[:-1], x_EIO.shape[-2])
+    polynomial_EII = torch.empty_like(gram_EII)
     for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
-    return x
+        torch.bmm(x_EIO, x_EIO.mT, out=gram_EII)
+        torch.baddbmm(gram_EII, gram_EII, gram_EII, beta=b, alpha=c, out=polynomial_EII)
+        torch.baddbmm(x_EIO, polynomial_EII, x_EIO, beta=a, out=next_EIO)
+        x_EIO, next_EIO = next_EIO, x_EIO
+    return x_EIO
 
 
 class WeightAverage:

@@ -97,6 +97,8 @@ def restore_state(run: Run, checkpoint: Path, ranks: Ranks) -> TrainState:
     """The state exactly as `checkpoint` holds it."""
     model = load_model(checkpoint, device=ranks.device)
     state = state_around(model.train(), run, ranks)
+    for optimizer in state.optimizers:
+        optimizer.state.clear()  # moments of nothing, in the way of those that come
     saved = load_state(checkpoint)
     for optimizer, content in zip(state.optimizers, saved["optimizers"], strict=True):
         optimizer.load_state_dict(content)

@@ -11,7 +11,7 @@ _HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 PROGRAM = """
 import json, resource, torch
-from fathom.train.hardware import keep_freed_memory
+from fathom.train.hardware import KEEP as keep_freed_memory
 
 def status(key, path="/proc/self/status"):
     return next(int(line.split()[1]) for line in open(path) if line.startswith(key))  # KiB
@@ -34,8 +34,11 @@ print(json.dumps({"reserved": reserved, "faults": faults() - start, "huge": huge
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux' /proc")
-def test_freed_memory_is_kept() -> None:
-    result = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize("way", ["keep_freed_memory", "_keep_heap"])
+def test_freed_memory_is_kept(way: str) -> None:
+    """With a compiler, and without one."""
+    program = PROGRAM.replace("KEEP", way)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     found = json.loads(result.stdout)
     assert found["reserved"] < 50_000
     # 80 MB are 20,000 pages; taken again five times they may not be mapped again.

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -112,48 +112,68 @@ def _loaded() -> ctypes.CDLL:
 @cache
 def _library() -> ctypes.CDLL | str:
     """The loaded library, or why there is none."""
+    library = library_of("kernels", _SOURCES, _HEADERS)
+    if isinstance(library, ctypes.CDLL):
+        try:
+            _give_torch(library)
+        except (OSError, AttributeError) as error:
+            return f"the kernels cannot be built: {error}"
+    return library
+
+
+def library_of(
+    name: str, sources: Sequence[Path], headers: Sequence[Path] = (), links: Sequence[str] = (), with_torch: str = ""
+) -> ctypes.CDLL | str:
+    """What `sources` compile to, from the cache where they did before; or why they do not, in words.
+
+    `links`: the linker's arguments. `with_torch`: torch's version, where its headers are used.
+    """
     compiler = _compiler()
     if compiler is None:
         return "no C++ compiler (Debian: apt install g++; macOS: xcode-select --install)"
-    sources = [path.read_text() for path in (*_SOURCES, *_HEADERS)]
-    made_from = [*sources, *_FLAGS, _version(compiler), platform.machine(), _processor()]
+    texts = [path.read_text() for path in (*sources, *headers)]
+    made_from = [*texts, *_FLAGS, *links, with_torch, _version(compiler), platform.machine(), _processor()]
     digest = hashlib.sha256("\n".join(made_from).encode()).hexdigest()[:16]
-    path = _cache() / f"kernels-{digest}.so"
+    path = _cache() / f"{name}-{digest}.so"
+    includes = [f"-I{torch_folder() / 'include'}"] if with_torch else []
     try:
         if not path.exists():
-            _compile(compiler, path)
-        library = ctypes.CDLL(str(path))
-        _give_torch(library)
-        return library
+            _compile(compiler, sources, includes, links, path)
+        return ctypes.CDLL(str(path))
     except subprocess.CalledProcessError as error:
         reason = error.stderr.strip().splitlines() or [f"exit status {error.returncode}"]
-        return f"{compiler} does not build the kernels: {reason[0]}"
-    except (OSError, AttributeError) as error:
-        return f"the kernels cannot be built: {error}"
+        return f"{compiler} does not build the {name}: {reason[0]}"
+    except OSError as error:
+        return f"the {name} cannot be built: {error}"
+
+
+def torch_folder() -> Path:
+    """Where torch's headers and libraries are."""
+    return Path(torch.__file__).parent
 
 
 def _give_torch(library: ctypes.CDLL) -> None:
     """Hand over the functions of torch that products.h declares."""
     suffix = "dylib" if sys.platform == "darwin" else "so"
-    own = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"))
+    own = ctypes.CDLL(str(torch_folder() / "lib" / f"libtorch_cpu.{suffix}"))
     names = ("aoti_torch_create_tensor_from_blob", "aoti_torch_delete_tensor_object", "aoti_torch_cpu_mm_out")
     addresses = [ctypes.cast(getattr(own, name), ctypes.c_void_p) for name in names]
     library.use_torch(*addresses, own.aoti_torch_dtype_float32(), own.aoti_torch_dtype_bfloat16())
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _compile(compiler: str, sources: Sequence[Path], includes: Sequence[str], links: Sequence[str], path: Path) -> None:
     """Under another name first: processes that start together must not load a half-written library."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        objects = [Path(scratch, f"{source.stem}.o") for source in _SOURCES]
+        objects = [Path(scratch, f"{source.stem}.o") for source in sources]
 
         def run(*arguments: str | Path) -> None:
             subprocess.run([compiler, *_FLAGS, *map(str, arguments)], check=True, capture_output=True, text=True)
 
         with ThreadPoolExecutor(os.cpu_count()) as several:
-            list(several.map(lambda source, made: run("-c", source, "-o", made), _SOURCES, objects))
+            list(several.map(lambda source, made: run(*includes, "-c", source, "-o", made), sources, objects))
         made = Path(scratch, path.name)
-        run(*objects, "-o", made)
+        run(*objects, *links, "-o", made)
         made.replace(path)
 
 

@@ -12,8 +12,10 @@
 #include "matrix.h"
 #include "vectors.h"
 
+#include <sys/mman.h>
+
 #include <atomic>
-#include <memory>
+#include <new>
 #include <type_traits>
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && !defined(__AMX_BF16__)
@@ -23,24 +25,43 @@
 #define FATHOM_OWN_PRODUCTS 0
 #endif
 
-// Memory of the calling thread's own, kept from call to call; each slot is one array. The last three are the products'.
+// Memory straight from the kernel: what is outgrown is really given back, and what is never touched never taken.
+class Mapped {
+  public:
+    ~Mapped() { unmap(); }
+
+    char* of_at_least(size_t wanted) {
+        if (size_ < wanted) {
+            unmap();
+            size_t size = size_t(64) << 10;
+            while (size < wanted) size *= 2;
+            void* at = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+            if (at == MAP_FAILED) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+            madvise(at, size, MADV_HUGEPAGE);
+#endif
+            at_ = static_cast<char*>(at);
+            size_ = size;
+        }
+        return at_;
+    }
+
+  private:
+    void unmap() {
+        if (size_) munmap(at_, size_);
+        size_ = 0;
+    }
+
+    char* at_ = nullptr;
+    size_t size_ = 0;
+};
+
+// Memory of the calling thread's own, kept from call to call; each slot is one array, which begins at a page. The last
+// three are the products'.
 template <class T>
 inline T* scratch(int slot, int64_t count) {
-    struct Buffer {
-        std::unique_ptr<char[]> bytes;
-        size_t size = 0;
-    };
-    constexpr size_t alignment = 64;
-    static thread_local Buffer buffers[16];
-    Buffer& buffer = buffers[slot];
-    size_t wanted = count * sizeof(T) + alignment;
-    if (buffer.size < wanted) {
-        buffer.bytes.reset();
-        buffer.bytes.reset(new char[wanted]);
-        buffer.size = wanted;
-    }
-    size_t address = reinterpret_cast<size_t>(buffer.bytes.get());
-    return reinterpret_cast<T*>((address + alignment - 1) / alignment * alignment);
+    static thread_local Mapped slots[16];
+    return reinterpret_cast<T*>(slots[slot].of_at_least(count * sizeof(T)));
 }
 
 namespace products {

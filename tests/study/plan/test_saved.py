@@ -193,12 +193,12 @@ def test_rates_are_kept_to_be_printed() -> None:
 
 
 def test_the_optimizers_matrices_may_be_what_is_most() -> None:
-    """Muon's directions and iterates beside all gradients; activations that were there before left room between."""
+    """Muon's directions and iterates beside all gradients."""
     run = presets.nano()
     run = replace(
         run, train=replace(run.train, compute="bfloat16", batch_size=2, micro_batch_size=2, sequence_length=256)
     )
     adamw = replace(run, optimizer=replace(run.optimizer, kind="adamw"))
     muon, other = peak(run, shape_of(run)), peak(adamw, shape_of(adamw))
-    assert (muon.gradients, muon.kept) == (muon.weights, 0) and muon.passing > 0 < muon.holes
+    assert (muon.gradients, muon.kept) == (muon.weights, 0) and muon.passing > 0
     assert muon.prepared > other.prepared and muon.passing > other.passing

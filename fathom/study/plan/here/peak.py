@@ -1,13 +1,9 @@
 """The most memory a step of our training takes on this machine, above the program itself.
 
 Weights and moments stay. What autograd keeps (saved.py) grows to the losses and shrinks as gradients take its place;
-the peak is the worst moment of that walk, or the optimizer's. Three things come on top that no tensor shows: products
-that oneDNN has prepared, one for every shape it met, the threads' own buffers (fathom/ops/cpu/products.h), and holes in
-the heap.
-
-Holes come about because torch asks glibc for aligned memory: that takes up to 96 bytes more than it keeps, gives the
-rest back, and small objects settle there. A piece that is freed then neither holds one of its own size again nor joins
-its neighbours.
+the peak is the worst moment of that walk, or the optimizer's. Two things come on top that no tensor shows: products
+that oneDNN has prepared, one for every shape it met, and the threads' own buffers (fathom/ops/cpu/products.h). Holes
+between tensors, of which fathom/ops/arena leaves few, are not planned for.
 """
 
 from dataclasses import dataclass
@@ -25,14 +21,6 @@ gradient (malloc's own count before and after, torch 2.13), and 8 to 22 KB of ma
 nothing."""
 PREPARED_MOST = 1024
 """oneDNN forgets the oldest beyond so many."""
-HOLES_AMONG_ACTIVATIONS = 1 / 2
-"""Holes while most of the memory is activations', as a share of them: pieces of many sizes refill what was freed."""
-HOLES_UNDER_GRADIENTS = 1.05
-"""Later, of what activations have left again: gradients are larger than most of those pieces and use none of their
-room."""
-HOLES_UNDER_MUON = 1.2
-"""Nor do Muon's matrices, which leave pieces themselves. All three shares were measured, not derived
-(docs/planning.md)."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +41,6 @@ class Peak:
     """oneDNN's prepared products."""
     buffers: int
     """Each thread's room for an expert or an attention head."""
-    holes: int
-    """Freed memory between pieces in use."""
 
     @property
     def total(self) -> int:
@@ -67,8 +53,7 @@ def peak(run: Run, shape: Shape) -> Peak:
     counts = shape.config.parameter_counts()
     numbers = counts.total + counts.mtp - _biases(shape)
     moments = _moments(run, shape, numbers)
-    activations = max(moment.kept + moment.passing for moment in moments if not moment.optimizing)
-    worst = max(moments, key=lambda moment: moment.in_use + _holes(moment, activations))
+    worst = max(moments, key=lambda moment: moment.in_use)
     copies = (1 if run.optimizer.kind == "muon" else 2) + (1 if run.optimizer.ema_decay else 0)
     return Peak(
         weights=4 * numbers,
@@ -78,7 +63,6 @@ def peak(run: Run, shape: Shape) -> Peak:
         passing=worst.passing,
         prepared=prepared_bytes(run, shape),
         buffers=torch.get_num_threads() * _thread_bytes(shape),
-        holes=_holes(worst, activations),
     )
 
 
@@ -89,21 +73,10 @@ class _Moment:
     gradients: int
     kept: int
     passing: int
-    optimizing: bool = False
 
     @property
     def in_use(self) -> int:
         return self.gradients + self.kept + self.passing
-
-
-def _holes(moment: _Moment, activations: int) -> int:
-    """`activations`: the most they take in a step."""
-    if moment.optimizing and moment.passing:
-        return int(HOLES_UNDER_MUON * activations)
-    there = 0 if moment.optimizing else moment.kept + moment.passing
-    if there > moment.gradients:
-        return int(HOLES_AMONG_ACTIVATIONS * there)
-    return int(HOLES_UNDER_GRADIENTS * (activations - there))
 
 
 def _thread_bytes(shape: Shape) -> int:
@@ -137,13 +110,13 @@ def _moments(run: Run, shape: Shape, numbers: int) -> list[_Moment]:
         made += 4 * stage.weights
         moments.append(_Moment(there or made, kept, stage.passing))
         kept -= stage.bytes
-    moments.append(_Moment(4 * numbers, 0, _muon_bytes(run, shape), optimizing=True))
+    moments.append(_Moment(4 * numbers, 0, _muon_bytes(run, shape)))
     return moments
 
 
 def _muon_bytes(run: Run, shape: Shape) -> int:
-    """What Muon holds at its worst, in bfloat16: the directions of a batch and of those that wait for theirs, and for
-    the batch a copy, two iterates and two grams.
+    """What Muon holds at its worst, in bfloat16: directions that wait for the rest of their batch, and a batch's two
+    iterates and two grams, or the largest stack's directions before (in float32) and after they are narrowed.
 
     Nothing for AdamW, which updates in place.
     """
@@ -151,8 +124,10 @@ def _muon_bytes(run: Run, shape: Shape) -> int:
         return 0
     batches = muon_batches(shape)
     waiting = {(short, long): short * long * counts[-1] for (short, long), counts in batches.items()}
+    config = shape.config
+    stack = 2 * config.n_routed_experts * config.moe_intermediate_size * config.hidden_size
     return 2 * max(
-        sum(waiting.values()) - waiting[short, long] + count * short * (4 * long + 2 * short)
+        sum(waiting.values()) - waiting[short, long] + max(count * short * (2 * long + 2 * short), 3 * stack)
         for (short, long), counts in batches.items()
         for count in counts
     )

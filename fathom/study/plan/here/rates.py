@@ -188,11 +188,12 @@ def _operands(
     rows: int, inner: int, columns: int, transposed: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     left = torch.randn(inner, rows).to(dtype).t() if transposed else torch.randn(rows, inner).to(dtype)
+    # All of it is touched here, as in a run, whose memory has long come from the kernel when it is timed.
     # Training multiplies with float32 weights where the kernels narrow them, and makes their gradients in float32.
     wide = torch.float32 if build.own_products(dtype) else dtype
     if transposed:
-        return left, torch.randn(inner, columns).to(dtype), torch.empty(rows, columns, dtype=wide)
-    return left, torch.randn(columns, inner).to(wide), torch.empty(rows, columns, dtype=dtype)
+        return left, torch.randn(inner, columns).to(dtype), torch.zeros(rows, columns, dtype=wide)
+    return left, torch.randn(columns, inner).to(wide), torch.zeros(rows, columns, dtype=dtype)
 
 
 def _multiply(left: Tensor, right: Tensor, out: Tensor, transposed: bool) -> None:

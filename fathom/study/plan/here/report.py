@@ -16,7 +16,7 @@ from fathom.study.plan.here.rates import Machine
 from fathom.study.plan.here.saved import Shape
 from fathom.study.plan.here.step import StepTime, step_time
 from fathom.train.gpu_memory import GpuMemory, gpu_memory
-from fathom.train.hardware import faster_dtype
+from fathom.train.hardware import faster_dtype, keep_freed_memory
 from fathom.train.run import Run
 
 
@@ -57,6 +57,7 @@ def plan_here(run: Run, device: torch.device) -> HerePlan:
     if device.type == "cuda":
         gpu = GpuMachine(dtype)
         return HerePlan(run, gpu_memory(run, shape.itemsize), gpu_step_time(run, shape, gpu), gpu)
+    keep_freed_memory()  # as a run does, for passes over memory depend on it
     machine = Machine(dtype)
     return HerePlan(run, peak(run, shape), step_time(run, shape, machine), machine)
 
