@@ -67,8 +67,10 @@ larger models: much of what many experts or a longer horizon of prediction give 
 _READING = f"""\
 `fathom study` measures them again: `--scale minutes`, `hours` or `gpu`, with a claim's name for that one alone.
 `--corpus` reads other text, `--seeds` makes more runs of each kind. Finished runs are kept in `--out`: what was
-interrupted goes on, and what another claim has run is not run twice. On a cluster each job of an array can take one
-claim, with an `--out` of its own and the same `--docs`; `--page-only` then writes the pages from what lies there.
+interrupted goes on, and what another claim has run is not run twice. `torchrun --nproc-per-node 8 -m fathom study`
+shares the runs out among its processes, one GPU each; on several machines `--out` must lie where all see it. Each job
+of an array can take one claim, with an `--out` of its own and the same `--docs`; `--page-only` then writes the pages
+from what lies there.
 
 ## How to read it
 

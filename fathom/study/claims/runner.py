@@ -2,17 +2,20 @@
 
 A run is known by the hash of its whole resolved variant, the text it reads and the version of torch; its record is a
 JSON file of that name. What is there is not run again, so an interrupted study goes on where it stopped, and studies
-share the runs they have in common.
+share the runs they have in common. Processes that torchrun started share the runs out among them, and see by the files
+what the others have made.
 """
 
 import hashlib
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -30,6 +33,8 @@ from fathom.study.claims.variants import Variant, costs
 from fathom.train.loop import TrainingError, stop_signals
 from fathom.train.setup import prepare_data
 
+_ALONE = Ranks(0, 1, torch.device("cpu"))
+_LOOK_SECONDS = 0.5
 _FORMAT = 3
 """Raised when what a run measures changes its meaning: earlier records are then not used again."""
 
@@ -53,10 +58,18 @@ class Task:
 class Runner:
     """Makes runs, or finds them already made, in `directory`."""
 
-    def __init__(self, directory: Path, jobs: int, console: Console, run: Callable[[Variant, Path], Record]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        jobs: int,
+        console: Console,
+        run: Callable[[Variant, Path], Record],
+        ranks: Ranks = _ALONE,
+    ) -> None:
+        """`jobs`: runs side by side in this process's share. `ranks`: all of them call with the same studies."""
         if jobs < 1:
             raise ValueError(f"jobs is {jobs}; it must be at least 1")
-        self._directory, self._jobs, self._console, self._run = directory, jobs, console, run
+        self._directory, self._jobs, self._console, self._run, self._ranks = directory, jobs, console, run, ranks
         self._records = directory / "runs"
         self._records.mkdir(parents=True, exist_ok=True)
 
@@ -86,15 +99,18 @@ class Runner:
 
     def prepare(self, scale: Scale, data: DataConfig) -> Prepared:
         """Tokenise the text once for all runs."""
-        cpu = Ranks(0, 1, torch.device("cpu"))
-        return prepare_data(base(scale, data).run, self._directory / f"data-{scale.vocabulary}", cpu)
+        return prepare_data(base(scale, data).run, self._directory / f"data-{scale.vocabulary}", self._ranks)
 
     def records(self, tasks: Sequence[Task], prepared: Prepared) -> list[Record]:
         """One record for each task. Raises InterruptedStudyError, and whatever a run raises."""
         paths = [self._path(task.variant, prepared) for task in tasks]
-        missing = {path: task for path, task in zip(paths, tasks, strict=True) if not path.exists()}
+        different = dict(zip(paths, tasks, strict=True))
+        # By place among all, whether made or not: another process may have made some since this one began.
+        share = dict(islice(different.items(), self._ranks.rank, None, self._ranks.world))
+        left = sum(not path.exists() for path in different)
         with _progress(self._console) as progress:
-            bar = progress.add_task("", total=len(missing), visible=bool(missing))
+            bar = progress.add_task("", total=left, visible=bool(left))
+            missing = {path: task for path, task in share.items() if not path.exists()}
             for path, record in self._made(missing, prepared.directory):
                 record["costs"] = _costs(missing[path].variant)
                 atomic_write(path, json.dumps(record) + "\n")
@@ -102,6 +118,8 @@ class Runner:
                 if not self._console.is_terminal:
                     bits = record["results"]["bits_per_byte"]
                     self._console.print(f"{missing[path].name}: {bits:.4f} bits per byte", highlight=False)
+            for others in _until_there(different):
+                progress.update(bar, completed=left - others, description=f"{others} runs of other processes")
         return [json.loads(path.read_text()) for path in paths]
 
     def _path(self, variant: Variant, prepared: Prepared) -> Path:
@@ -154,6 +172,16 @@ class Runner:
                         child.terminate()
 
 
+def _until_there(paths: Iterable[Path]) -> Iterator[int]:
+    """Wait for what other processes make; how many there still are. Where one fails, torchrun ends the others."""
+    with stop_signals() as stop_asked:
+        while others := sum(not path.exists() for path in paths):
+            yield others
+            if stop_asked():
+                raise InterruptedStudyError
+            time.sleep(_LOOK_SECONDS)
+
+
 def _costs(variant: Variant) -> dict[str, float]:
     """What the variant takes, and what its configuration says that tables show."""
     run, counted = variant.run, costs(variant)
@@ -167,8 +195,8 @@ def _costs(variant: Variant) -> dict[str, float]:
 
 
 def default_jobs() -> int:
-    """Runs side by side: one per core; one on a GPU."""
-    if torch.cuda.is_available():
+    """Runs side by side: one per core; one on a GPU, or in each of torchrun's processes."""
+    if torch.cuda.is_available() or "WORLD_SIZE" in os.environ:
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
