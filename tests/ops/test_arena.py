@@ -152,3 +152,14 @@ def test_the_profiler_still_sees_memory() -> None:
         "print(json.dumps(max(event.self_cpu_memory_usage for event in trace.key_averages())))"
     )
     assert seen == 4 << 22
+
+
+def test_memory_that_is_not_there_is_said_as_ever() -> None:
+    seen = found(
+        "assert install(1 << 30)\n"
+        "try:\n"
+        "    torch.empty(1 << 60, dtype=torch.int8)\n"
+        "except RuntimeError as error:\n"
+        "    print(json.dumps(str(error)))"
+    )
+    assert "can't allocate memory" in seen and str(1 << 60) in seen

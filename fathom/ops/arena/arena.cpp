@@ -8,15 +8,14 @@
 // once. Small tensors have a stretch of their own, so that one which stays does not part the room of large ones.
 
 #include <c10/core/CPUAllocator.h>
+#include <c10/core/impl/alloc_cpu.h>
 
 #include <pthread.h>
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <map>
 #include <mutex>
-#include <new>
 #include <set>
 #include <unordered_map>
 
@@ -112,7 +111,7 @@ void release(void* data) {
             return;
         }
     }
-    std::free(data);
+    c10::free_cpu(data);
 }
 
 class Allocator final : public c10::Allocator {
@@ -123,8 +122,7 @@ class Allocator final : public c10::Allocator {
             std::lock_guard<std::mutex> guard(arena->mutex);
             data = (size < kLarge ? arena->small : arena->large).take(size);
         }
-        // A stretch that is full, or a tiny tensor.
-        if (size && !data && posix_memalign(&data, kAlignment, size)) throw std::bad_alloc();
+        if (size && !data) data = c10::alloc_cpu(size);  // tiny, or the stretch is full; says so where memory is out
         if (data) c10::profiledCPUMemoryReporter().New(data, size);
         return {data, data, &release, c10::Device(c10::DeviceType::CPU)};
     }
@@ -148,10 +146,10 @@ char* reserved(size_t size) {
 // Let torch's new tensors live in stretches of `size` bytes each. Returns 0, or 1 where there is no such room.
 extern "C" int arena_install(size_t size) {
     if (arena) return 0;
-    char* small = reserved(size);
-    char* large = small ? reserved(size) : nullptr;
-    if (!large) return 1;
-    arena = new Arena{{}, {small, small + size}, {large, large + size}};
+    size = size / kHugePage * kHugePage;
+    char* begin = reserved(2 * size);
+    if (!begin) return 1;
+    arena = new Arena{{}, {begin, begin + size}, {begin + size, begin + 2 * size}};
     // A child must not inherit a lock that another thread held.
     pthread_atfork([] { arena->mutex.lock(); }, [] { arena->mutex.unlock(); }, [] { arena->mutex.unlock(); });
     c10::SetCPUAllocator(new Allocator, 1);
