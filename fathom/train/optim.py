@@ -39,7 +39,7 @@ def build_optimizers(model: Model, config: OptimizerConfig) -> list[Optimizer]:
     adamw = torch.optim.AdamW([g for g in groups if g["params"]], betas=config.betas, fused=True, **settings)
     for param in rest:
         # torch makes them at the first step, amid what that has left free, where they part it for good.
-        zero = torch.zeros((), device=param.device)
+        zero = torch.zeros((), dtype=torch.float32, device=param.device)
         adamw.state[param] = {"step": zero, "exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
     return [adamw, BatchedMuon(matrices, **settings)] if matrices else [adamw]
 
