@@ -57,7 +57,7 @@ class Spec:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the activations; weights are float32."""
     allocator: Literal["tuned", "default"] = "tuned"
-    """glibc's malloc as `fathom train` sets it, or as it comes."""
+    """As `fathom train` sets it (an arena for tensors), or glibc's as it comes."""
     compile: bool = False
     """Compile the layers (fathom alone)."""
 

@@ -42,8 +42,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_OD = head_OD.contiguous() if linear.multiplies(h_ND, head_OD) else head_OD.to(h_ND.dtype)
         dh_ND = torch.empty_like(h_ND) if wanted else None
         dhead_OD = torch.zeros_like(head_OD, dtype=wide) if wanted else None
-        tokens = min(h_ND.shape[0], chunk_tokens(head_OD.shape[0], h_ND.device.type))
-        room_MO = h_ND.new_empty(tokens, head_OD.shape[0])
+        tokens = chunk_tokens(head_OD.shape[0], h_ND.device.type)
+        room_MO = h_ND.new_empty(min(tokens, h_ND.shape[0]), head_OD.shape[0])  # one chunk after another lies here
         for start in range(0, h_ND.shape[0], tokens):
             chunk = slice(start, start + tokens)
             h_MD = h_ND[chunk]

@@ -24,7 +24,7 @@ _HUGE_PAGE, _MADV_HUGEPAGE = 2 << 20, 14
 def matmul_flops(dtype: torch.dtype, device: torch.device) -> float:
     """Measured FLOP/s of a large square product: the peak that MFU is a fraction of."""
     [times] = _product_times([dtype], device)
-    return _product_flops(device) / median(times)
+    return 2 * _side(device) ** 3 / median(times)
 
 
 def faster_dtype(device: torch.device) -> torch.dtype:
@@ -34,13 +34,14 @@ def faster_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if 1.2 * narrow < wide else torch.float32
 
 
-def _product_flops(device: torch.device) -> int:
-    return 2 * _SIZE.get(device.type, 1024) ** 3
+def _side(device: torch.device) -> int:
+    """Of the square product."""
+    return _SIZE.get(device.type, 1024)
 
 
 def _product_times(dtypes: list[torch.dtype], device: torch.device) -> list[list[float]]:
     """Seconds of a large square product in each of the types, in turn, after one that warms up."""
-    size = _SIZE.get(device.type, 1024)
+    size = _side(device)
     factors = [[torch.randn(size, size, device=device).to(dtype) for _ in range(2)] for dtype in dtypes]
     times: list[list[float]] = [[] for _ in dtypes]
     for repeat in range(_REPEATS + 1):
@@ -76,23 +77,25 @@ def missing_for_compile(device: torch.device) -> str | None:
     return None
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory() -> str | None:
     """Keep what is freed for what is taken next instead of giving it back to the kernel, and keep it in huge pages.
 
     A training step, or the reading of a prompt, frees and takes the same large buffers again; with glibc's defaults
     each is mapped and zeroed by the kernel anew, hundreds of thousands of page faults a step, and read through small
     pages (docs/log.md). Tensors made from now on live in an arena (fathom/ops/arena), which has next to no holes; where
-    it cannot be compiled, glibc is told to keep what it has. Memory is only reserved here, not taken. Elsewhere than on
-    Linux: nothing.
+    there can be none, glibc is told to keep what it has, and the reason returned, in words. Memory is only reserved
+    here, not taken. Elsewhere than on Linux: nothing.
     """
-    if not install(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
+    if not sys.platform.startswith("linux"):
+        return None
+    why = install(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    if why:
         _keep_heap()
+    return why
 
 
 def _keep_heap() -> None:
-    """Have glibc's own heap keep what is freed. Elsewhere than on glibc: nothing."""
-    if not sys.platform.startswith("linux"):
-        return
+    """Have glibc's own heap keep what is freed. With another C library: nothing."""
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         return

@@ -74,7 +74,7 @@ def train(run: Run, directory: Path, ranks: Ranks, resume: bool = False, console
     Raises TrainingError where memory will not do or the loss stays infinite, and ConfigError for a directory that
     holds another run.
     """
-    keep_freed_memory()
+    no_arena = keep_freed_memory()
     run = _open_directory(run, directory, ranks, resume)
     prepared = prepare_data(run, directory / "data", ranks)
     run = run if resume else resolve(run, prepared, ranks)
@@ -82,7 +82,7 @@ def train(run: Run, directory: Path, ranks: Ranks, resume: bool = False, console
     console = console or Console()
     peak = matmul_flops(compute_dtype(run), ranks.device) * ranks.world
     with Progress(console, run.train.steps, visible=ranks.first) as progress:
-        _announce(run, prepared, int(sizes.sum()), peak, ranks, progress)
+        _announce(run, prepared, int(sizes.sum()), peak, no_arena, ranks, progress)
         if ranks.first:
             save_json(run, directory / "run.json")
         found = checkpoints(directory) if resume else []
@@ -298,7 +298,15 @@ def _open_directory(run: Run, directory: Path, ranks: Ranks, resume: bool) -> Ru
     return with_initial_model(run)
 
 
-def _announce(run: Run, prepared: Prepared, sequences: int, peak: float, ranks: Ranks, progress: Progress) -> None:
+def _announce(
+    run: Run,
+    prepared: Prepared,
+    sequences: int,
+    peak: float,
+    no_arena: str | None,
+    ranks: Ranks,
+    progress: Progress,
+) -> None:
     """Say what is about to happen; refuse what cannot."""
     counts = run.model.parameter_counts()
     needs = estimate(run, compute_dtype(run), sequences, ranks.device)
@@ -321,6 +329,8 @@ def _announce(run: Run, prepared: Prepared, sequences: int, peak: float, ranks: 
         raise TrainingError(f"train.compile is on, but {lacking}")
     if ranks.device.type == "cpu" and (why := build.missing()):
         progress.say(f"the CPU's kernels are missing, so plain torch does their work, more slowly: {why}")
+    elif ranks.device.type == "cpu" and no_arena:
+        progress.say(f"tensors have no arena, so holes between them take memory: {no_arena}")
 
 
 def _metrics(facts: StepFacts, run: Run, step: int, speed: float, mfu: float) -> dict[str, Any]:

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.distributed
 CORPUS = Path(__file__).parents[2] / "fathom" / "study"
 
 PROGRAM = """
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -35,17 +36,16 @@ if __name__ == "__main__":
     )
     command.run_trial = counted
     command.run_studies(command.StudyCommand(("routing",), out=out, corpus=str(corpus), jobs=1))
-    import os
     (out / f"made-{os.environ['RANK']}.txt").write_text(" ".join(made))
 """
 
 
-def _study(processes: int, tmp_path: Path, *more: str) -> subprocess.CompletedProcess[str]:
+def _study(processes: int, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     script, out = tmp_path / "study.py", tmp_path / str(processes)
     script.write_text(PROGRAM)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.run(
-        [*launcher, str(script), str(out), str(CORPUS), *more],
+        [*launcher, str(script), str(out), str(CORPUS)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -84,6 +84,13 @@ def test_only_ignored_targets_give_zero() -> None:
     assert head_OD.grad.abs().max() == 0
 
 
+def test_no_tokens_cost_nothing() -> None:
+    h, head = torch.randn(0, 8, requires_grad=True), torch.randn(16, 8, requires_grad=True)
+    loss = linear_cross_entropy(h, head, torch.zeros(0, dtype=torch.int64))
+    loss.backward()
+    assert loss == 0 and head.grad is not None and not head.grad.any()
+
+
 def test_a_frozen_head_is_allowed() -> None:
     h_ND, head_OD, targets_N = _inputs(7, torch.float64)
     linear_cross_entropy(h_ND, head_OD.detach(), targets_N).backward()

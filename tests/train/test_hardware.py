@@ -45,3 +45,17 @@ def test_freed_memory_is_kept(way: str) -> None:
     assert found["faults"] < 2_000
     if "[never]" not in _HUGE.read_text():
         assert found["huge"] > 60_000
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the arena knows Linux alone")
+def test_a_system_without_room_keeps_glibcs_heap_and_says_so() -> None:
+    program = (
+        "import os, resource, torch\n"
+        "memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (memory, memory))\n"
+        "from fathom.train.hardware import keep_freed_memory\n"
+        "print(keep_freed_memory())\n"
+        "print(float(torch.ones(1 << 20).sum()))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "ulimit -v" in result.stdout and str(float(1 << 20)) in result.stdout

@@ -20,14 +20,17 @@ class Told(NamedTuple):
     """What it ever held at once, holes included: what of it the machine may have had to give."""
 
 
-def install(size: int) -> bool:
+def install(size: int) -> str | None:
     """Let tensors made from now on live in an arena; once per process. Older ones stay where they are.
 
-    `size`: bytes of address space for small and for large tensors each; what is beyond goes to glibc. Returns False,
-    and changes nothing, elsewhere than on Linux, without a C++ compiler, or where so much cannot be reserved.
+    `size`: bytes of address space for small and for large tensors each; what is beyond goes to glibc. Returns why
+    nothing was changed, in words (another system than Linux, no C++ compiler, no such room), or None.
     """
     library = _library()
-    return isinstance(library, ctypes.CDLL) and library.arena_install(ctypes.c_size_t(size)) == 0
+    if isinstance(library, str):
+        return library
+    refused = library.arena_install(ctypes.c_size_t(size))
+    return f"the system does not reserve twice {size:,} bytes of address space (ulimit -v)" if refused else None
 
 
 def told() -> Told:

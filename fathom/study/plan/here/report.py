@@ -43,7 +43,8 @@ class HerePlan:
 def plan_here(run: Run, device: torch.device) -> HerePlan:
     """Measures the rates it needs, which takes some seconds, on a GPU half a minute.
 
-    Raises ImportError where the CPU's kernels cannot be built, for its plan follows them; ConfigError without a GPU.
+    Raises ImportError where the CPU's kernels or its tensors' arena cannot be had, for its plan follows them;
+    ConfigError without a GPU.
     """
     if device.type == "cuda":
         check(torch.cuda.is_available(), "gpu", device.type, "cpu here: torch finds no CUDA device")
@@ -57,7 +58,8 @@ def plan_here(run: Run, device: torch.device) -> HerePlan:
     if device.type == "cuda":
         gpu = GpuMachine(dtype)
         return HerePlan(run, gpu_memory(run, shape.itemsize), gpu_step_time(run, shape, gpu), gpu)
-    keep_freed_memory()  # as a run does, for passes over memory depend on it
+    if why := keep_freed_memory():  # as a run does: passes over memory and holes between tensors depend on it
+        raise ImportError(f"this machine's plan follows the arena of tensors, which cannot be had: {why}")
     machine = Machine(dtype)
     return HerePlan(run, peak(run, shape), step_time(run, shape, machine), machine)
 
