@@ -99,7 +99,7 @@ def _check(command: StudyCommand) -> None:
 
 
 def _table(summaries: list[Summary]) -> Table:
-    table = Table("claim", "verdict", title_justify="left", width=100)
+    table = Table("claim", "verdict")
     for summary in summaries:
         table.add_row(summary["claim"], summary["verdict"], end_section=True)
     return table
