@@ -8,8 +8,8 @@
 
 Starts the servers itself, each with its own best settings for this machine, and asks each in turn for the same texts
 and lengths (benchmarks/load.py). `llama-server` is taken from the PATH or from --llama-server; without one that peer is
-left out. What HTTP costs is measured apart: the same requests, 32 of them at any time, by the engine alone and through
-the server, in turn.
+left out. What HTTP costs is measured apart: 32 requests at any time, of the same lengths, through the server and by its
+engine alone, in turn (benchmarks/served.py).
 """
 
 import argparse
@@ -24,7 +24,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -32,22 +31,21 @@ from typing import Any, NamedTuple
 
 import load
 import psutil
+import served
 import torch
 
 import fathom
 from fathom import presets
 from fathom.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
-from fathom.infer.engine import Engine, Request
 from fathom.model.transformer import Model
-from fathom.train.hardware import keep_freed_memory
 
 CLIENTS = (1, 8, 32, 128)
-MAX_BATCH = 32
+MAX_BATCH = served.AT_A_TIME
 SECONDS = 15.0
 HEAD = """| clients | | tokens/s | first token p50 / p99, ms | per token p50 / p99, ms | answered | failed |
 | ---: | --- | ---: | ---: | ---: | ---: | ---: |"""
-ROUNDS = 5
-"""Of the engine alone and the server in turn."""
+ROUNDS = 24
+"""Of the server and its engine alone in turn; a fifth of them where they take long."""
 
 
 class Server(NamedTuple):
@@ -57,6 +55,7 @@ class Server(NamedTuple):
     address: tuple[str, int]
     body: load.Body
     process: psutil.Process
+    child: subprocess.Popen[bytes]
 
     def until_idle(self) -> None:
         """Wait for what was cut off to end: requests that waited may all begin before they notice."""
@@ -86,20 +85,23 @@ def theirs(model: Path) -> load.Body:
 
 
 @contextmanager
-def started(name: str, command: list[str], body: load.Body, path: str = "/health") -> Iterator[Server]:
+def started(name: str, command: list[str], body: load.Body, spoken_to: bool = False) -> Iterator[Server]:
     port = _free_port()
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    pipe = subprocess.PIPE if spoken_to else None
     with (
         tempfile.TemporaryFile() as log,
-        subprocess.Popen([*command, "--port", str(port)], stdout=log, stderr=log, env=environment) as process,
+        subprocess.Popen(
+            [*command, "--port", str(port)], stdin=pipe, stdout=pipe or log, stderr=log, env=environment
+        ) as process,
     ):
         try:
-            server = Server(name, ("127.0.0.1", port), body, psutil.Process(process.pid))
+            server = Server(name, ("127.0.0.1", port), body, psutil.Process(process.pid), process)
             for _ in range(600):
                 if process.poll() is not None:
                     log.seek(0)
                     sys.exit(f"{name} did not start: {log.read().decode(errors='replace')[-2000:]}")
-                if _answers(server.address, path):
+                if _answers(server.address):
                     break
                 time.sleep(0.2)
             yield server
@@ -111,6 +113,12 @@ def started(name: str, command: list[str], body: load.Body, path: str = "/health
 def our_server(model: Path) -> Any:
     command = [sys.executable, "-m", "fathom", "serve", str(model), "--max-batch", str(MAX_BATCH)]
     return started("fathom serve", command, ours)
+
+
+def asked_server(model: Path) -> Any:
+    """Ours too, but its engine can be asked by itself."""
+    command = [sys.executable, served.__file__, str(model), "--max-batch", str(MAX_BATCH)]
+    return started("fathom serve", command, ours, spoken_to=True)
 
 
 def transformers_server(model: Path) -> Any:
@@ -141,10 +149,10 @@ def _free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def _answers(address: tuple[str, int], path: str) -> bool:
+def _answers(address: tuple[str, int]) -> bool:
     try:
         with socket.create_connection(address, 5) as connection:
-            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode())
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
             return connection.recv(64).startswith(b"HTTP/1.1 200")
     except OSError:
         return False
@@ -159,15 +167,20 @@ def texts() -> list[str]:
     return [document.text for document in itertools.islice(read_corpus(DataConfig(corpus="python-stdlib")), 300)]
 
 
-def requests(tokenizer: Tokenizer, context: int, seed: int, pool: list[str]) -> Iterator[load.Asked]:
-    """Ragged: 16 to 256 tokens of Python's library, answers of 16 to 128, as far as they fit; no two alike."""
-    rng = random.Random(seed)
+def requests(
+    tokenizer: Tokenizer, context: int, seed: int, pool: list[str], texts_seed: int | None = None
+) -> Iterator[load.Asked]:
+    """Ragged: 16 to 256 tokens of Python's library, answers of 16 to 128, as far as they fit; no two alike.
+
+    `seed` draws the lengths, and the texts too unless those have a seed of their own.
+    """
+    lengths, places = random.Random(seed), random.Random(seed if texts_seed is None else texts_seed)
     longest = min(256, context // 2)
     while True:
-        text = rng.choice(pool)
-        begin = rng.randrange(max(1, len(text) - 8 * longest))
-        ids = tokenizer.encode(text[begin : begin + 8 * longest], bos=False)[: rng.randint(16, longest)]
-        yield load.Asked(tokenizer.decode(ids), rng.randint(16, min(128, context // 4)))
+        text = places.choice(pool)
+        begin = places.randrange(max(1, len(text) - 8 * longest))
+        ids = tokenizer.encode(text[begin : begin + 8 * longest], bos=False)[: lengths.randint(16, longest)]
+        yield load.Asked(tokenizer.decode(ids), lengths.randint(16, min(128, context // 4)))
 
 
 def context_of(model: Path) -> int:
@@ -187,48 +200,45 @@ def random_model(preset: str, folder: Path, pool: list[str]) -> Path:
 # ------------------------------------------------------------------------------------------------------ measuring
 
 
-def by_itself(engine: Engine, waiting: list[load.Asked]) -> float:
-    """Tokens per second of the engine by itself, given the requests when the server would be."""
-    queue, running, times = deque(waiting), set(), load.arrivals(MAX_BATCH)
-    began, tokens = time.perf_counter(), 0
-    arrival = began + next(times)
-    while True:
-        while len(running) < MAX_BATCH and queue and arrival <= time.perf_counter():
-            asked = queue.popleft()
-            params = fathom.SamplingParams(max_tokens=asked.length, ignore_eos=True)
-            running.add(engine.submit(Request(asked.prompt, params)))
-            arrival = began + next(times)
-        if not running and not queue:
-            return tokens / (time.perf_counter() - began)
-        for update in engine.step():
-            tokens += len(update.tokens)
-        running = {handle for handle in running if not handle.finished}
+def by_itself(server: Server, waiting: list[load.Asked]) -> float:
+    """Tokens per second of the server's engine."""
+    assert server.child.stdin is not None and server.child.stdout is not None
+    server.child.stdin.write(json.dumps([[asked.prompt, asked.length] for asked in waiting]).encode() + b"\n")
+    server.child.stdin.flush()
+    return float(server.child.stdout.readline())
 
 
 def through(server: Server, waiting: list[load.Asked]) -> float:
-    """Tokens per second of the same through the server."""
+    """Tokens per second through the server."""
     began = time.perf_counter()
-    sent = load.run(server.address, server.body, waiting, MAX_BATCH, float("inf"), float("inf"))
+    sent = load.run(server.address, server.body, waiting, MAX_BATCH, float("inf"))
     seen = load.summary(sent, time.perf_counter() - began)
     assert not seen.failed, f"{seen.failed} of {len(sent)} requests failed"
     return seen.tokens_per_second
 
 
-def cost_of_http(server: Server, engine: Engine, draw: Any, rounds: int) -> list[tuple[float, float]]:
-    """The same requests through the server and by the engine alone, which take turns in going first."""
-    pairs, times = [], 1
-    for turn in range(rounds + 1):
+def cost_of_http(server: Server, draw: Any, rounds: int) -> list[tuple[float, float]]:
+    """Through the server and by its engine alone, which take turns in going first.
+
+    Lengths are the same, texts are not: what the cache remembers of one half would save the other half work.
+    """
+    pairs: list[tuple[float, float]] = []
+    turn, times = 0, 1
+    while len(pairs) < rounds:
         began = time.perf_counter()
-        waiting = list(itertools.islice(draw(1000 + turn), times * MAX_BATCH))
+        halves = [list(itertools.islice(draw(turn, 2 * turn + half), times * MAX_BATCH)) for half in (0, 1)]
         if turn % 2:
-            pair = through(server, waiting), by_itself(engine, waiting)
+            pair = through(server, halves[0]), by_itself(server, halves[1])
         else:
-            alone = by_itself(engine, waiting)
-            pair = through(server, waiting), alone
-        if turn:
+            alone = by_itself(server, halves[1])
+            pair = through(server, halves[0]), alone
+        if turn:  # the first finds the drafting not settled
             pairs.append(pair)
-        elif time.perf_counter() - began < 30:  # the first finds the drafting not settled
-            times = 3
+        elif time.perf_counter() - began < 30:
+            times = 2
+        else:
+            rounds = max(rounds // 5, 1)
+        turn += 1
     print("through HTTP / alone:", ", ".join(f"{a:.0f}/{b:.0f}" for a, b in pairs))
     return pairs
 
@@ -249,6 +259,18 @@ def rows_of(clients: int, seen: dict[str, load.Seen]) -> list[dict[str, Any]]:
                 rows.append(shared | {"ours": one[place] * 1e3, "peer": other[place] * 1e3})
     # A ratio above 1 means that ours is better.
     return [row | {"ratio": _ratio(row)} for row in rows]
+
+
+def http_row(pairs: list[tuple[float, float]]) -> dict[str, Any]:
+    http, alone = (statistics.median(side) for side in zip(*pairs, strict=True))
+    ratios = [through / by_itself for through, by_itself in pairs]
+    ratio, spread = statistics.median(ratios), statistics.stdev(ratios) / len(ratios) ** 0.5
+    print(
+        f"through HTTP {http:,.0f} tokens/s, the engine alone {alone:,.0f}: {ratio:.3f}, median of {len(pairs)} pairs"
+    )
+    print(f"(their mean {statistics.mean(ratios):.3f} ± {spread:.3f})")
+    shared = {"name": "tokens/s through HTTP against the engine alone, 32 clients", "floor": 0.97, "goal": 1.0}
+    return shared | {"ours": http, "peer": alone, "ratio": ratio}
 
 
 def _ratio(row: dict[str, Any]) -> float:
@@ -285,10 +307,9 @@ def main() -> None:
         random_weights = options.model in presets.ALL
         model = random_model(options.model, Path(folder, "model"), pool) if random_weights else Path(options.model)
         tokenizer, context = load_tokenizer(model), context_of(model)
-        draw = lambda seed: requests(tokenizer, context, seed, pool)  # noqa: E731
-        servers = [stack.enter_context(our_server(model))]
+        draw = lambda seed, texts_seed=None: requests(tokenizer, context, seed, pool, texts_seed)  # noqa: E731
         if not options.only_http:
-            servers.append(stack.enter_context(transformers_server(model)))
+            servers = [stack.enter_context(our_server(model)), stack.enter_context(transformers_server(model))]
             if (llama := llama_server(model, Path(folder, "gguf"), options.llama_server)) is not None:
                 servers.append(stack.enter_context(llama))
             for server in servers:  # what is made at the first request is made
@@ -303,14 +324,10 @@ def main() -> None:
                     server.until_idle()
                 rows += rows_of(clients, seen)
         if not options.no_http:
-            keep_freed_memory()  # as the server does
-            engine = Engine(fathom.load_model(model, torch.bfloat16), tokenizer, max_batch=MAX_BATCH)
-            pairs = cost_of_http(servers[0], engine, draw, 3 if options.quick else ROUNDS)
-            http, alone = (statistics.median(side) for side in zip(*pairs, strict=True))
-            ratio = statistics.median(a / b for a, b in pairs)
-            shared = {"name": "tokens/s through HTTP against the engine alone, 32 clients", "floor": 0.97, "goal": 1.0}
-            rows.append(shared | {"ours": http, "peer": alone, "ratio": ratio})
-            print(f"through HTTP {http:,.0f} tokens/s, the engine alone {alone:,.0f}: {ratio:.3f}, median of pairs")
+            stack.close()
+            with asked_server(model) as server:
+                pairs = cost_of_http(server, draw, ROUNDS // 3 if options.quick else ROUNDS)
+            rows.append(http_row(pairs))
     print(versions())
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")

@@ -88,6 +88,7 @@ class Tokenizer:
         self._backend = tokenizers.Tokenizer.from_str(json.dumps(content))
         self._backend.encode_special_tokens = True
         self._ids: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        self._texts = _Texts(self)
 
         self.vocab_size = max(self._ids.values()) + 1  # ids may have holes
         self.bos_id = self._named_id("bos_token")
@@ -119,8 +120,11 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text; special tokens and ids beyond the vocabulary leave no trace in it."""
-        visible = [int(token) for token in ids if int(token) not in self._hidden_ids]
-        return str(self._backend.decode(visible, skip_special_tokens=False))
+        return self.text_bytes(map(int, ids)).decode(errors="replace")
+
+    def text_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of the text, which may begin or end within a character; special tokens leave no trace in it."""
+        return b"".join(map(self._texts.__getitem__, ids))
 
     def token_bytes(self, token: int) -> bytes:
         """What a token stands for, control tokens by their spelling; b"" for ids beyond the vocabulary."""
@@ -138,6 +142,20 @@ class Tokenizer:
         if token not in self._ids:
             raise ValueError(f"tokenizer_config.json: {field} is {token!r}, which is no token of tokenizer.json")
         return self._ids[token]
+
+
+class _Texts(dict[int, bytes]):
+    """What tokens leave in a text, noted as they come."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def __missing__(self, token: int) -> bytes:
+        tokenizer = self._tokenizer
+        text = b"" if token in tokenizer._hidden_ids else tokenizer.token_bytes(token)
+        if 0 <= token < tokenizer.vocab_size:  # others have no end
+            self[token] = text
+        return text
 
 
 def split_pieces(text: str) -> Iterator[str]:

@@ -12,10 +12,10 @@ Shapes: N tokens, D hidden, M drafts, O vocabulary.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import cast
 
 import torch
@@ -204,15 +204,17 @@ class Core:
 
     def step(self) -> list[Update]:
         """Let everybody get on by one step; returns what is new, nothing where there is nothing to do."""
+        return list(chain.from_iterable(self.parts()))
+
+    def parts(self) -> Iterator[list[Update]]:
+        """A step in parts: what decoding brought, then what reading prompts brought. To be gone through to its end."""
         decoding = sum(sequence.computed >= sequence.to_read for sequence in self.scheduler.running)
         plan = self.scheduler.schedule(self._wanted_drafts(decoding))
-        updates = []
         self._steps += bool(plan.decode or plan.prefill)
         if plan.decode:
-            updates += self._decode([self._active[sequence] for sequence in plan.decode], plan.drafts)
+            yield self._decode([self._active[sequence] for sequence in plan.decode], plan.drafts)
         if plan.prefill:
-            updates += self._prefill(plan.prefill)
-        return updates
+            yield self._prefill(plan.prefill)
 
     def stats(self) -> Stats:
         """Counts and sizes, as they are now."""

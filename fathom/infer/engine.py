@@ -1,5 +1,6 @@
 """Text around the core: `Engine` encodes prompts, decodes what comes, answers when all is there or piece by piece."""
 
+import codecs
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -138,6 +139,13 @@ class Engine:
         """Let every request get on by one step; returns what is new."""
         return self.core.step()
 
+    def parts(self) -> Iterator[list[Update]]:
+        """The same in parts, each when it is there: what decoding brings need not wait for prompts to be read.
+
+        Nothing else may be asked of the engine before the last of them.
+        """
+        return self.core.parts()
+
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Completion]:
@@ -196,24 +204,23 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._open: list[int] = []
-        """Tokens of a character that is not complete."""
+        # Tokens are bytes, so whole characters depend on no token before.
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._open = False
+        """Whether it is in the middle of a character."""
 
     def add(self, tokens: Sequence[int]) -> str:
         """The text that these tokens complete."""
-        self._open += tokens
-        text = self._tokenizer.decode(self._open)
-        if text.endswith("\ufffd"):
-            return ""
-        # Tokens are bytes, so whole characters depend on no token before.
-        self._open = []
+        new = self._tokenizer.text_bytes(tokens)
+        if new.isascii() and not self._open:
+            return new.decode("ascii")
+        text = self._decoder.decode(new)
+        self._open = self._decoder.getstate()[0] != b""
         return text
 
     def rest(self) -> str:
         """What is left of an unfinished character."""
-        text = self._tokenizer.decode(self._open)
-        self._open = []
-        return text
+        return self._decoder.decode(b"", final=True)
 
 
 def generate(

@@ -14,9 +14,9 @@ from fathom.infer.engine import TextStream
 from fathom.infer.reports import Generation
 
 
-@dataclass
+@dataclass(slots=True)
 class Piece:
-    """A token that goes out."""
+    """A token that goes out, or several that nobody asked for one by one, named by the last."""
 
     index: int
     """Its place among the generated tokens."""
@@ -28,7 +28,8 @@ class Piece:
 class Choice:
     """Follows a generation."""
 
-    def __init__(self, generation: Generation, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+    def __init__(self, generation: Generation, tokenizer: Tokenizer, stops: Sequence[str], each: bool) -> None:
+        """`each`: whether somebody asks for the tokens one by one."""
         self.generation = generation
         self.finish_reason: str | None = None
         """stop or length once it is over; cancelled or error where it failed."""
@@ -39,6 +40,7 @@ class Choice:
         beyond a stop string."""
         self._tokenizer = tokenizer
         self._stops = stops
+        self._together = not each and not stops
         self._text = TextStream(tokenizer)
         self._seen = 0
         self._held: list[Piece] = []
@@ -53,12 +55,17 @@ class Choice:
         self.made = self._seen + len(ids)
         if ended == "stop":
             ids = ids[:-1]  # the token that says so is no part of the answer
+        if self._together:
+            self.finish_reason = ended
+            self._seen += len(ids)
+            text = self._text.add(ids) if ended is None else self._text.add(ids) + self._text.rest()
+            return [Piece(self._seen - 1, self.generation.token_ids[self._seen - 1], text)] if text else []
         for token in ids:
             self._held.append(Piece(self._seen, token, self._text.add([token])))
             self._seen += 1
         if ended is not None and (rest := self._text.rest()):
             self._held[-1].text += rest
-        text = "".join(piece.text for piece in self._held)
+        text = "".join([piece.text for piece in self._held])
         # The one that was complete first, so that it does not matter how many tokens came at once.
         found = [(place + len(stop), place) for stop in self._stops if (place := text.find(stop)) >= 0]
         if found:

@@ -1,30 +1,29 @@
 """The routes: OpenAI's, the page's, and those that operators ask."""
 
-import asyncio
 import contextlib
-import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from importlib import resources
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
 
 import fathom
 from fathom.serve import metrics
-from fathom.serve.errors import ApiError
+from fathom.serve.answering import Answers
+from fathom.serve.errors import ApiError, wrong_body
 from fathom.serve.gate import Gate
 from fathom.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from fathom.serve.service import Plan, Service
+from fathom.serve.service import Service
 from fathom.serve.status import now
-from fathom.serve.worker import Job
 
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
@@ -69,13 +68,13 @@ def make_app(
 
     app = FastAPI(title="Fathom", version=fathom.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     _add_errors(app)
-    _add_answers(app, service)
     _add_texts(app, service, description)
     _add_operations(app, service, description)
     _add_page(app)
     _add_inspector(app, inspector)
     _add_openapi(app)
     # The last one added is the first to see a request.
+    app.add_middleware(Answers, service=service)
     app.add_middleware(Gate, keys=keys, largest_body=largest_body)
     if origins:
         app.add_middleware(
@@ -91,12 +90,8 @@ def _add_errors(app: FastAPI) -> None:
         return error.response()
 
     @app.exception_handler(RequestValidationError)
-    async def wrong_body(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        # Inside a union every alternative complains; its name says nothing to a client.
-        place = [str(part) for part in first["loc"] if part not in ("body",) and "[" not in str(part)]
-        message = str(first["msg"]).removeprefix("Value error, ")
-        return ApiError(400, f"{'.'.join(place)}: {message}" if place else message, ".".join(place) or None).response()
+    async def wrong(request: Request, error: RequestValidationError) -> Response:
+        return wrong_body(error.errors()).response()
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:
@@ -107,37 +102,6 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def defect(request: Request, error: Exception) -> Response:
         return ApiError(500, "the server failed; its log says more").response()
-
-
-def _add_answers(app: FastAPI, service: Service) -> None:
-    async def answer(request: Request, plan: Plan) -> Response:
-        job = await service.open(plan)
-        if plan.body.stream:
-            return EventStream(service, plan, job)
-        try:
-            whole = await _unless_gone(request, service.whole(plan, job))
-        finally:
-            service.close(job)
-        return Response(status_code=499) if whole is None else JSONResponse(whole)
-
-    async def counted(request: Request, make: Callable[[], Plan]) -> Response:
-        try:
-            response = await answer(request, await run_in_threadpool(make))
-        except ApiError as error:
-            service.metrics.answered(request.url.path, error.status)
-            raise
-        service.metrics.answered(request.url.path, response.status_code)
-        return response
-
-    @app.post("/v1/completions", responses=_responses(_OBJECT, stream=True))
-    async def completions(body: CompletionRequest, request: Request) -> Response:
-        """Continue texts, or token ids."""
-        return await counted(request, lambda: service.plan_completion(body))
-
-    @app.post("/v1/chat/completions", responses=_responses(_OBJECT, stream=True))
-    async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        """Answer in a conversation."""
-        return await counted(request, lambda: service.plan_chat(body))
 
 
 def _add_texts(app: FastAPI, service: Service, description: dict[str, Any]) -> None:
@@ -225,6 +189,8 @@ def _add_inspector(app: FastAPI, page: bytes | None) -> None:
         return Response(page, headers={"Content-Security-Policy": policy}, media_type="text/html")
 
 
+_SCHEMAS = "#/components/schemas/{model}"
+
 _OBJECT = {"application/json": {"schema": {"type": "object"}}}
 
 
@@ -240,69 +206,29 @@ def _responses(content: dict[str, Any], stream: bool = False, body: bool = True)
     return told | {status: {"description": cause, "content": error} for status, cause in causes.items()}
 
 
+def _takes(body: type[BaseModel], does: str) -> dict[str, Any]:
+    """How the document speaks of a path that is answered before FastAPI sees it."""
+    content = {"application/json": {"schema": {"$ref": _SCHEMAS.format(model=body.__name__)}}}
+    answers = {str(status): answer for status, answer in _responses(_OBJECT, stream=True).items()}
+    operation = {"summary": does, "operationId": body.__name__}
+    return {"post": operation | {"requestBody": {"required": True, "content": content}, "responses": answers}}
+
+
 def _add_openapi(app: FastAPI) -> None:
     def described() -> dict[str, Any]:
         if app.openapi_schema is None:
-            schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            for path in schema["paths"].values():
+            document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            for path in document["paths"].values():
                 for operation in path.values():
                     operation["responses"].pop("422", None)  # FastAPI's own, which is never sent
-            app.openapi_schema = schema
+            document["paths"] |= {
+                "/v1/completions": _takes(CompletionRequest, "Continue texts, or token ids."),
+                "/v1/chat/completions": _takes(ChatRequest, "Answer in a conversation."),
+            }
+            bodies: list[Any] = [(CompletionRequest, "validation"), (ChatRequest, "validation")]
+            _, schemas = models_json_schema(bodies, ref_template=_SCHEMAS)
+            document["components"]["schemas"] |= schemas["$defs"]
+            app.openapi_schema = document
         return app.openapi_schema
 
     app.openapi = described  # type: ignore[method-assign]
-
-
-async def _unless_gone(request: Request, work: Awaitable[dict[str, Any]]) -> dict[str, Any] | None:
-    """The work's result; None, and the work cancelled, where the client has gone."""
-    working = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(request))
-    try:
-        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
-        return await working if working.done() else None
-    finally:
-        gone.cancel()
-        working.cancel()
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-class EventStream(Response):
-    """Server-sent events; whatever happens to the client or here, the job is closed."""
-
-    def __init__(self, service: Service, plan: Plan, job: Job) -> None:
-        super().__init__(status_code=200, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        self.headers["Content-Type"] = "text/event-stream; charset=utf-8"
-        del self.headers["Content-Length"]
-        self._service, self._plan, self._job = service, plan, job
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI specifies."""
-        request = Request(scope, receive)
-        sending = asyncio.ensure_future(self._send(send))
-        gone = asyncio.ensure_future(_gone(request))
-        try:
-            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if sending.done():
-                await sending
-        finally:
-            gone.cancel()
-            sending.cancel()
-            self._service.close(self._job)
-
-    async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        try:
-            async for chunk in self._service.chunks(self._plan, self._job):
-                await self._event(send, chunk)
-            await self._event(send, "[DONE]")
-        except ApiError as error:
-            await self._event(send, json.dumps(error.body()))
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _event(self, send: Send, data: str) -> None:
-        body = f"data: {data}\n\n".encode(errors="replace")
-        await send({"type": "http.response.body", "body": body, "more_body": True})

@@ -1,5 +1,6 @@
 """Errors in OpenAI's shape."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -33,7 +34,18 @@ class ApiError(Exception):
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
+        if self.status == 405:
+            headers["Allow"] = "POST"
         return JSONResponse(self.body(), self.status, headers)
+
+
+def wrong_body(mistakes: Sequence[Any]) -> ApiError:
+    """What pydantic finds wrong with a body, its first mistake in words."""
+    first = mistakes[0]
+    # Inside a union every alternative complains; its name says nothing to a client.
+    place = ".".join(str(part) for part in first["loc"] if part != "body" and "[" not in str(part))
+    message = str(first["msg"]).removeprefix("Value error, ")
+    return ApiError(400, f"{place}: {message}" if place else message, place or None)
 
 
 def _kind(status: int) -> str:

@@ -33,27 +33,27 @@ class Gate:
             await self._app(scope, receive, send)
             return
 
-        async def send_with_headers(message: Message) -> None:
+        counted = _Counted(receive, self._largest)
+
+        async def guarded(message: Message) -> None:
+            if counted.exceeded:
+                return  # whatever else is made of it: what to answer is said below
             if message["type"] == "http.response.start":
                 given = {name for name, _ in message["headers"]}
                 message["headers"] = [*message["headers"], *(one for one in _HEADERS if one[0] not in given)]
             await send(message)
 
-        headers = dict(scope["headers"])
-        refusal = self._refusal(scope["path"], headers)
+        refusal = self._refusal(scope["path"], dict(scope["headers"]))
+        if refusal is None:
+            try:
+                await self._app(scope, counted.receive, guarded)
+            except ApiError:
+                if not counted.exceeded:
+                    raise
+            if counted.exceeded:
+                counted.exceeded, refusal = False, _too_large(self._largest)
         if refusal is not None:
-            await refusal.response()(scope, receive, send_with_headers)
-            return
-        counted = _Counted(receive, self._largest)
-
-        async def send_unless_exceeded(message: Message) -> None:
-            # FastAPI answers for whatever goes wrong while it reads a body; this is ours to say.
-            if not counted.exceeded:
-                await send_with_headers(message)
-
-        await self._app(scope, counted.receive, send_unless_exceeded)
-        if counted.exceeded:
-            await _too_large(self._largest).response()(scope, receive, send_with_headers)
+            await refusal.response()(scope, receive, guarded)
 
     def _refusal(self, path: str, headers: dict[bytes, bytes]) -> ApiError | None:
         if self._hashes and not (path in ("/", "/health", "/inspect") or path.startswith("/page/")):
@@ -74,7 +74,7 @@ class _Counted:
 
     def __init__(self, receive: Receive, largest: int) -> None:
         self._receive = receive
-        self._left = largest
+        self._largest = self._left = largest
         self.exceeded = False
 
     async def receive(self) -> Message:
@@ -82,7 +82,7 @@ class _Counted:
         self._left -= len(message.get("body", b""))
         if self._left < 0:
             self.exceeded = True
-            raise ValueError("the body is too large")
+            raise _too_large(self._largest)
         return message
 
 

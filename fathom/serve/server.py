@@ -1,6 +1,5 @@
 """`fathom serve`: load a model, open the port, and end in good order."""
 
-import asyncio
 import contextlib
 import os
 import signal
@@ -15,6 +14,7 @@ from typing import Literal
 import torch
 import tyro
 import uvicorn
+import uvloop
 from rich.console import Console
 
 from fathom.checkpoint.directory import model_directory
@@ -27,16 +27,13 @@ from fathom.ops.quantized import Precision
 from fathom.serve.app import make_app
 from fathom.serve.service import Service
 from fathom.serve.status import describe
+from fathom.serve.wire import Protocol
 from fathom.serve.worker import Worker
 from fathom.train.hardware import keep_freed_memory
 
 KEY_VARIABLE = "FATHOM_API_KEY"
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
-
-_SWITCH_SECONDS = 0.0005
-"""How long the event loop may keep the interpreter once the engine's thread wants it back. Python's own is ten times
-that, and the engine would wait so long after its steps."""
 
 
 @dataclass(frozen=True)
@@ -128,18 +125,18 @@ def serve(command: ServeCommand) -> int:
             app,
             log_level="warning",
             server_header=False,
+            proxy_headers=False,
             timeout_graceful_shutdown=command.drain,
             timeout_keep_alive=30,
-            h11_max_incomplete_event_size=1 << 16,
+            http=Protocol,
             ws="none",
         )
     )
     port = listening.getsockname()[1]
     shown = f"[{command.host}]" if ":" in command.host else command.host
     console.print(f"serving    {name} at http://{shown}:{port}{'' if keys else ' (no API key)'}", soft_wrap=True)
-    sys.setswitchinterval(_SWITCH_SECONDS)
     with _quiet_signals():
-        asyncio.run(server.serve(sockets=[listening]))
+        uvloop.run(server.serve(sockets=[listening]))
     if worker.failure is None:
         return 0
     sys.excepthook(type(worker.failure), worker.failure, worker.failure.__traceback__)

@@ -1,8 +1,8 @@
 """The engine in a thread of its own, and how coroutines of one event loop speak with it.
 
-Only that thread touches the engine. Coroutines leave commands in a queue; after every step the thread leaves what is
-new with the event loop, all requests together, and the loop hands it on to those who wait for it, not more often than
-it can afford. A reader that is slow only lets its own events pile up, which are no more than its answer is long.
+Only that thread touches the engine. Other threads make requests ready for it and leave commands in a queue. After its
+steps the thread leaves what is new with the event loop, all requests together and not more often than the loop can
+afford, and those who wait for it take it. A reader that is slow finds all that came meanwhile as one.
 """
 
 import asyncio
@@ -11,12 +11,13 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from fathom.infer.engine import Engine, Request
-from fathom.infer.reports import Generation, Stats
+from fathom.infer.reports import Generation, Stats, Update
 
 _IDLE_SECONDS = 0.5
 """How long the thread sleeps at most when there is nothing to do."""
@@ -27,9 +28,13 @@ _RATE_SECONDS = 5.0
 _SNAPSHOT_SECONDS = 0.1
 """How old the engine's counts may be that others see."""
 
-_PIECES_PER_SECOND = 300.0
+_PIECES_PER_SECOND = 200.0
 """How many pieces of answers are handed on at most, all requests together. A small model writes more tokens than that,
 and sending each of them by itself would take the processor from it. First pieces and last ones never wait."""
+
+_PREPARING_THREADS = 8
+"""How many requests are made ready at one time. Each takes a processor from the engine; a long one must not hold up
+the short ones behind it."""
 
 
 class EngineDiedError(RuntimeError):
@@ -46,15 +51,43 @@ class Event(NamedTuple):
 
 @dataclass(eq=False)
 class Job:
-    """The choices of one HTTP request on their way through the engine."""
+    """The choices of one HTTP request, on their way to the engine and through it. It belongs to the event loop."""
 
-    handles: list[Generation]
-    submitted: float
-    """When, by time.monotonic."""
-    events: "asyncio.Queue[Event | Exception]" = field(default_factory=asyncio.Queue)
-    """What the engine brings, or why it will bring no more."""
+    handles: list[Generation] = field(default_factory=list)
+    """The engine's; none before it has taken the request."""
+    submitted: float = 0.0
+    """When it did, by time.monotonic."""
     first_token: float | None = None
     finished: float | None = None
+    closed: bool = False
+    """Nobody waits for it any more."""
+    _events: dict[int, Event] = field(default_factory=dict)
+    _failure: Exception | None = None
+    _waiter: "asyncio.Future[None] | None" = None
+
+    def tell(self, news: Event | Exception) -> None:
+        """What came of it, or why nothing will come any more."""
+        if isinstance(news, Exception):
+            self._failure = news
+        else:
+            self._events[news.choice] = news
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def news(self) -> list[Event]:
+        """Wait for what is new: of each choice the last event, which tells all that those before it told.
+
+        Raises the exception that was told.
+        """
+        if not self._events and self._failure is None:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        if self._events:
+            events = list(self._events.values())
+            self._events.clear()
+            return events
+        assert self._failure is not None
+        raise self._failure
 
 
 class Rate(NamedTuple):
@@ -72,6 +105,8 @@ class Worker:
         self._engine = engine
         self._died = died
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._preparing = ThreadPoolExecutor(_PREPARING_THREADS, "preparing")
+        self._open: set[Job] = set()
         self._jobs: dict[Generation, tuple[Job, int]] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopping = False
@@ -79,7 +114,6 @@ class Worker:
         self._history: deque[Rate] = deque(maxlen=512)
         self._held: dict[tuple[Job, int], Event] = {}
         self._handed_on = 0.0
-        self._timer: asyncio.TimerHandle | None = None
         self.stats: Stats = engine.core.stats()
         """What the engine does; at most a tenth of a second old while it works."""
         self.failure: BaseException | None = None
@@ -96,31 +130,32 @@ class Worker:
         self._stopping = True
         self._commands.put(lambda: None)
         self._thread.join()
+        self._preparing.shutdown(cancel_futures=True)
 
     @property
     def alive(self) -> bool:
         """Whether requests are answered."""
         return self._thread.is_alive() and self.failure is None and not self._stopping
 
-    async def submit(self, requests: Sequence[Request]) -> Job:
-        """Queue all of `requests`, or none.
+    def open(self, prepare: Callable[[], Sequence[Request]]) -> Job:
+        """Have another thread make requests and the engine take all of them, or none. Call it in the event loop.
 
-        Raises ValueError for what the engine cannot serve, scheduler.QueueFull, EngineDiedError.
+        The job is told what goes wrong: what `prepare` raises, ValueError for what the engine cannot serve,
+        scheduler.QueueFull, EngineDiedError.
         """
-        answer: asyncio.Future[Job] = self._loop.create_future()
-        if not self.alive:
-            raise EngineDiedError("the engine has stopped")
-        self._commands.put(lambda: self._submit(requests, answer))
-        try:
-            return await answer
-        except asyncio.CancelledError:
-            # It may have been queued all the same.
-            answer.cancel()
-            raise
+        job = Job()
+        if self.alive:
+            self._open.add(job)
+            self._preparing.submit(self._prepare, job, prepare)
+        else:
+            job.tell(EngineDiedError("the engine has stopped"))
+        return job
 
-    def cancel(self, job: Job) -> None:
-        """End what is left of it at the engine's next step."""
-        if not all(handle.finished for handle in job.handles):
+    def close(self, job: Job) -> None:
+        """Nobody waits for it any more: what is left of it ends at the engine's next step. For the event loop."""
+        self._open.discard(job)
+        job.closed = True
+        if not job.handles or not all(handle.finished for handle in job.handles):
             self._commands.put(lambda: self._cancel(job))
 
     def tokens_per_second(self) -> float:
@@ -136,7 +171,8 @@ class Worker:
             while not self._stopping:
                 self._obey()
                 if self._engine.has_work:
-                    self._report()
+                    for updates in self._engine.parts():
+                        self._report(updates)
                 self._look(force=not self._engine.has_work)
         except BaseException as error:
             self.failure = error
@@ -151,15 +187,14 @@ class Worker:
             while not self._stopping:
                 self._commands.get_nowait()()
 
-    def _report(self) -> None:
-        """One step, and what it brought to the event loop."""
-        news: list[tuple[Job, Event, bool]] = []
-        now = 0.0
-        for update in self._engine.step():
+    def _report(self, updates: Iterable[Update]) -> None:
+        """Leave with the event loop what a part of a step brought."""
+        news: list[tuple[Job, Event]] = []
+        now = time.monotonic()
+        for update in updates:
             generation = update.generation
             if generation not in self._jobs:
                 continue
-            now = now or time.monotonic()
             job, choice = self._jobs[generation]
             if job.first_token is None and update.tokens:
                 job.first_token = now
@@ -167,29 +202,18 @@ class Worker:
                 del self._jobs[generation]
                 job.finished = now
             made = len(generation.token_ids)
-            urgent = generation.finished or made == len(update.tokens)
-            news.append((job, Event(choice, made, generation.finished), urgent))
-        if news:
-            self._loop.call_soon_threadsafe(self._arrived, news)
-
-    def _arrived(self, news: list[tuple[Job, Event, bool]]) -> None:
-        """Hand on what is urgent, and the rest when its turn comes: of each choice the last event tells all."""
-        for job, event, urgent in news:
-            if urgent:
-                self._held.pop((job, event.choice), None)
-                job.events.put_nowait(event)
+            event = Event(choice, made, generation.finished)
+            if generation.finished or made == len(update.tokens):
+                self._held.pop((job, choice), None)
+                news.append((job, event))
             else:
-                self._held[job, event.choice] = event
-        if self._held and self._timer is None:
-            due = self._handed_on + len(self._held) / _PIECES_PER_SECOND
-            self._timer = self._loop.call_at(due, self._hand_on)
-
-    def _hand_on(self) -> None:
-        self._timer = None
-        self._handed_on = self._loop.time()
-        for (job, _), event in self._held.items():
-            job.events.put_nowait(event)
-        self._held.clear()
+                self._held[job, choice] = event
+        if self._held and now - self._handed_on >= len(self._held) / _PIECES_PER_SECOND:
+            self._handed_on = now
+            news += [(job, event) for (job, _), event in self._held.items()]
+            self._held.clear()
+        if news:
+            self._loop.call_soon_threadsafe(_tell, news)
 
     def _look(self, force: bool) -> None:
         now = time.monotonic()
@@ -198,7 +222,19 @@ class Worker:
             self.stats = self._engine.core.stats()
             self._history.append(Rate(now, self.stats.generated_tokens))
 
-    def _submit(self, requests: Sequence[Request], answer: "asyncio.Future[Job]") -> None:
+    def _prepare(self, job: Job, prepare: Callable[[], Sequence[Request]]) -> None:
+        if job.closed:
+            return
+        try:
+            requests = prepare()
+        except Exception as error:
+            self._fail(job, error)
+        else:
+            self._commands.put(lambda: self._submit(requests, job))
+
+    def _submit(self, requests: Sequence[Request], job: Job) -> None:
+        if job.closed:
+            return
         handles: list[Generation] = []
         try:
             for request in requests:
@@ -206,29 +242,27 @@ class Worker:
         except Exception as error:  # this request's own fault, or a full queue
             for handle in handles:
                 self._engine.cancel(handle)
-            self._loop.call_soon_threadsafe(_fail, answer, error)
+            self._fail(job, error)
             return
-        job = Job(handles, time.monotonic())
+        job.handles, job.submitted = handles, time.monotonic()
         self._jobs.update({handle: (job, choice) for choice, handle in enumerate(handles)})
-        self._loop.call_soon_threadsafe(self._accept, answer, job)
-
-    def _accept(self, answer: "asyncio.Future[Job]", job: Job) -> None:
-        if answer.cancelled():
-            self.cancel(job)
-        else:
-            answer.set_result(job)
 
     def _cancel(self, job: Job) -> None:
-        for handle in job.handles:
+        for choice, handle in enumerate(job.handles):
             self._engine.cancel(handle)
             self._jobs.pop(handle, None)
+            self._held.pop((job, choice), None)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        with contextlib.suppress(RuntimeError):  # the event loop may have ended
+            self._loop.call_soon_threadsafe(job.tell, error)
 
     def _tell_death(self, error: BaseException) -> None:
-        for job in {job for job, _ in self._jobs.values()}:
-            job.events.put_nowait(EngineDiedError("the engine has stopped"))
+        for job in self._open:
+            job.tell(EngineDiedError("the engine has stopped"))
         self._died(error)
 
 
-def _fail(answer: "asyncio.Future[Job]", error: Exception) -> None:
-    if not answer.done():
-        answer.set_exception(error)
+def _tell(news: Iterable[tuple[Job, Event]]) -> None:
+    for job, event in news:
+        job.tell(event)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -48,6 +49,13 @@ def test_ids(tokenizer: Tokenizer) -> None:
     assert (tokenizer.user_id, tokenizer.assistant_id, tokenizer.system_id) == (6, 7, 8)
     assert tokenizer.token_id("no such token") is None
     assert tokenizer.decode([0, *tokenizer.encode("text", bos=False), 1, 2, 10**6]) == "text"
+
+
+@given(st.lists(st.integers(0, 300), max_size=30))
+def test_any_ids_are_the_text_that_others_make_of_them(tokenizer: Tokenizer, ids: list[int]) -> None:
+    """Halves of characters and bytes that are none included; by the tokenizers library, without control tokens."""
+    theirs = tokenizers.Tokenizer.from_str(tokenizer.tokenizer_json).decode(ids, skip_special_tokens=True)
+    assert tokenizer.decode(ids) == theirs == tokenizer.text_bytes(ids).decode(errors="replace")
 
 
 def test_batch_equals_single(tokenizer: Tokenizer) -> None:

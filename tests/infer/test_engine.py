@@ -365,6 +365,29 @@ def test_streams_hold_back_half_characters(tokenizer: Tokenizer) -> None:
     assert stream.add(tokenizer.encode("🙂", bos=False)[:1]) == "" and stream.rest() == "\ufffd"
 
 
+def test_streams_come_to_the_text_however_the_tokens_are_cut(tokenizer: Tokenizer) -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        ids = [rng.randrange(tokenizer.vocab_size) for _ in range(rng.randint(1, 40))]
+        stream, pieces, left = TextStream(tokenizer), [], list(ids)
+        while left:
+            count = rng.randint(1, 5)
+            pieces.append(stream.add(left[:count]))
+            left = left[count:]
+        assert "".join(pieces) + stream.rest() == tokenizer.decode(ids)
+
+
+def test_what_decoding_brings_does_not_wait_for_prompts(tokenizer: Tokenizer) -> None:
+    engine = Engine(text_model(tokenizer), tokenizer, speculative=False)
+    first = engine.submit(Request("the cat", SamplingParams(max_tokens=8, ignore_eos=True)))
+    engine.step()
+    second = engine.submit(Request("sat on the mat", SamplingParams(max_tokens=8, ignore_eos=True)))
+    parts = engine.parts()
+    assert [update.generation for update in next(parts)] == [first] and not second.token_ids
+    assert [update.generation for update in next(parts)] == [second] and len(second.token_ids) == 1
+    assert next(parts, None) is None
+
+
 def test_wrong_calls_are_explained(tokenizer: Tokenizer) -> None:
     model = text_model(tokenizer)
     with pytest.raises(ValueError, match="must be a list"):

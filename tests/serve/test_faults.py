@@ -41,15 +41,15 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ru
 SLOW = """
 import sys, time
 from fathom.infer.engine import Engine
-step, count = Engine.step, 0
+parts, count = Engine.parts, 0
 def slow(self):
     global count
     count += 1
     if FAIL and count > 5:
         raise RuntimeError("made to fail by a test")
     time.sleep(0.02)
-    return step(self)
-Engine.step = slow
+    return parts(self)
+Engine.parts = slow
 from fathom.cli import main
 main()
 """
@@ -205,6 +205,42 @@ def test_a_port_in_use_is_named(model: Path, server: Running, tmp_path: Path) ->
         running(model, tmp_path / "log.txt", "--port", port),
     ):
         pass
+
+
+def endless(kind: str) -> Iterator[bytes]:
+    """A megabyte that is no body."""
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    if kind == "line":
+        yield b"GET /"
+        yield from [b"a" * 1000] * 1000
+    elif kind == "header":
+        yield head + b"X-Long: "
+        yield from [b"a" * 1000] * 1000
+    elif kind == "headers":
+        yield head
+        yield from [b"X-Many: " + b"a" * 990 + b"\r\n"] * 1000
+    else:
+        yield head + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n"
+        yield from [b"X-Many: " + b"a" * 990 + b"\r\n"] * 1000
+
+
+@pytest.mark.parametrize("kind", ["line", "header", "headers", "trailers"])
+def test_what_is_no_body_has_a_limit_too(server: Running, kind: str) -> None:
+    host, port = server.address.removeprefix("http://").split(":")
+    sent = 0
+    with socket.create_connection((host, int(port)), 10) as connection:
+        answer = b""
+        try:
+            for data in endless(kind):
+                connection.sendall(data)
+                sent += len(data)
+                time.sleep(0.001)
+            answer = connection.recv(1 << 16)
+        except OSError:  # it was closed on us
+            pass
+    assert sent < 900_000 or answer.startswith(b"HTTP/1.1 400"), (sent, answer)
+    assert httpx.get(f"{server.address}/health").status_code == 200
+    until_idle(server)
 
 
 @pytest.mark.oracle

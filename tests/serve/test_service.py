@@ -39,8 +39,8 @@ def engine(model: Path) -> Engine:
 
 
 async def ended(job: Job) -> None:
-    while not all(handle.finished for handle in job.handles):
-        await asyncio.wait_for(job.events.get(), 30)
+    while not job.handles or not all(handle.finished for handle in job.handles):
+        await asyncio.wait_for(job.news(), 30)
 
 
 class Breaks:
@@ -66,8 +66,8 @@ def test_an_exception_in_one_request_is_that_requests_alone(engine: Engine) -> N
     async def serve() -> tuple[Job, Job]:
         worker = Worker(engine)
         worker.start()
-        others = await worker.submit([Request("largest", params), Request("as 7", params)])
-        broken = await worker.submit([Request("größer", params, constraint=Breaks())])
+        others = worker.open(lambda: [Request("largest", params), Request("as 7", params)])
+        broken = worker.open(lambda: [Request("größer", params, constraint=Breaks())])
         await ended(broken)
         await ended(others)
         assert worker.alive and worker.failure is None
@@ -84,23 +84,22 @@ def test_an_exception_in_one_request_is_that_requests_alone(engine: Engine) -> N
 def test_a_cancelled_request_gives_its_pages_back_within_one_step(engine: Engine) -> None:
     """Steps are counted from the moment the client is known to have gone."""
     steps: list[int] = []
-    step = engine.step
+    parts = engine.parts
 
     def counted() -> Any:
         time.sleep(0.01)
-        news = step()
+        yield from parts()
         steps.append(engine.core.stats().pages_used)
-        return news
 
-    engine.step = counted  # type: ignore[method-assign]
+    engine.parts = counted  # type: ignore[method-assign]
 
     async def serve() -> int:
         worker = Worker(engine)
         worker.start()
-        job = await worker.submit([Request("f", SamplingParams(max_tokens=400, ignore_eos=True))])
-        await job.events.get()
+        job = worker.open(lambda: [Request("f", SamplingParams(max_tokens=400, ignore_eos=True))])
+        await job.news()
         assert engine.core.stats().pages_used > 0
-        worker.cancel(job)
+        worker.close(job)
         before = len(steps)
         while engine.has_work:
             await asyncio.sleep(0.001)
@@ -119,15 +118,17 @@ def test_many_tokens_a_second_are_handed_on_in_few_pieces(engine: Engine, monkey
         worker = Worker(engine)
         worker.start()
         params = SamplingParams(max_tokens=200, ignore_eos=True)
-        jobs = [await worker.submit([Request("f", params, stream=place)]) for place in range(3)]
-        told: list[list[int]] = []
-        for job in jobs:
-            events = [await job.events.get()]
+        jobs = [worker.open(lambda place=place: [Request("f", params, stream=place)]) for place in range(3)]
+
+        async def told(job: Job) -> list[int]:
+            events = await job.news()
             while not events[-1].finished:
-                events.append(await asyncio.wait_for(job.events.get(), 30))
-            told.append([event.tokens for event in events])
+                events += await asyncio.wait_for(job.news(), 30)
+            return [event.tokens for event in events]
+
+        tokens = await asyncio.gather(*map(told, jobs))
         await asyncio.to_thread(worker.stop)
-        return told
+        return tokens
 
     began = time.monotonic()
     for tokens in asyncio.run(serve()):
@@ -226,7 +227,7 @@ def test_a_dead_engine_turns_health_red(engine: Engine, monkeypatch: pytest.Monk
     def fail() -> Any:
         raise RuntimeError("made to fail by a test")
 
-    engine.step = fail  # type: ignore[method-assign]
+    engine.parts = fail  # type: ignore[method-assign]
     worker = Worker(engine)
     service = Service(engine, worker, "small", 30)
     app = make_app(service, describe(CONFIG, "small", engine, True), [], [], ["*"], 1 << 20)

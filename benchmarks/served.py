@@ -1,0 +1,63 @@
+"""`fathom serve` whose engine can also be asked without HTTP: what benchmarks/serve.py measures HTTP's cost with.
+
+    python benchmarks/served.py MODEL [flags of fathom serve]
+
+Each line of its input is a JSON list of [prompt, tokens]; it answers with the tokens per second at which the server's
+own engine, in the server's own thread, answers them by itself. Two processes differ by several percent for no other
+reason than where their memory lies, which is more than HTTP costs.
+"""
+
+import json
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import load
+
+from fathom import SamplingParams
+from fathom.cli import main
+from fathom.infer.engine import Engine, Request
+from fathom.serve import server
+from fathom.serve.worker import Worker
+
+AT_A_TIME = 32
+
+
+class Asked(Worker):
+    """A worker that standard input may ask too."""
+
+    def start(self) -> None:
+        super().start()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        for line in sys.stdin:
+            self._commands.put(self._measuring(json.loads(line)))
+
+    def _measuring(self, waiting: list[tuple[str, int]]) -> Callable[[], Any]:
+        return lambda: print(by_itself(self._engine, waiting), flush=True)
+
+
+def by_itself(engine: Engine, waiting: list[tuple[str, int]]) -> float:
+    """Tokens per second of the engine, given requests when a client would send them."""
+    queue, running, times = deque(waiting), set(), load.arrivals(AT_A_TIME)
+    began, tokens = time.perf_counter(), 0
+    arrival = began + next(times)
+    while True:
+        while len(running) < AT_A_TIME and queue and arrival <= time.perf_counter():
+            prompt, length = queue.popleft()
+            running.add(engine.submit(Request(prompt, SamplingParams(max_tokens=length, ignore_eos=True))))
+            arrival = began + next(times)
+        if not running and not queue:
+            return tokens / (time.perf_counter() - began)
+        for update in engine.step():
+            tokens += len(update.tokens)
+        running = {handle for handle in running if not handle.finished}
+
+
+if __name__ == "__main__":
+    server.Worker = Asked  # type: ignore[misc]
+    main(["serve", *sys.argv[1:]])
