@@ -29,8 +29,8 @@ _SNAPSHOT_SECONDS = 0.1
 """How old the engine's counts may be that others see."""
 
 _PIECES_PER_SECOND = 200.0
-"""How many pieces of answers are handed on at most, all requests together. A small model writes more tokens than that,
-and sending each of them by itself would take the processor from it. First pieces and last ones never wait."""
+"""How many pieces of answers are handed on at most, all requests together; first and last ones never wait. A
+small model writes more tokens than that, and sending each of them by itself would take the processor from it."""
 
 _PREPARING_THREADS = 8
 """How many requests are made ready at one time. Each takes a processor from the engine; a long one must not hold up
@@ -51,7 +51,7 @@ class Event(NamedTuple):
 
 @dataclass(eq=False)
 class Job:
-    """The choices of one HTTP request, on their way to the engine and through it. It belongs to the event loop."""
+    """The choices of one HTTP request, on their way to the engine and through it."""
 
     handles: list[Generation] = field(default_factory=list)
     """The engine's; none before it has taken the request."""
@@ -66,7 +66,7 @@ class Job:
     _waiter: "asyncio.Future[None] | None" = None
 
     def tell(self, news: Event | Exception) -> None:
-        """What came of it, or why nothing will come any more."""
+        """What came of it, or why nothing will come any more. In the event loop, as `news`."""
         if isinstance(news, Exception):
             self._failure = news
         else:
@@ -180,7 +180,7 @@ class Worker:
                 self._loop.call_soon_threadsafe(self._tell_death, error)
 
     def _obey(self) -> None:
-        """Do what coroutines asked for; with nothing else to do, wait for it."""
+        """Do what others asked for; with nothing else to do, wait for it."""
         with contextlib.suppress(queue.Empty):
             if not self._engine.has_work:
                 self._commands.get(timeout=_IDLE_SECONDS)()
