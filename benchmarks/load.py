@@ -35,6 +35,8 @@ class Asked:
     came: list[tuple[float, bytes]] = field(default_factory=list)
     over: bool = False
     """The answer has ended."""
+    reused: bool = False
+    """It was sent on a connection that had been used before."""
 
     def read(self) -> "Answer":
         """Afterwards: take the bytes apart."""
@@ -94,7 +96,8 @@ def run(address: tuple[str, int], body: Body, waiting: Iterable[Asked], clients:
                 empty = True
                 break
             arrival = began + next(times)
-            connection = _open_still(idle) or socket.create_connection(address)
+            before = _open_still(idle)
+            connection, asked.reused = before or socket.create_connection(address), before is not None
             _send(connection, address[0], body(asked), asked)
             selector.register(connection, selectors.EVENT_READ, asked)
             sent.append(asked)
@@ -103,6 +106,13 @@ def run(address: tuple[str, int], body: Body, waiting: Iterable[Asked], clients:
         for key, _ in selector.select(max(pause, 0.0)):
             connection: socket.socket = key.fileobj  # type: ignore[assignment]
             asked, data = key.data, connection.recv(65536)
+            if not data and asked.reused and not asked.came:  # closed at the moment of asking: asked anew
+                selector.unregister(connection)
+                connection.close()
+                connection, asked.reused = socket.create_connection(address), False
+                _send(connection, address[0], body(asked), asked)
+                selector.register(connection, selectors.EVENT_READ, asked)
+                continue
             asked.came.append((time.perf_counter(), data))
             asked.over = not data or _ends(asked.came)
             if asked.over:
@@ -156,7 +166,8 @@ def _open_still(idle: list[socket.socket]) -> socket.socket | None:
 def _ends(came: list[tuple[float, bytes]]) -> bool:
     """Whether the response is complete."""
     if b"chunked" in came[0][1]:
-        return came[-1][1].endswith(b"0\r\n\r\n")  # the empty chunk; one of events ends with empty lines
+        # The empty chunk: those of events end with empty lines, and headers may end with a number.
+        return b"".join(data for _, data in came[-3:]).endswith(b"\r\n0\r\n\r\n")
     raw = b"".join(data for _, data in came)
     length = re.search(rb"(?i)content-length: (\d+)", raw)
     return length is not None and len(raw) >= raw.find(b"\r\n\r\n") + 4 + int(length[1])
