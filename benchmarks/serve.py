@@ -237,7 +237,7 @@ def cost_of_http(server: Server, draw: Any, rounds: int) -> list[tuple[float, fl
         elif time.perf_counter() - began < 30:
             times = 2
         else:
-            rounds = max(rounds // 5, 1)
+            rounds = max(rounds // 5, 3)
         turn += 1
     print("through HTTP / alone:", ", ".join(f"{a:.0f}/{b:.0f}" for a, b in pairs))
     return pairs

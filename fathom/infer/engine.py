@@ -206,16 +206,16 @@ class TextStream:
         self._tokenizer = tokenizer
         # Tokens are bytes, so whole characters depend on no token before.
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._open = False
-        """Whether it is in the middle of a character."""
+        self.within = False
+        """Whether the last token ended within a character."""
 
     def add(self, tokens: Sequence[int]) -> str:
         """The text that these tokens complete."""
         new = self._tokenizer.text_bytes(tokens)
-        if new.isascii() and not self._open:
+        if new.isascii() and not self.within:
             return new.decode("ascii")
         text = self._decoder.decode(new)
-        self._open = self._decoder.getstate()[0] != b""
+        self.within = self._decoder.getstate()[0] != b""
         return text
 
     def rest(self) -> str:

@@ -75,6 +75,9 @@ class Choice:
             return self._release(cut, whole=False)
         self.finish_reason = ended
         waiting = 0 if ended is not None else self._undecided(text)
+        if ended is None and self._text.within and self._held:
+            # It may begin with whole characters; if the answer ends here, the rest of the last one is its own.
+            waiting = max(waiting, len(self._held[-1].text))
         return self._release(len(text) - waiting, whole=ended is not None)
 
     def routing(self) -> list[dict[str, Any]]:

@@ -1,0 +1,30 @@
+"""One choice as its tokens come, without a server."""
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the server needs fastapi")
+from fathom.data.tokenizer import train_tokenizer
+from fathom.infer.reports import Generation
+from fathom.infer.sampler import SamplingParams
+from fathom.serve.answer import Choice
+
+TOKENIZER = train_tokenizer(["aé aè aê aë aà aâ " * 50], 400)
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("stops", [[], ["never"]])
+def test_an_answer_may_end_within_a_character(each: bool, stops: list[str]) -> None:
+    """Also after a token that begins with a whole one, and when the token that ends the answer comes later."""
+    whole_and_half = next(
+        token for token in range(TOKENIZER.vocab_size) if TOKENIZER.text_bytes([token]).endswith(b"a\xc3")
+    )
+    generation = Generation([0], SamplingParams(), token_ids=[whole_and_half])
+    choice = Choice(generation, TOKENIZER, stops, each)
+    pieces = choice.take(1, finished=False)
+    generation.token_ids.append(TOKENIZER.eos_id)
+    generation.finish_reason = "stop"
+    pieces += choice.take(2, finished=True)
+    assert "".join(piece.text for piece in pieces) == TOKENIZER.decode(generation.token_ids)
+    assert choice.finish_reason == "stop" and choice.made == 2
+    if each:
+        assert [piece.token for piece in pieces] == [whole_and_half]
