@@ -31,12 +31,12 @@ from torch import Tensor
 
 from fathom import presets
 from fathom.checkpoint.convert import convert, convert_gguf
-from fathom.checkpoint.huggingface import staged, write_config
+from fathom.checkpoint.hf.model import staged, write_config
+from fathom.checkpoint.hf.name_mapping import released_tensors
+from fathom.checkpoint.hf.safetensors_io import check_disk, sync
+from fathom.checkpoint.hf.save import plan, write_tensors
+from fathom.checkpoint.hf.weights import Entry, blank_model
 from fathom.checkpoint.info import weight_bytes
-from fathom.checkpoint.names import released_tensors
-from fathom.checkpoint.shards import check_disk, sync
-from fathom.checkpoint.weights import Entry, blank_model
-from fathom.checkpoint.writing import plan, write_tensors
 from fathom.model.config import ModelConfig
 
 SHARD_BYTES = 10**9

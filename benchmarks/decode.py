@@ -25,24 +25,24 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from decoders import Asked, Fathom, LlamaCpp, Steps, Transformers, llama_cpp, random_prompts
+from fathom.checkpoint.gguf.writer import save_gguf
 from llama_drafting import LlamaDrafting
 from rich.console import Console
 from rich.table import Table
 from side import cpu_model
 
 from fathom import presets
-from fathom.checkpoint.gguf import save_gguf
-from fathom.checkpoint.huggingface import load_model, save_model
+from fathom.checkpoint.hf.model import load_model, save_model
 from fathom.config import atomic_write, from_json
-from fathom.data.pack import Prepared, open_prepared
-from fathom.data.stream import TokenRows
+from fathom.data.dataset import TokenRows
+from fathom.data.tokenize import Prepared, open_prepared
+from fathom.engine.core import Core
+from fathom.engine.sampling.sampler import SamplingParams
 from fathom.eval.bits import evaluate
-from fathom.infer.core import Core
-from fathom.infer.quantize import quantized
-from fathom.infer.sampler import SamplingParams
 from fathom.model.config import ModelConfig
 from fathom.model.transformer import Model
-from fathom.train.hardware import keep_freed_memory, matmul_flops
+from fathom.quantization.weight_only import quantized
+from fathom.runtime.hardware import keep_freed_memory, matmul_flops
 from fathom.train.run import Run
 from fathom.train.setup import rows_of
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
-from fathom.infer.core import Core
-from fathom.infer.sampler import SamplingParams
+from fathom.engine.core import Core
+from fathom.engine.sampling.sampler import SamplingParams
 from fathom.model.transformer import Model
 
 try:

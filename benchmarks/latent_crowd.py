@@ -8,7 +8,7 @@ from itertools import cycle
 import torch
 from triton.testing import do_bench
 
-from fathom.ops.gpu.attention import Places, Scratch, paged_latent_attention
+from fathom.ops.attention.triton import Places, Scratch, paged_latent_attention
 from fathom.ops.rope import Rope
 
 _LATENT, _ROPE, _PAGE = 512, 64, 64

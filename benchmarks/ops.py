@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fathom.ops import experts
+from fathom.ops import cpu
 from fathom.ops.attention import expanded_attention, expanded_attention_reference
-from fathom.ops.cpu import build
 from fathom.ops.linear import linear, linear_reference
 from fathom.ops.loss import linear_cross_entropy, linear_cross_entropy_reference
+from fathom.ops.moe import experts
 from fathom.ops.rope import Rope, apply_rope
-from fathom.train.hardware import keep_freed_memory, matmul_flops
+from fathom.runtime.hardware import keep_freed_memory, matmul_flops
 
 _TURNS = 9
 _DTYPE = torch.bfloat16
@@ -56,10 +56,10 @@ def timed(versions: dict[str, Callable[[], None]]) -> dict[str, float]:
 
 
 def plain(call: Callable[[], None]) -> Callable[[], None]:
-    """The same without the kernels of fathom/ops/cpu."""
+    """The same without the kernels of fathom/ops."""
 
     def run() -> None:
-        with build.disabled():
+        with cpu.disabled():
             call()
 
     return run

@@ -22,12 +22,12 @@ from side import KNOWS_PEAK_MEMORY
 
 from fathom import presets
 from fathom.config import atomic_write, from_json, to_json
-from fathom.data.stream import Batch
+from fathom.data.dataset import Batch
+from fathom.distributed.ranks import Ranks
+from fathom.lab.planner.local.report import plan_here
 from fathom.model.transformer import Model
-from fathom.parallel.data import Ranks
-from fathom.study.plan.here.report import plan_here
-from fathom.train.hardware import keep_freed_memory
-from fathom.train.loop import optimizer_step
+from fathom.runtime.hardware import keep_freed_memory
+from fathom.train.pretrain import optimizer_step
 from fathom.train.run import Run
 from fathom.train.setup import TrainState, state_around
 

@@ -14,14 +14,14 @@ import torch
 from side import tilt_routers
 from train_gpu import specs
 
-from fathom.data.stream import Batch
+from fathom.data.dataset import Batch
+from fathom.distributed.ranks import Ranks
+from fathom.lab.planner.local.gpu_rates import GpuMachine
+from fathom.lab.planner.local.gpu_step import gpu_step_time
+from fathom.lab.planner.local.report import shape_of
 from fathom.model.transformer import Model
-from fathom.parallel.data import Ranks
-from fathom.study.plan.here.gpu_rates import GpuMachine
-from fathom.study.plan.here.gpu_step import gpu_step_time
-from fathom.study.plan.here.report import shape_of
 from fathom.train.gpu_memory import gpu_memory
-from fathom.train.loop import optimizer_step
+from fathom.train.pretrain import optimizer_step
 from fathom.train.run import OptimizerConfig, Run, TrainConfig
 from fathom.train.setup import state_around
 

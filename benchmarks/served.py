@@ -19,7 +19,7 @@ import load
 
 from fathom import SamplingParams
 from fathom.cli import main
-from fathom.infer.engine import Engine, Request
+from fathom.engine.engine import Engine, Request
 from fathom.serve import server
 from fathom.serve.worker import Worker
 

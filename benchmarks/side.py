@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fathom.config import from_json
-from fathom.data.stream import Batch
+from fathom.data.dataset import Batch
 from fathom.model.config import ModelConfig
 from fathom.model.transformer import Model
-from fathom.train.hardware import keep_freed_memory
+from fathom.runtime.hardware import keep_freed_memory
 from fathom.train.loss import Objective, target_counts
 from fathom.train.optim import build_optimizers
 from fathom.train.run import OptimizerConfig

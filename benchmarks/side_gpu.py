@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fathom.config import from_json
-from fathom.data.stream import Batch
+from fathom.data.dataset import Batch
+from fathom.distributed.ranks import Ranks
 from fathom.model.config import ModelConfig
 from fathom.model.transformer import Model
-from fathom.parallel.data import Ranks
-from fathom.train.hardware import matmul_flops
-from fathom.train.loop import optimizer_step
+from fathom.runtime.hardware import matmul_flops
+from fathom.train.pretrain import optimizer_step
 from fathom.train.run import OptimizerConfig, Run, TrainConfig
 from fathom.train.setup import state_around
 

@@ -27,7 +27,7 @@ from side import KNOWS_PEAK_MEMORY, Spec, cpu_model
 from fathom.config import atomic_write
 from fathom.model.config import ModelConfig
 from fathom.presets import bench_small
-from fathom.train.hardware import missing_for_compile
+from fathom.runtime.hardware import missing_for_compile
 
 _TURNS, _QUICK_TURNS = 11, 3
 _BATCH, _QUICK_BATCH = 8, 4

@@ -10,13 +10,13 @@ answers = engine.generate(["def a(", "class B"], fathom.SamplingParams(temperatu
 """
 
 from fathom import presets
-from fathom.checkpoint.huggingface import load_model, save_model
+from fathom.checkpoint.hf.model import load_model, save_model
 from fathom.data.tokenizer import load_tokenizer
-from fathom.infer.engine import Completion, Engine, Request, generate
-from fathom.infer.quantize import quantized
-from fathom.infer.sampler import SamplingParams
+from fathom.engine.engine import Completion, Engine, Request, generate
+from fathom.engine.sampling.sampler import SamplingParams
 from fathom.model.config import ModelConfig
 from fathom.model.transformer import Model
+from fathom.quantization.weight_only import quantized
 
 __all__ = [
     "Completion",

@@ -11,7 +11,7 @@ from tests.conftest import fail_absent_judge
         ("tests/oracle/test_llama.py::test_drafts", "true", "failed"),
         ("tests/serve/test_page.py", "true", "failed"),
         ("tests/oracle/test_llama.py::test_drafts", "", "skipped"),
-        ("tests/ops/test_build.py::test_kernels", "true", "skipped"),
+        ("tests/runtime/test_cpp.py::test_kernels", "true", "skipped"),
     ],
 )
 def test_absent_judges(node: str, ci: str, outcome: str, monkeypatch: pytest.MonkeyPatch) -> None:

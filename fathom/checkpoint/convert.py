@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fathom.checkpoint import fp8
-from fathom.checkpoint.card import display_name, write_card
-from fathom.checkpoint.directory import model_directory
-from fathom.checkpoint.huggingface import staged, write_config
-from fathom.checkpoint.shards import CheckpointError, check_disk
-from fathom.checkpoint.weights import StoredWeights, Weights, bands
-from fathom.checkpoint.writing import SHARD_BYTES, Planned, Storage, Verified, plan, write_tensors
+from fathom.checkpoint.hf.directory import model_directory
+from fathom.checkpoint.hf.model import staged, write_config
+from fathom.checkpoint.hf.model_card import display_name, write_card
+from fathom.checkpoint.hf.safetensors_io import CheckpointError, check_disk
+from fathom.checkpoint.hf.save import SHARD_BYTES, Planned, Storage, Verified, plan, write_tensors
+from fathom.checkpoint.hf.weights import StoredWeights, Weights, bands
 from fathom.data.tokenizer import load_tokenizer
+from fathom.quantization import fp8
 
 if TYPE_CHECKING:
-    from fathom.checkpoint.gguf_tensors import DType
+    from fathom.checkpoint.gguf.tensors import DType
 
 _COMPANIONS = (
     "tokenizer.json",
@@ -81,7 +81,7 @@ def convert_gguf(
     Raises CheckpointError for a source that cannot be loaded, ValueError for what llama.cpp would run differently,
     where the disk is too full and where the comparison fails, ImportError without the gguf package.
     """
-    from fathom.checkpoint.gguf import write_gguf
+    from fathom.checkpoint.gguf.writer import write_gguf
 
     directory, target = model_directory(source), Path(out)
     weights = StoredWeights(directory)

@@ -5,13 +5,13 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from fathom.checkpoint import fp8
-from fathom.checkpoint.directory import INDEX, SINGLE, load_config, model_directory, stored_tensors
-from fathom.checkpoint.names import place, released_tensors
-from fathom.checkpoint.shards import CheckpointError
-from fathom.checkpoint.weights import Entry, blank_model
-from fathom.checkpoint.writing import plan
+from fathom.checkpoint.hf.directory import INDEX, SINGLE, load_config, model_directory, stored_tensors
+from fathom.checkpoint.hf.name_mapping import place, released_tensors
+from fathom.checkpoint.hf.safetensors_io import CheckpointError
+from fathom.checkpoint.hf.save import plan
+from fathom.checkpoint.hf.weights import Entry, blank_model
 from fathom.model.config import ModelConfig, ParameterCounts
+from fathom.quantization import fp8
 
 _CACHE_BYTES = 2
 """Of a cached number: the cache is bfloat16."""

@@ -8,15 +8,15 @@ import torch
 import tyro
 from rich.console import Console
 
-from fathom.checkpoint.directory import model_directory
-from fathom.checkpoint.huggingface import load_model
+from fathom.checkpoint.hf.directory import model_directory
+from fathom.checkpoint.hf.model import load_model
 from fathom.config import ConfigError
 from fathom.data.tokenizer import load_tokenizer
-from fathom.infer.engine import Engine, Request, TextStream
-from fathom.infer.quantize import quantized
-from fathom.infer.sampler import SamplingParams
-from fathom.ops.quantized import Precision
-from fathom.train.hardware import keep_freed_memory
+from fathom.engine.engine import Engine, Request, TextStream
+from fathom.engine.sampling.sampler import SamplingParams
+from fathom.quantization.integer import Precision
+from fathom.quantization.weight_only import quantized
+from fathom.runtime.hardware import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ChatCommand:
 
 def run(words: list[str]) -> None:
     try:
-        from fathom.data.chat import ChatTemplate
+        from fathom.data.chat_template import ChatTemplate
     except ModuleNotFoundError as error:
         raise ConfigError(f"fathom chat needs {error.name}: pip install 'fathom-lm[serve]'") from error
     command = tyro.cli(ChatCommand, args=words, prog="fathom chat")

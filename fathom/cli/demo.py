@@ -2,7 +2,7 @@
 
 import tyro
 
-from fathom.study.demo import DemoCommand, run_demo
+from fathom.lab.demo.command import DemoCommand, run_demo
 
 
 def run(words: list[str]) -> None:

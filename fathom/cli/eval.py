@@ -10,8 +10,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fathom.checkpoint.directory import model_directory
-from fathom.checkpoint.huggingface import load_model
+from fathom.checkpoint.hf.directory import model_directory
+from fathom.checkpoint.hf.model import load_model
 from fathom.config import ConfigError, atomic_write
 from fathom.data.tokenizer import Tokenizer, load_tokenizer
 from fathom.eval.likelihood import text_bits

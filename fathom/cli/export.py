@@ -7,7 +7,7 @@ from typing import Literal
 import tyro
 
 from fathom.checkpoint.convert import convert, convert_gguf
-from fathom.checkpoint.writing import Verified
+from fathom.checkpoint.hf.save import Verified
 from fathom.config import ConfigError
 
 

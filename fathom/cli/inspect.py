@@ -2,7 +2,7 @@
 
 import tyro
 
-from fathom.study.inspect.command import InspectCommand, run_inspect
+from fathom.lab.inspector.command import InspectCommand, run_inspect
 
 
 def run(words: list[str]) -> None:

@@ -1,6 +1,6 @@
 """`fathom plan`: what training and serving a model takes, before it is tried."""
 
-from fathom.study.plan.command import plan_command
+from fathom.lab.planner.command import plan_command
 
 
 def run(words: list[str]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tyro
 
-from fathom.checkpoint.publish import push
+from fathom.checkpoint.hf.hub import push
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import tyro
 
-from fathom.study.claims.command import StudyCommand, run_studies
+from fathom.lab.ablations.command import StudyCommand, run_studies
 
 
 def run(words: list[str]) -> None:

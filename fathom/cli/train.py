@@ -8,8 +8,8 @@ import tyro
 
 from fathom import presets
 from fathom.config import ConfigError, load_json, to_json
-from fathom.parallel.data import data_parallel
-from fathom.train.loop import train
+from fathom.distributed.ranks import data_parallel
+from fathom.train.pretrain import train
 from fathom.train.run import Run
 
 _USAGE = f"""\

@@ -8,8 +8,8 @@ so `Evaluation.mtp_agreement`, taken on real text, belongs beside it.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fathom.infer.core import Core
-from fathom.infer.sampler import SamplingParams
+from fathom.engine.core import Core
+from fathom.engine.sampling.sampler import SamplingParams
 from fathom.model.transformer import Model
 
 _ROWS = 64

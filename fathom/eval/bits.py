@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fathom.data.stream import PADDING_DOCUMENT, Batch, targets
+from fathom.data.dataset import PADDING_DOCUMENT, Batch, targets
 from fathom.model.balance import max_violation
 from fathom.model.layers import at_least_float32
 from fathom.model.transformer import Model, States

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from fathom.data.tokenizer import Tokenizer
+from fathom.engine.engine import Engine, Request
+from fathom.engine.outputs import Generation
+from fathom.engine.sampling.sampler import SamplingParams
 from fathom.eval.likelihood import Continuation, likelihoods, windows
-from fathom.infer.engine import Engine, Request
-from fathom.infer.reports import Generation
-from fathom.infer.sampler import SamplingParams
 from fathom.model.transformer import Model
 
 try:

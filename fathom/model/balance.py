@@ -10,7 +10,7 @@ Shapes: B sequences, S tokens each, E experts, K experts per token.
 import torch
 from torch import Tensor
 
-from fathom.ops.routing import select_experts
+from fathom.ops.moe.routing import select_experts
 
 
 def updated_bias(bias_E: Tensor, load_E: Tensor, speed: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from fathom.model.cached import LayerCache
+from fathom.model.cached_batch import LayerCache
 from fathom.model.config import ModelConfig
 from fathom.model.layers import RMSNorm, SwiGLU
 from fathom.model.mla import MultiHeadLatentAttention

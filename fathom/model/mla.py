@@ -14,12 +14,12 @@ C latent rank, Q query rank, W = C+R, X = P+R.
 import torch
 from torch import Tensor, nn
 
-from fathom.model.cached import LayerCache, Piece, RaggedPiece
+from fathom.model.cached_batch import LayerCache, Piece, RaggedPiece
 from fathom.model.config import ModelConfig
 from fathom.model.layers import LATENT_NORM_EPS, Linear, RMSNorm
 from fathom.model.rope import softmax_scale
 from fathom.ops.attention import expanded_attention, latent_attention, ragged_attention
-from fathom.ops.latents import latents, write_latents
+from fathom.ops.attention.kv_cache import latents, write_latents
 from fathom.ops.rope import Rope, apply_rope
 
 

@@ -15,7 +15,7 @@ from fathom.model.balance import sequence_balance_loss
 from fathom.model.config import ModelConfig
 from fathom.model.layers import SwiGLU
 from fathom.model.router import Router
-from fathom.ops.experts import dispatch, routed_experts
+from fathom.ops.moe.experts import dispatch, routed_experts
 
 
 class RouterFacts(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fathom.model.block import Block
-from fathom.model.cached import LayerCache
+from fathom.model.cached_batch import LayerCache
 from fathom.model.config import ModelConfig
 from fathom.model.layers import Linear, RMSNorm
 from fathom.model.moe import RouterFacts

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from fathom.model.config import ModelConfig
 from fathom.ops import gpu
-from fathom.ops.routing import route, select_experts, select_experts_reference
-from fathom.ops.wide import wide_linear
+from fathom.ops.linear.fp32 import wide_linear
+from fathom.ops.moe.routing import route, select_experts, select_experts_reference
 
 
 class Routing(NamedTuple):

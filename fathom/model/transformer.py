@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fathom.model.block import Block
-from fathom.model.cached import Batch, Routed
+from fathom.model.cached_batch import Batch, Routed
 from fathom.model.config import ModelConfig
 from fathom.model.layers import Linear, RMSNorm
 from fathom.model.moe import Experts, RouterFacts

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fathom.data.tokenizer import Tokenizer
-from fathom.infer.choose import TokenLogprob
-from fathom.infer.engine import TextStream
-from fathom.infer.reports import Generation
+from fathom.engine.engine import TextStream
+from fathom.engine.outputs import Generation
+from fathom.engine.sampling.verify import TokenLogprob
 
 
 @dataclass(slots=True)

@@ -17,19 +17,19 @@ import uvicorn
 import uvloop
 from rich.console import Console
 
-from fathom.checkpoint.directory import model_directory
-from fathom.checkpoint.huggingface import load_model
+from fathom.checkpoint.hf.directory import model_directory
+from fathom.checkpoint.hf.model import load_model
 from fathom.config import ConfigError
 from fathom.data.tokenizer import Tokenizer, load_tokenizer
-from fathom.infer.engine import Engine
-from fathom.infer.quantize import quantized
-from fathom.ops.quantized import Precision
+from fathom.engine.engine import Engine
+from fathom.quantization.integer import Precision
+from fathom.quantization.weight_only import quantized
+from fathom.runtime.hardware import keep_freed_memory
 from fathom.serve.app import make_app
 from fathom.serve.service import Service
 from fathom.serve.status import describe
 from fathom.serve.wire import Protocol
 from fathom.serve.worker import Worker
-from fathom.train.hardware import keep_freed_memory
 
 KEY_VARIABLE = "FATHOM_API_KEY"
 

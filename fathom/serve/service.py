@@ -5,11 +5,11 @@ import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fathom.data.chat import ChatError, ChatTemplate
+from fathom.data.chat_template import ChatError, ChatTemplate
 from fathom.data.tokenizer import Tokenizer
-from fathom.infer.engine import Engine, Request
-from fathom.infer.sampler import SamplingParams
-from fathom.infer.scheduler import QueueFull
+from fathom.engine.engine import Engine, Request
+from fathom.engine.sampling.sampler import SamplingParams
+from fathom.engine.scheduler import QueueFull
 from fathom.serve.errors import ApiError
 from fathom.serve.grammar import GrammarError, Grammars
 from fathom.serve.metrics import Metrics

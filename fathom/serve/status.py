@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from fathom.infer.engine import Engine
+from fathom.engine.engine import Engine
 from fathom.model.config import ModelConfig
 from fathom.serve.worker import Worker
 

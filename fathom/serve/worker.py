@@ -16,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from fathom.infer.engine import Engine, Request
-from fathom.infer.reports import Generation, Stats, Update
+from fathom.engine.engine import Engine, Request
+from fathom.engine.outputs import Generation, Stats, Update
 
 _IDLE_SECONDS = 0.5
 """How long the thread sleeps at most when there is nothing to do."""

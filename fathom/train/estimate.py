@@ -66,7 +66,7 @@ def _activation_bytes(run: Run, dtype: torch.dtype) -> int:
     config, train = run.model, run.train
     heads, length = config.num_attention_heads, train.sequence_length
     attention = heads * (2 * config.qk_head_dim + 2 * config.v_head_dim) + 2 * config.cache_width
-    # Of short sequences alone are they kept (fathom/ops/attention.py).
+    # Of short sequences alone are they kept (fathom/ops/attention).
     probabilities = heads * length * 3 // 4 if length <= 1024 else 0
     width = config.moe_intermediate_size
     routed = config.num_experts_per_tok * 2 * width + config.hidden_size

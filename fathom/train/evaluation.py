@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from fathom.config import atomic_write
-from fathom.data.pack import Prepared
-from fathom.data.stream import Batch
+from fathom.data.dataset import Batch
+from fathom.data.tokenize import Prepared
 from fathom.eval.acceptance import draft_acceptance
 from fathom.eval.bits import Evaluation, evaluate
 from fathom.model.transformer import Model

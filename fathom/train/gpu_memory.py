@@ -50,7 +50,7 @@ def gpu_memory(run: Run, itemsize: int) -> GpuMemory:
     matrices = numbers - _never_narrow(config)
     copies = itemsize * matrices if itemsize < _FLOAT32 else 0
     passes = -(-run.train.batch_size // run.train.micro_batch_size)
-    # The first micro-batch's gradients wait in the activations' type for the second's (fathom/train/narrow.py).
+    # The first micro-batch's gradients wait in the activations' type for the second's (fathom/train/bf16_weights.py).
     whole = _FLOAT32 * numbers
     before = {1: 0, 2: itemsize * matrices + _FLOAT32 * (numbers - matrices)}.get(passes, whole)
     kept, last, losses = _kept(run, itemsize)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fathom.data.stream import Batch, targets
+from fathom.data.dataset import Batch, targets
 from fathom.model.transformer import Model
 from fathom.ops.loss import IGNORE, linear_cross_entropy
 

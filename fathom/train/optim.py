@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from fathom.model.layers import Linear
 from fathom.model.moe import Experts
 from fathom.model.transformer import Model
-from fathom.ops.precision import bfloat16_is_emulated
+from fathom.runtime.precision import bfloat16_is_emulated
 from fathom.train.run import OptimizerConfig
 
 _MUON_MOMENTUM = 0.95

@@ -88,7 +88,7 @@ class TrainConfig:
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the activations; auto takes bfloat16 where a short timing finds it faster. Weights stay float32."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile for the layers; auto compiles on a GPU (a CPU has kernels of its own, in fathom/ops/cpu)."""
+    """torch.compile for the layers; auto compiles on a GPU (a CPU has kernels of its own, in fathom/ops)."""
     recompute: bool = False
     """Keep each layer's input alone for the backward pass and run the layer forward again there."""
     eval_every: int = 200

@@ -7,17 +7,17 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fathom.checkpoint.huggingface import load_config, load_model, model_directory
-from fathom.checkpoint.resume import load_average, load_state, step_of
+from fathom.checkpoint.hf.model import load_config, load_model, model_directory
+from fathom.checkpoint.training_state import load_average, load_state, step_of
 from fathom.config import ConfigError
-from fathom.data.pack import Prepared, open_prepared, prepare
-from fathom.data.stream import TokenRows
+from fathom.data.dataset import TokenRows
+from fathom.data.tokenize import Prepared, open_prepared, prepare
+from fathom.distributed.ranks import Ranks
 from fathom.model.config import ModelConfig
 from fathom.model.transformer import Model
-from fathom.parallel.data import Ranks
-from fathom.train.hardware import faster_dtype
+from fathom.runtime.hardware import faster_dtype
+from fathom.train.bf16_weights import NarrowCopy
 from fathom.train.loss import Objective
-from fathom.train.narrow import NarrowCopy
 from fathom.train.optim import WeightAverage, build_optimizers
 from fathom.train.run import Run
 
@@ -76,7 +76,7 @@ def resolve(run: Run, prepared: Prepared, ranks: Ranks) -> Run:
         choice = ranks.from_first(str(faster_dtype(ranks.device)).removeprefix("torch."))
         train = replace(train, compute="bfloat16" if choice == "bfloat16" else "float32")
     if train.compile == "auto":
-        # On a CPU the kernels of fathom/ops/cpu are as fast and need no minute of compiling (docs/log.md).
+        # On a CPU the kernels of fathom/ops are as fast and need no minute of compiling (docs/log.md).
         train = replace(train, compile="on" if ranks.device.type == "cuda" else "off")
     return replace(run, model=model, train=train)
 

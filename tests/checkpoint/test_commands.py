@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 import torch
 
-from fathom.checkpoint.huggingface import load_model, save_model
+from fathom.checkpoint.hf.model import load_model, save_model
 from fathom.cli import main
 from fathom.data.tokenizer import load_tokenizer, train_tokenizer
 from tests.model.configs import lively_model, tiny
@@ -45,7 +45,7 @@ def test_export_to_gguf_writes_what_save_gguf_writes(
     directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gguf = pytest.importorskip("gguf", reason="the gguf package is not installed")
-    from fathom.checkpoint.gguf import save_gguf
+    from fathom.checkpoint.gguf.writer import save_gguf
 
     main(["export", str(directory), "--to", "gguf", "--dtype", "q8_0", "--out", str(tmp_path / "gguf")])
     file = tmp_path / "gguf" / "model-q8_0.gguf"

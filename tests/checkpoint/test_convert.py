@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fathom.checkpoint import fp8, shards, writing
 from fathom.checkpoint.convert import convert
-from fathom.checkpoint.huggingface import CheckpointError, load_model, save_model
+from fathom.checkpoint.hf import safetensors_io as shards
+from fathom.checkpoint.hf import save as writing
+from fathom.checkpoint.hf.model import CheckpointError, load_model, save_model
 from fathom.data.tokenizer import load_tokenizer, train_tokenizer
 from fathom.model.config import ModelConfig
 from fathom.model.transformer import Model
+from fathom.quantization import fp8
 from tests.model.configs import lively_model, model_configs, tiny
 
 WIDE = tiny(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from fathom.checkpoint.huggingface import load_config, save_model
+from fathom.checkpoint.hf.model import load_config, save_model
 from fathom.cli import main
 from fathom.data.tokenizer import train_tokenizer
 from tests.model.configs import lively_model, tiny

@@ -13,11 +13,11 @@ from torch import nn
 
 from fathom import presets
 from fathom.checkpoint import info as info_module
-from fathom.checkpoint.huggingface import CheckpointError, save_model
+from fathom.checkpoint.hf.model import CheckpointError, save_model
+from fathom.checkpoint.hf.safetensors_io import StoredTensor
 from fathom.checkpoint.info import model_info, weight_bytes
-from fathom.checkpoint.shards import StoredTensor
 from fathom.cli import main
-from fathom.infer.quantize import quantized
+from fathom.quantization.weight_only import quantized
 from tests.model.configs import lively_model, tiny
 
 EVEN = tiny(

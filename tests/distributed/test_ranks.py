@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fathom.checkpoint.resume import checkpoints
+from fathom.checkpoint.training_state import checkpoints
 from fathom.metrics import read_metrics
 
 pytestmark = pytest.mark.distributed

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from fathom.engine.core import Core
+from fathom.engine.outputs import Generation
+from fathom.engine.sampling.sampler import SamplingParams
 from fathom.eval import acceptance
 from fathom.eval.acceptance import draft_acceptance
-from fathom.infer.core import Core
-from fathom.infer.reports import Generation
-from fathom.infer.sampler import SamplingParams
 from fathom.model.config import ModelConfig
 from fathom.model.transformer import Model
 from tests.model.configs import lively_model, tiny

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fathom.data.stream import PADDING_DOCUMENT, Batch
+from fathom.data.dataset import PADDING_DOCUMENT, Batch
 from fathom.eval import bits
 from fathom.eval.bits import Evaluation, evaluate
 from fathom.model.config import ModelConfig

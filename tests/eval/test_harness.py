@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fathom.checkpoint.huggingface import load_model, save_model
+from fathom.checkpoint.hf.model import load_model, save_model
 from fathom.cli import main
 from fathom.data.tokenizer import load_tokenizer, train_tokenizer
 from fathom.eval.likelihood import text_bits

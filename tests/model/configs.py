@@ -7,7 +7,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fathom.model.cached import Batch, Piece, RaggedPiece
+from fathom.model.cached_batch import Batch, Piece, RaggedPiece
 from fathom.model.config import ModelConfig, YarnScaling
 from fathom.model.transformer import Model
 from fathom.ops.attention import Lengths

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fathom.config import ConfigError
 from fathom.model.config import ModelConfig, YarnScaling
 from fathom.model.transformer import Model
-from fathom.ops.cpu import build
+from fathom.ops import cpu
 from tests.model.configs import lively_model, model_configs, random_tokens, tiny
 
 V3 = ModelConfig()
@@ -346,7 +346,7 @@ def test_flops_equal_torchs_count_of_a_dense_model(changes: dict[str, Any]) -> N
     config = tiny(first_k_dense_replace=3, **changes)
     batch, length = 2, 16
     model, tokens_BS = lively_model(config), random_tokens(config, batch, length)
-    with build.disabled(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with cpu.disabled(), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(tokens_BS)
     heads, widths = config.num_attention_heads, config.qk_head_dim + config.v_head_dim
     attention = 2 * batch * config.num_hidden_layers * heads * length * length * widths
@@ -361,7 +361,7 @@ def test_active_matrices_of_a_mixture_equal_torchs_count() -> None:
     """The experts' grouped products tell torch's counter what they cost."""
     config = tiny()
     model, tokens_BS = lively_model(config), random_tokens(config, 1, 8)
-    with build.disabled(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with cpu.disabled(), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(tokens_BS)
     widths = config.qk_head_dim + config.v_head_dim
     attention = 2 * config.num_hidden_layers * config.num_attention_heads * 64 * widths

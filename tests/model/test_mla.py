@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fathom.model.cached import expanding_pays
+from fathom.model.cached_batch import expanding_pays
 from fathom.model.config import ModelConfig, YarnScaling
 from fathom.model.mla import MultiHeadLatentAttention
 from fathom.model.rope import rope_table

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DeepseekV2Config, DeepseekV2ForCausalLM
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 
-from fathom.checkpoint.huggingface import load_model, save_model
+from fathom.checkpoint.hf.model import load_model, save_model
 from fathom.model.config import ModelConfig
 from tests.model.configs import enliven, model_configs, random_tokens, relative_error
 from tests.oracle.peers import PLAIN, SMALLEST_MARGIN, peer_config, quietly

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 
-from fathom.checkpoint.huggingface import load_model, save_model
+from fathom.checkpoint.hf.model import load_model, save_model
 from fathom.cli import main
-from fathom.infer.core import Core
-from fathom.infer.sampler import SamplingParams
+from fathom.engine.core import Core
+from fathom.engine.sampling.sampler import SamplingParams
 from tests.model.configs import lively_model, random_tokens, relative_error, tiny
 from tests.oracle.peers import PLAIN, mtp_layers_known, quietly
 

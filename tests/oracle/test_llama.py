@@ -25,7 +25,7 @@ from tests.model.configs import lively_model, model_configs, random_tokens, rela
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed")
 
-from fathom.checkpoint.gguf import DType, save_gguf  # noqa: E402
+from fathom.checkpoint.gguf.writer import DType, save_gguf  # noqa: E402
 
 pytestmark = [pytest.mark.oracle, pytest.mark.slow]
 

@@ -11,7 +11,7 @@ from transformers import DeepseekV3ForCausalLM
 from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 
-from fathom.checkpoint.huggingface import save_model
+from fathom.checkpoint.hf.model import save_model
 from fathom.model.config import ModelConfig
 from fathom.model.transformer import Model
 from tests.model.configs import lively_model, model_configs, random_tokens, relative_error, rows_of_a_cache, tiny

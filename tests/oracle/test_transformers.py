@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, assume, given, note, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fathom.checkpoint.huggingface import load_model, save_model
+from fathom.checkpoint.hf.model import load_model, save_model
 from fathom.model.config import ModelConfig
 from fathom.model.transformer import Model
 from tests.model.configs import enliven, lively_model, model_configs, random_tokens, relative_error

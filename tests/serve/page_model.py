@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fathom.checkpoint.huggingface import save_model
+from fathom.checkpoint.hf.model import save_model
 from fathom.data.tokenizer import save_tokenizer, train_tokenizer
 from fathom.model.config import ModelConfig
 from fathom.model.transformer import Model

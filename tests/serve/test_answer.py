@@ -4,8 +4,8 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the server needs fastapi")
 from fathom.data.tokenizer import train_tokenizer
-from fathom.infer.reports import Generation
-from fathom.infer.sampler import SamplingParams
+from fathom.engine.outputs import Generation
+from fathom.engine.sampling.sampler import SamplingParams
 from fathom.serve.answer import Choice
 
 TOKENIZER = train_tokenizer(["aé aè aê aë aà aâ " * 50], 400)

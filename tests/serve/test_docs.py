@@ -10,9 +10,9 @@ pytest.importorskip("fastapi", reason="the server needs fastapi")
 pytest.importorskip("llguidance", reason="the server needs llguidance")
 from prometheus_client.parser import text_string_to_metric_families
 
-from fathom.checkpoint.huggingface import load_model
+from fathom.checkpoint.hf.model import load_model
 from fathom.config import ConfigError
-from fathom.infer.engine import Engine
+from fathom.engine.engine import Engine
 from fathom.serve.metrics import Metrics
 from fathom.serve.server import ServeCommand, serve
 from fathom.serve.worker import Worker

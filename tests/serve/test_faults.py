@@ -40,7 +40,7 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ru
 
 SLOW = """
 import sys, time
-from fathom.infer.engine import Engine
+from fathom.engine.engine import Engine
 parts, count = Engine.parts, 0
 def slow(self):
     global count

@@ -15,11 +15,11 @@ import httpx
 import torch
 from torch import Tensor
 
-from fathom.checkpoint.huggingface import load_model
-from fathom.data.chat import ChatTemplate
+from fathom.checkpoint.hf.model import load_model
+from fathom.data.chat_template import ChatTemplate
 from fathom.data.tokenizer import load_tokenizer
-from fathom.infer.engine import Engine, Request
-from fathom.infer.sampler import SamplingParams
+from fathom.engine.engine import Engine, Request
+from fathom.engine.sampling.sampler import SamplingParams
 from fathom.serve.app import make_app
 from fathom.serve.grammar import Grammars
 from fathom.serve.service import Service

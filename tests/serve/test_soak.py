@@ -15,10 +15,10 @@ from typing import Any
 import httpx
 import pytest
 
-from fathom.checkpoint.huggingface import load_model
+from fathom.checkpoint.hf.model import load_model
 from fathom.data.tokenizer import load_tokenizer
-from fathom.infer.engine import Engine
-from fathom.infer.sampler import SamplingParams
+from fathom.engine.engine import Engine
+from fathom.engine.sampling.sampler import SamplingParams
 from tests.serve.random_model import CONFIG, save_random_model
 from tests.serve.running import Running, running
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from fathom.distributed.ranks import Ranks
 from fathom.metrics import read_metrics
-from fathom.parallel.data import Ranks
-from fathom.train.hardware import missing_for_compile
-from fathom.train.loop import train
+from fathom.runtime.hardware import missing_for_compile
+from fathom.train.pretrain import train
 from fathom.train.run import Run
 
 _LACKING = missing_for_compile(torch.device("cpu"))

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from fathom.distributed.ranks import Ranks
 from fathom.metrics import read_metrics
 from fathom.model.moe import Experts
+from fathom.ops import cpu
 from fathom.ops.attention import expanded_attention_reference
-from fathom.ops.cpu import build
-from fathom.ops.experts import routed_experts_reference
 from fathom.ops.loss import linear_cross_entropy_reference
-from fathom.parallel.data import Ranks
-from fathom.train.loop import train
+from fathom.ops.moe.experts import routed_experts_reference
+from fathom.train.pretrain import train
 from fathom.train.run import Run
 
 _WINDOW = 20
@@ -39,7 +39,7 @@ def use_references(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(build.missing() is not None, reason=f"no kernels here: {build.missing()}")
+@pytest.mark.skipif(cpu.missing() is not None, reason=f"no kernels here: {cpu.missing()}")
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 def test_the_loss_curve_is_the_references(
     compute: str, tiny_run: Run, one_rank: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -50,7 +50,7 @@ def test_the_loss_curve_is_the_references(
     run = replace(tiny_run, train=settings)
     fast = losses(run, tmp_path / "fast", one_rank)
     use_references(monkeypatch)
-    with build.disabled():
+    with cpu.disabled():
         plain = losses(run, tmp_path / "plain", one_rank)
     assert fast.shape == (steps, 2) and fast[-_WINDOW:].mean() < 0.6 * fast[:_WINDOW].mean()  # it does learn
     early = 4 if compute == "float32" else 3

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fathom.parallel.data import Ranks
-from fathom.train.loop import StepFacts, micro_batches, optimizer_step
+from fathom.distributed.ranks import Ranks
+from fathom.train.pretrain import StepFacts, micro_batches, optimizer_step
 from fathom.train.run import Run
 from fathom.train.setup import build_state, prepare_data, resolve, rows_of
 

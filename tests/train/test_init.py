@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from fathom import Model, load_model, save_model
-from fathom.checkpoint.resume import checkpoints
-from fathom.data.pack import open_prepared
-from fathom.parallel.data import Ranks
-from fathom.train.loop import train
+from fathom.checkpoint.training_state import checkpoints
+from fathom.data.tokenize import open_prepared
+from fathom.distributed.ranks import Ranks
+from fathom.train.pretrain import train
 from fathom.train.run import Run
 from fathom.train.setup import build_state, with_initial_model
 

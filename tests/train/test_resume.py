@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 from fathom import load_model
-from fathom.checkpoint.resume import checkpoints, load_state
+from fathom.checkpoint.training_state import checkpoints, load_state
 from fathom.config import ConfigError
+from fathom.distributed.ranks import Ranks
 from fathom.metrics import read_metrics
-from fathom.parallel.data import Ranks
-from fathom.train.loop import train
+from fathom.train.pretrain import train
 from fathom.train.run import Run
 
 

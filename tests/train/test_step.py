@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fathom.data.pack import Prepared
+from fathom.data.tokenize import Prepared
+from fathom.distributed.ranks import Ranks
 from fathom.model.balance import updated_bias
-from fathom.parallel.data import Ranks
-from fathom.train.loop import TrainingError, micro_batches, optimizer_step, train
+from fathom.train.pretrain import TrainingError, micro_batches, optimizer_step, train
 from fathom.train.run import Run
 from fathom.train.setup import TrainState, build_state, prepare_data, resolve, rows_of
 

@@ -1,0 +1,122 @@
+"""Checkpoints of a run: a Hugging Face model directory each, with our own training state beside it.
+
+    RUN/checkpoints/step-000200/            config.json, model.safetensors, tokenizer: opens anywhere as it lies
+    RUN/checkpoints/step-000200/ema/        the averaged weights, where they are kept: a model directory too
+    RUN/checkpoints/step-000200/training_state/state.pt
+    RUN/model                               link to the newest complete checkpoint
+
+A checkpoint is written under a hidden name, flushed, and renamed last: one that has its name is complete, whatever
+moment the process was killed at.
+"""
+
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fathom.checkpoint.hf.model import load_model, save_model
+from fathom.checkpoint.hf.safetensors_io import CheckpointError, sync
+from fathom.data.tokenizer import Tokenizer
+from fathom.model.transformer import Model
+
+_NAME = re.compile(r"step-(\d{6,})")
+_STATE = Path("training_state") / "state.pt"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The run's complete checkpoints, oldest first."""
+    found = [path for path in (run / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """How many optimizer steps a checkpoint has behind it."""
+    step = checkpoint_step(checkpoint)
+    if step is None:
+        raise CheckpointError(f"{checkpoint} is not named like a checkpoint (step-000200)")
+    return step
+
+
+def checkpoint_step(directory: Path) -> int | None:
+    """The same; None for a directory that is not named like a checkpoint."""
+    match = _NAME.fullmatch(directory.name)
+    return None if match is None else int(match[1])
+
+
+def save_checkpoint(
+    run: Path,
+    step: int,
+    model: Model,
+    tokenizer: Tokenizer,
+    state: dict[str, Any],
+    average: dict[str, Tensor] | None,
+    keep_last: int,
+) -> Path:
+    """Write the checkpoint of `step`, point RUN/model at it, and delete all but the newest `keep_last`.
+
+    `state` is plain tensors, numbers, strings, lists and dicts; `average` the moving average of the parameters.
+    """
+    final = run / "checkpoints" / f"step-{step:06d}"
+    if final.exists():
+        return final
+    staging = final.with_name(f".{final.name}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    save_model(model, staging, tokenizer)
+    if average is not None:
+        with _holding(model, average):
+            save_model(model, staging / "ema", tokenizer)
+    (staging / _STATE).parent.mkdir()
+    with open(staging / _STATE, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(staging, final)
+    sync(final.parent)
+    _link(run / "model", final)
+    for old in checkpoints(run)[:-keep_last]:
+        shutil.rmtree(old)
+    return final
+
+
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    """The private training state of a checkpoint; only plain data is unpickled."""
+    file = checkpoint / _STATE
+    try:
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    return state
+
+
+def load_average(checkpoint: Path, device: torch.device) -> dict[str, Tensor]:
+    """The averaged weights saved beside a checkpoint, by parameter name."""
+    model = load_model(checkpoint / "ema", device=device)
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+@contextmanager
+def _holding(model: Model, weights: dict[str, Tensor]) -> Iterator[None]:
+    """The model with other weights for a while."""
+    own = {name: p.data for name, p in model.named_parameters()}
+    try:
+        for name, parameter in model.named_parameters():
+            parameter.data = weights[name]
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.data = own[name]
+
+
+def _link(link: Path, target: Path) -> None:
+    """Point `link` at `target` in one step."""
+    aside = link.with_name(f".{link.name}.tmp")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(target.relative_to(link.parent))
+    os.replace(aside, link)

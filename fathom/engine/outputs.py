@@ -1,0 +1,121 @@
+"""What the engine tells: of each request, of a step, of all that it has done."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from fathom.engine.sampling.sampler import SamplingParams
+from fathom.engine.sampling.verify import TokenLogprob
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+class TokenRouting(NamedTuple):
+    """Which experts the main model chose for one token: the MoE layers' choices, first layer first."""
+
+    experts: list[list[int]]
+    weights: list[list[float]]
+
+
+@dataclass(eq=False)
+class Generation:
+    """A request's continuation as it grows, and what it took; also the handle to cancel it by."""
+
+    prompt_ids: list[int]
+    params: SamplingParams
+    token_ids: list[int] = field(default_factory=list)
+    """The generated tokens; a token that ended it is the last."""
+    finish_reason: FinishReason | None = None
+    """Why it ended: an end-of-text or stop token, max_tokens or the model's length, `cancel`, its constraint's failure;
+    None before."""
+    error: str | None = None
+    """What went wrong."""
+    logprobs: list[TokenLogprob] | None = None
+    """One for each of `token_ids`, where asked for."""
+    prompt_logprobs: list[TokenLogprob] | None = None
+    """One for each token of the prompt but the first, where asked for."""
+    accepted_mask: list[bool] = field(default_factory=list)
+    """For each of `token_ids`, whether it was a draft that the model accepted."""
+    offered_at: list[int] = field(default_factory=list)
+    """How often a first, second, … draft was put before the model."""
+    accepted_at: list[int] = field(default_factory=list)
+    """How often it was accepted."""
+    forwards: int = 0
+    """Forward passes of the main model after the prompt's, which yields the first token."""
+    cached_tokens: int = 0
+    """Tokens of the prompt whose latents were found in the cache."""
+    started: float | None = None
+    """When its prompt was first read, by time.monotonic; until then it waited."""
+    routing: list[TokenRouting | None] | None = None
+    """Where asked for, one for each token of the prompt and the output that the model has read, which it does one step
+    after it chose a token; the last one of a finished output is never read. None for those found in the cache."""
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def drafted(self) -> int:
+        """Drafts put before the main model."""
+        return sum(self.offered_at)
+
+    @property
+    def accepted(self) -> int:
+        """Drafts accepted; the others were wasted."""
+        return sum(self.accepted_at)
+
+    @property
+    def acceptance(self) -> float:
+        """Share of the first drafts accepted; NaN when none was made."""
+        return self.accepted_at[0] / self.offered_at[0] if self.drafted else math.nan
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Tokens decided per forward pass; plain decoding makes 1. NaN before the second token."""
+        return (len(self.token_ids) - 1) / self.forwards if self.forwards else math.nan
+
+
+class Update(NamedTuple):
+    """What a step brought one request."""
+
+    generation: Generation
+    tokens: list[int]
+    """Its new tokens, which are in `generation.token_ids` already."""
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What an engine does now, and what it has done since it was made."""
+
+    waiting: int
+    """Requests without pages, those that were preempted among them."""
+    running: int
+    """Requests that read their prompt or decode."""
+    steps: int
+    prompt_tokens: int
+    """Tokens read, not counting those found in the cache; after a preemption tokens are read again."""
+    cached_prompt_tokens: int
+    """Tokens found in the cache instead."""
+    generated_tokens: int
+    drafted: int
+    """Drafts put before the main model."""
+    accepted: int
+    preempted: int
+    """How often a request had to give back its pages and wait."""
+    pages: int
+    pages_used: int
+    """Pages that requests hold."""
+    pages_reusable: int
+    """Pages that nobody holds, kept in case their content is asked for again."""
+    page_size: int
+    """Tokens per page."""
+    bytes_per_token: int
+    """Of the latent cache, all layers together."""
+    cache_bytes: int
+    """Allocated for the cache."""
+    load_LE: Tensor
+    """How many tokens, rejected drafts included, each expert of each MoE layer of the main model has served, int64."""
+    compile_seconds: float
+    """Spent on compiling and recording steps for a GPU."""

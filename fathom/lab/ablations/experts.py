@@ -1,0 +1,61 @@
+"""Mixtures of experts to compare with: none shared, and a trained one whose tokens are denied their best experts.
+
+A dense feed-forward and fewer, wider experts need no code: they are configurations.
+
+Shapes: N tokens, E experts, K experts per token, J experts denied.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from fathom.model.config import ModelConfig
+from fathom.model.moe import MoE
+from fathom.model.router import Router, Routing
+from fathom.model.transformer import Model
+from fathom.ops.moe.routing import select_experts
+
+
+class NoSharedExperts(nn.Module):
+    """Adds nothing: in the place of the shared experts it leaves the routed ones alone."""
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return x_BSD.new_zeros(())
+
+
+class DenyingRouter(Router):
+    """Every token takes the best experts after its first J ones (DeepSeekMoE, section 4.5)."""
+
+    def __init__(self, config: ModelConfig, denied: int) -> None:
+        super().__init__(config)
+        if not 0 <= denied <= config.n_routed_experts - config.num_experts_per_tok:
+            left = config.n_routed_experts - config.num_experts_per_tok
+            raise ValueError(f"denied is {denied}; it must be from 0 to {left}, so that enough experts are left")
+        self.denied = denied
+
+    def forward(self, x_ND: Tensor, trains: bool = True) -> Routing:
+        """Always by `select`."""
+        return super().forward(x_ND)
+
+    def select(self, scores_NE: Tensor) -> Tensor:
+        biased_NE = scores_NE + self.e_score_correction_bias
+        if self.denied:
+            biased_NE = biased_NE.scatter(1, select_experts(biased_NE, self.denied), float("-inf"))
+        return select_experts(biased_NE, self.config.num_experts_per_tok)
+
+
+@contextmanager
+def without_best_experts(model: Model, denied: int) -> Iterator[None]:
+    """Within it no token of the model gets its `denied` best experts."""
+    mixtures = [module for module in model.modules() if isinstance(module, MoE)]
+    before = [mixture.gate for mixture in mixtures]
+    try:
+        for mixture in mixtures:
+            router = DenyingRouter(model.config, denied).to(mixture.gate.weight.device)
+            router.load_state_dict(mixture.gate.state_dict())
+            mixture.register_module("gate", router)
+        yield
+    finally:
+        for mixture, gate in zip(mixtures, before, strict=True):
+            mixture.gate = gate

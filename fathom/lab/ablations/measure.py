@@ -1,0 +1,189 @@
+"""What is measured on a trained model of a study: quality, balance, cache, routing, drafting.
+
+Results are functions of the weights alone; timings are kept apart from them. On a CPU a study's process has one thread
+and is timed by the processor time it took, which other programs on the machine disturb little; on a GPU by the clock.
+
+Shapes: B sequences, S tokens of each, T tokens of context, N new tokens, K experts per token, G groups, L layers,
+M cache slots, W numbers cached per slot.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from fathom.data.dataset import TokenRows
+from fathom.data.tokenize import Prepared
+from fathom.engine.core import Core
+from fathom.engine.outputs import Generation
+from fathom.engine.sampling.sampler import SamplingParams
+from fathom.eval.bits import Evaluation, evaluate
+from fathom.lab.ablations.experts import without_best_experts
+from fathom.lab.ablations.variants import Variant, costs
+from fathom.model import cached_batch as cached
+from fathom.model.cached_batch import Piece
+from fathom.model.transformer import Model
+from fathom.train.run import TrainConfig
+
+Numbers = dict[str, float]
+
+_CONTEXTS = (1024, 4096, 16384)
+_SEQUENCES, _DECODED = 4, 5
+"""Sequences decoded together, and steps of which the middle one is reported."""
+
+_PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 64, 64, 48
+_TIMED_PROMPTS = 8
+"""Of them, continued one at a time to see how fast that goes."""
+
+
+class HeldOut:
+    """Held-out rows, evenly spread, and the bytes they spell."""
+
+    def __init__(self, rows: TokenRows, prepared: Prepared, train: TrainConfig, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        # Not len(rows), which a variant with MTP modules may have one less of: all are to read the same text.
+        available = (prepared.valid_tokens - 1) // train.sequence_length - 1
+        size = min(train.batch_size, available)
+        blocks = max(1, min(train.eval_sequences or available, available) // size)
+        firsts = [block * (available - size) // max(1, blocks - 1) for block in range(blocks)]
+        self.batches = [rows.sequential(first, size) for first in firsts]
+        # A part of the tokens spells about that part of the bytes.
+        scored = blocks * size * train.sequence_length
+        self.bytes = round(prepared.valid_bytes * scored / prepared.valid_tokens)
+
+    def evaluate(self, model: Model) -> Evaluation:
+        return evaluate(model, self.batches, self.bytes, self.dtype)
+
+    def prompts(self) -> list[list[int]]:
+        rows_BW = torch.cat([batch.tokens_BW for batch in self.batches])
+        chosen = torch.linspace(0, len(rows_BW) - 1, min(_PROMPTS, len(rows_BW))).long()
+        prompts: list[list[int]] = rows_BW[chosen, :_PROMPT_TOKENS].tolist()
+        return prompts
+
+
+def quality(model: Model, held_out: HeldOut) -> Numbers:
+    """Bits per byte of the main head; balance of its routers; each MTP module's agreement with it."""
+    found = held_out.evaluate(model)
+    routers = model.config.num_moe_layers
+    numbers = {"bits_per_byte": found.bits_per_byte}
+    if routers:
+        numbers["max_vio_global"] = max(found.max_vio_global[:routers])
+        numbers["max_vio_batch"] = max(found.max_vio_batch[:routers])
+    agreement = {f"mtp_agreement_{k}": share for k, share in enumerate(found.mtp_agreement, start=1)}
+    return {**numbers, **agreement}
+
+
+def denial(model: Model, held_out: HeldOut, plain: float) -> Numbers:
+    """Bits per byte lost when every token is denied the best 1/8 and 1/4 of the routed experts."""
+    numbers = {}
+    for parts in (8, 4):
+        with without_best_experts(model, -(-model.config.n_routed_experts // parts)):
+            denied = held_out.evaluate(model).bits_per_byte
+        numbers[f"denied_{parts}"] = denied - plain
+    return numbers
+
+
+@torch.no_grad()
+def groups(model: Model, held_out: HeldOut) -> Numbers:
+    """Expert groups that a token's experts lie in: the mean over tokens and layers."""
+    config = model.config
+    size = config.n_routed_experts // config.n_group
+    means = []
+    for batch in held_out.batches:
+        tokens_BS = batch.tokens_BW[:, :-1].to(model.embed_tokens.weight.device)
+        for topk_ids_BSK in model.states(tokens_BS).router.topk_ids_LBSK:
+            touched_BSG = torch.zeros(*topk_ids_BSK.shape[:2], config.n_group, device=topk_ids_BSK.device)
+            means.append(touched_BSG.scatter(2, topk_ids_BSK // size, 1.0).sum(-1).mean().item())
+    return {"groups_touched": sum(means) / len(means)}
+
+
+def drafting(model: Model, held_out: HeldOut, clock: Callable[[], float]) -> tuple[Numbers, Numbers]:
+    """Greedy continuations with one draft and with two: how many drafts are accepted, and how fast it goes."""
+    prompts = held_out.prompts()
+    numbers = {"tokens_per_forward": 1.0}
+    if model.mtp:
+        one, two = (_continue(_core(model, drafts, len(prompts)), prompts) for drafts in (1, 2))
+        numbers["tokens_per_forward"] = (_tokens(one) - len(one)) / sum(g.forwards for g in one)
+        for place in range(2):
+            offered = sum(g.offered_at[place] for g in two if len(g.offered_at) > place)
+            accepted = sum(g.accepted_at[place] for g in two if len(g.accepted_at) > place)
+            numbers[f"accepted_{place + 1}"] = accepted / offered if offered else 0.0
+    return numbers, _drafting_speed(model, prompts[:_TIMED_PROMPTS], clock)
+
+
+def _drafting_speed(model: Model, prompts: Sequence[Sequence[int]], clock: Callable[[], float]) -> Numbers:
+    """One text at a time, without and with a draft by turns, so that the machine's moods meet both alike."""
+    cores = [_core(model, drafts, 1) for drafts in ((0, 1) if model.mtp else (0,))]
+    seconds = [0.0] * len(cores)
+    for prompt in prompts:
+        for place, core in enumerate(cores):
+            began = clock()
+            _continue(core, [prompt])
+            seconds[place] += clock() - began
+    return {
+        "plain_tokens_per_second": _NEW_TOKENS * len(prompts) / seconds[0],
+        "speedup": seconds[0] / seconds[-1],
+    }
+
+
+def _core(model: Model, drafts: int, together: int) -> Core:
+    room = together * (_PROMPT_TOKENS + _NEW_TOKENS + 64)
+    return Core(model, speculative=drafts, max_batch=together, cache_tokens=room)
+
+
+def _continue(core: Core, prompts: Sequence[Sequence[int]]) -> list[Generation]:
+    """Greedy continuations of all prompts."""
+    params = SamplingParams(max_tokens=_NEW_TOKENS, ignore_eos=True)
+    found = [core.submit(prompt, params) for prompt in prompts]
+    while core.has_work:
+        core.step()
+    return found
+
+
+def _tokens(generations: Sequence[Generation]) -> int:
+    return sum(len(generation.token_ids) for generation in generations)
+
+
+@torch.no_grad()
+def cache(model: Model, variant: Variant, clock: Callable[[], float]) -> tuple[Numbers, Numbers]:
+    """Bytes per token of the cache as allocated, and decoded tokens per second against the context's length."""
+    layers = len(model.layers)
+    width = costs(variant).cache_numbers // layers
+    timing = {}
+    bytes_per_token = 0.0
+    for context in _CONTEXTS:
+        weight = model.embed_tokens.weight
+        cache_LMW = torch.zeros(layers, _SEQUENCES * context, width, device=weight.device, dtype=weight.dtype)
+        bytes_per_token = cache_LMW.nbytes / (_SEQUENCES * context)
+        seconds = _decode(model, cache_LMW, context, clock)
+        timing[f"decode_{context}"] = _SEQUENCES / seconds
+    return {"cache_bytes_per_token": bytes_per_token}, timing
+
+
+def _decode(model: Model, cache_LMW: Tensor, context: int, clock: Callable[[], float]) -> float:
+    """Seconds of one step at the end of full contexts, attention without expanding the cache."""
+    device = cache_LMW.device
+    slots_BT = torch.arange(_SEQUENCES * context, device=device).view(_SEQUENCES, context)
+    positions_BS = torch.full((_SEQUENCES, 1), context - 1, device=device)
+    batch = cached.Batch((Piece(positions_BS, slots_BT),), slots_BT[:, -1], cache_LMW)
+    tokens_N = torch.ones(_SEQUENCES, dtype=torch.int64, device=device)
+    times = []
+    for _ in range(_DECODED):
+        began = clock()
+        model.logits(model.cached_states(tokens_N, batch)[0])
+        times.append(clock() - began)
+    return median(times[1:])
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """Processor time of this process on a CPU; on a GPU the wall clock once it has finished."""
+    if device.type == "cpu":
+        return time.process_time
+
+    def wall() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return wall

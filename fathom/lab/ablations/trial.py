@@ -1,0 +1,136 @@
+"""One run of a study: train a variant with the training loop's own steps, measure it, return plain JSON.
+
+A study's models cannot be saved as checkpoints that others open (their attention may be no DeepSeek-V3's), so a run
+keeps its figures alone. It is short, and begins anew when interrupted; what is finished is kept (runner.py).
+"""
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+import fathom.lab.ablations.measure as measure
+from fathom.config import to_json
+from fathom.data.tokenize import Prepared, open_prepared
+from fathom.distributed.ranks import Ranks
+from fathom.lab.ablations.variants import Variant, build_model
+from fathom.runtime.hardware import keep_freed_memory
+from fathom.train.pretrain import StepFacts, TrainingError, micro_batches, optimizer_step
+from fathom.train.setup import TrainState, compute_dtype, resolve, rows_of, state_around
+
+_CURVE_POINTS = 50
+_LAST_SHARE = 0.1
+"""Share of the run, at its end, that «last» figures are means over."""
+
+Record = dict[str, Any]
+
+
+def run_trial(variant: Variant, data: Path) -> Record:
+    """Train and measure; raises TrainingError where the loss does not stay finite."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+        keep_freed_memory()
+    ranks = Ranks(0, 1, device)
+    prepared = open_prepared(data)
+    resolved = replace(variant, run=resolve(variant.run, prepared, ranks))
+    state = state_around(build_model(resolved).to(device).train(), resolved.run, ranks)
+    results, curve, timing = _train(state, resolved, prepared, ranks)
+    found, timed = _measure(state, resolved, prepared, device)
+    return {
+        "variant": to_json(variant),
+        "corpus": prepared.corpus_hash,
+        "results": {**results, **found},
+        "curve": curve,
+        "timing": {**timing, **timed},
+        "machine": machine(device),
+    }
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """What the figures were measured on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {"device": name, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].split(":", 1)[1].strip() if names else platform.processor() or platform.machine()
+
+
+def _train(
+    state: TrainState, variant: Variant, prepared: Prepared, ranks: Ranks
+) -> tuple[measure.Numbers, dict[str, list[float]], measure.Numbers]:
+    run, clock = variant.run, measure.clock_of(ranks.device)
+    rows = rows_of(prepared, run, "train")
+    size, steps = run.train.batch_size, run.train.steps
+    history: list[StepFacts] = []
+    optimizing = _time_in(state.optimizers, clock)
+    began, began_wall = clock(), time.perf_counter()
+    while state.step < steps:
+        batches = micro_batches(rows, state.step * size, size, run, ranks)
+        history.append(optimizer_step(state, batches, size, run, ranks))
+        if state.skipped_in_a_row >= run.train.max_bad_steps:
+            raise TrainingError(
+                f"{state.skipped_in_a_row} steps in a row had a loss or gradient that is not finite, up to step "
+                f"{state.step} of {to_json(variant)}"
+            )
+    seconds, wall = clock() - began, time.perf_counter() - began_wall
+    last = history[-max(1, round(_LAST_SHARE * steps)) :]
+    results = {
+        "last_loss": sum(facts.loss for facts in last) / len(last),
+        "last_max_vio": sum(facts.max_vio for facts in last) / len(last),
+        "skipped": float(state.skipped),
+    }
+    every = max(1, steps // _CURVE_POINTS)
+    seen = [(step + 1, history[step]) for step in range(every - 1, steps, every)]
+    curve = {
+        "step": [float(step) for step, _ in seen],
+        "loss": [facts.loss for _, facts in seen],
+        "max_vio": [facts.max_vio for _, facts in seen],
+    }
+    timing = {
+        "train_seconds": seconds,
+        "seconds_per_step": seconds / steps,
+        "optimizer_per_step": sum(optimizing) / steps,
+        "busy": seconds / wall,
+    }
+    return results, curve, timing
+
+
+def _time_in(optimizers: Sequence[Optimizer], clock: Callable[[], float]) -> list[float]:
+    """Seconds of each optimizer's every step from now on, a list that grows."""
+    spent: list[float] = []
+    for optimizer in optimizers:
+        # Optimizers step one after another: what the one adds before is completed by its own afterwards.
+        optimizer.register_step_pre_hook(lambda *_: spent.append(-clock()))
+        optimizer.register_step_post_hook(lambda *_: spent.append(clock()))
+    return spent
+
+
+def _measure(
+    state: TrainState, variant: Variant, prepared: Prepared, device: torch.device
+) -> tuple[measure.Numbers, measure.Numbers]:
+    run, model, clock = variant.run, state.model.eval(), measure.clock_of(device)
+    rows = rows_of(prepared, run, "valid")
+    held_out = measure.HeldOut(rows, prepared, run.train, compute_dtype(run))
+    timing: measure.Numbers = {}
+    with torch.compiler.set_stance("force_eager"):
+        results = measure.quality(model, held_out)
+        if "denial" in variant.measures:
+            results |= measure.denial(model, held_out, results["bits_per_byte"])
+        if "groups" in variant.measures:
+            results |= measure.groups(model, held_out)
+        if "drafting" in variant.measures:
+            found, timed = measure.drafting(model, held_out, clock)
+            results, timing = results | found, timing | timed
+        if "cache" in variant.measures:
+            found, timed = measure.cache(model, variant, clock)
+            results, timing = results | found, timing | timed
+    return results, timing

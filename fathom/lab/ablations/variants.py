@@ -1,0 +1,154 @@
+"""What is trained in a study: a run's configuration, with those parts swapped that a configuration cannot say.
+
+Weights are drawn parameter by parameter from (seed, name), so two variants start from the same numbers wherever they
+have a parameter of one name and shape. What a model costs is counted on the model itself, by one rule for all.
+"""
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, cast
+
+import torch
+from torch import nn
+
+from fathom.lab.ablations.attention import GroupedQueryAttention
+from fathom.lab.ablations.experts import NoSharedExperts
+from fathom.lab.ablations.prediction import ApartModel
+from fathom.model.block import Block
+from fathom.model.config import ModelConfig
+from fathom.model.layers import Linear
+from fathom.model.mla import MultiHeadLatentAttention
+from fathom.model.moe import Experts, MoE
+from fathom.model.router import Router
+from fathom.model.transformer import Model
+from fathom.train.run import Run
+
+Measure = Literal["cache", "denial", "groups", "drafting"]
+"""What is measured on the trained model beside its held-out text (fathom/lab/ablations/measure.py)."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One thing to train and measure. Its JSON, with the seed, is what a finished run is known by."""
+
+    run: Run
+    """The configuration; `train.seed` is replaced by each seed of the study."""
+    kv_heads: int | None = None
+    """Key/value heads of the attention in MLA's place; none: MLA."""
+    shared_experts: bool = True
+    """False: no shared experts, whatever the configuration says."""
+    shared_ends: bool = True
+    """False: MTP modules have embeddings and heads of their own."""
+    measures: tuple[Measure, ...] = ()
+    """What is measured beside the held-out text."""
+
+    def with_seed(self, seed: int) -> "Variant":
+        return replace(self, run=replace(self.run, train=replace(self.run.train, seed=seed)))
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a model takes, counted on its modules; MTP modules apart."""
+
+    parameters: int
+    """Of the main model."""
+    mtp_parameters: int
+    """Of the MTP modules."""
+    flops_per_token: int
+    """To train on one token, MTP modules included: 6 per active matrix weight, and causal attention's products."""
+    cache_numbers: int
+    """Cached per token, all layers of the main model."""
+
+
+def build_model(variant: Variant) -> Model:
+    """The variant's model with the initial weights of its seed."""
+    model = _shape(variant)
+    _draw_weights(model, variant.run.train.seed)
+    return model
+
+
+def _shape(variant: Variant) -> Model:
+    """The model with its parts swapped, before its weights are drawn."""
+    config = variant.run.model
+    model = Model(config) if variant.shared_ends else ApartModel(config)
+    for block in cast(list[Block], [*model.layers, *model.mtp]):
+        if variant.kv_heads is not None:
+            block.register_module("self_attn", GroupedQueryAttention(config, variant.kv_heads))
+        if not variant.shared_experts and isinstance(block.mlp, MoE):
+            block.mlp.register_module("shared_experts", NoSharedExperts())
+    return model
+
+
+@torch.no_grad()
+def _draw_weights(model: Model, seed: int) -> None:
+    """Normal(0, initializer_range) for whatever `initialize` draws (matrices, stacks, embedding), each by its name."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            # The generator looks at 32 bits of its seed alone.
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+            drawn = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(drawn * model.config.initializer_range)
+
+
+def costs(variant: Variant) -> Costs:
+    """Counted without making any weights."""
+    with torch.device("meta"):
+        model = _shape(variant)
+    config, length = variant.run.model, variant.run.train.sequence_length
+    layers, modules = (cast(list[Block], list(blocks)) for blocks in (model.layers, model.mtp))
+    weights = sum(_active(part, config) for part in (*layers, *modules))
+    weights += sum(model.head_of(k).weight.numel() for k in range(1 + len(modules)))
+    products = sum(3 * _score_width(block) * length for block in (*layers, *modules))
+    mtp = _count(model.mtp)
+    cached = sum(_cache_numbers(block) for block in layers)
+    return Costs(_count(model) - mtp, mtp, 6 * weights + products, cached)
+
+
+def fitted(variant: Variant, cost: Callable[[Costs], int], target: int) -> Variant:
+    """`variant` with the dense feed-forward width that brings one of its costs closest to `target`.
+
+    Costs are straight lines in that width, so two points tell.
+    """
+
+    def at(width: int) -> Variant:
+        return replace(variant, run=replace(variant.run, model=replace(variant.run.model, intermediate_size=width)))
+
+    first, slope = cost(costs(at(1))), cost(costs(at(2))) - cost(costs(at(1)))
+    if slope <= 0 or first > target:
+        raise ValueError(f"target is {target}; without its dense feed-forward the variant takes {first} already")
+    return at(1 + round((target - first) / slope))
+
+
+def _count(module: nn.Module) -> int:
+    """Parameters, each once, and correction biases, as `ModelConfig.parameter_counts` counts them."""
+    biases = sum(m.e_score_correction_bias.numel() for m in module.modules() if isinstance(m, Router))
+    return sum(p.numel() for p in module.parameters()) + biases
+
+
+def _active(block: Block, config: ModelConfig) -> int:
+    """Weights that multiply one token's activations."""
+    total = 0
+    for module in block.modules():
+        if isinstance(module, Linear | Router):
+            total += module.weight.numel()
+        elif isinstance(module, Experts):
+            stack = module.gate_up_proj.numel() + module.down_proj.numel()
+            total += stack * config.num_experts_per_tok // config.n_routed_experts
+    return total
+
+
+def _score_width(block: Block) -> int:
+    """Numbers that meet per query and key, in scores and values, over all heads."""
+    attention = cast(nn.Module, block.self_attn)
+    if isinstance(attention, GroupedQueryAttention):
+        return attention.heads * 2 * attention.width
+    config = cast(MultiHeadLatentAttention, attention).config
+    return config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
+
+
+def _cache_numbers(block: Block) -> int:
+    attention = cast(nn.Module, block.self_attn)
+    if isinstance(attention, GroupedQueryAttention):
+        return attention.cache_width
+    return cast(MultiHeadLatentAttention, attention).config.cache_width

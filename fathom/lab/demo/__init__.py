@@ -1,0 +1,1 @@
+"""`fathom demo`: a small model trained here, and a page with what it learned."""

@@ -1,0 +1,124 @@
+"""The operations' C++, compiled into one library on first use and called with tensors.
+
+Where there is no C++ compiler `available()` is False and the callers use plain torch.
+"""
+
+import ctypes
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fathom.runtime.cpp import library_of, torch_folder
+
+_FOLDER = Path(__file__).parent
+_SOURCES = sorted(_FOLDER.rglob("*.cpp"))
+_HEADERS = sorted(_FOLDER.rglob("*.h"))
+_SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+# Parameters of each function after the number of threads: p pointer, n integer, f floating point.
+_PARAMETERS = {
+    "rms_norm": "pnpppnnf",
+    "rms_norm_backward": "pnpppppnn",
+    "swiglu": "pppnn",
+    "swiglu_backward": "pppppnn",
+    "attention": "pppppppnnnnnnnnnf",
+    "attention_backward": "pppppppppppnnnnnnnnf",
+    "routed_experts": "ppppppppnnnn",
+    "routed_experts_backward": "ppppppppppppnnnn",
+    "sum_rows": "pppnnn",
+    "linear": "pppnnn",
+    "linear_input_gradient": "pppnnn",
+    "linear_weight_gradient": "pppnnnn",
+    "select_experts": "ppnnnnn",
+    "cross_entropy": "pppnnn",
+    "decode": "ppn",
+}
+_TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_double}
+
+_enabled = True
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether the kernels take these tensors: plain ones on the CPU, float32 or bfloat16, outside torch.compile."""
+    if not _enabled or torch.compiler.is_compiling():
+        return False
+    # Subclasses (fake, functional, distributed tensors) have no memory of their own to point at.
+    plain = all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" for t in tensors)
+    return plain and tensors[0].dtype in _SUFFIX and available()
+
+
+def available() -> bool:
+    """Whether the kernels are, or can be, built here."""
+    return isinstance(_library(), ctypes.CDLL)
+
+
+def own_products(dtype: torch.dtype) -> bool:
+    """Whether kernels multiply matrices of this type, and do it themselves (gemm.h) rather than ask torch."""
+    used = _enabled and not torch.compiler.is_compiling()
+    return used and dtype == torch.bfloat16 and available() and bool(_loaded().own_products())
+
+
+def missing() -> str | None:
+    """Why the kernels cannot be built here, in words; None where they can."""
+    library = _library()
+    return library if isinstance(library, str) else None
+
+
+def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:
+    """Run the kernel on tensors that are contiguous, unless it takes a stride."""
+    pointers = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    _function(name, dtype)(torch.get_num_threads(), *pointers)
+    failures = _loaded().failures()
+    if failures:
+        raise RuntimeError(f"{failures} of torch's matrix products failed inside {name} ({dtype})")
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Plain torch for everything in the block: what the kernels are tested and measured against."""
+    global _enabled
+    before, _enabled = _enabled, False
+    try:
+        yield
+    finally:
+        _enabled = before
+
+
+@cache
+def _function(name: str, dtype: torch.dtype) -> Callable[..., None]:
+    prototype = ctypes.CFUNCTYPE(None, ctypes.c_int, *(_TYPES[kind] for kind in _PARAMETERS[name]))
+    address = ctypes.c_void_p.in_dll(_loaded(), f"{name}_{_SUFFIX[dtype]}").value
+    assert address is not None
+    return prototype(address)
+
+
+def _loaded() -> ctypes.CDLL:
+    library = _library()
+    assert isinstance(library, ctypes.CDLL), library
+    return library
+
+
+@cache
+def _library() -> ctypes.CDLL | str:
+    """The loaded library, or why there is none."""
+    library = library_of("kernels", _SOURCES, _HEADERS, include=_FOLDER)
+    if isinstance(library, ctypes.CDLL):
+        try:
+            _give_torch(library)
+        except (OSError, AttributeError) as error:
+            return f"the kernels cannot be built: {error}"
+    return library
+
+
+def _give_torch(library: ctypes.CDLL) -> None:
+    """Hand over the functions of torch that linear/matmul.h declares."""
+    suffix = "dylib" if sys.platform == "darwin" else "so"
+    own = ctypes.CDLL(str(torch_folder() / "lib" / f"libtorch_cpu.{suffix}"))
+    names = ("aoti_torch_create_tensor_from_blob", "aoti_torch_delete_tensor_object", "aoti_torch_cpu_mm_out")
+    addresses = [ctypes.cast(getattr(own, name), ctypes.c_void_p) for name in names]
+    library.use_torch(*addresses, own.aoti_torch_dtype_float32(), own.aoti_torch_dtype_bfloat16())

@@ -1,0 +1,520 @@
+// One forward pass over a few tokens of any number of sequences, latents cached in pages: what decoding does at each step.
+//
+// A step of plain torch is some hundred small operators a layer, each waiting for the one before. Here one call runs the
+// whole model; the threads part only at the barriers between its phases. Attention takes the absorbed form, experts that
+// no token chose are not read. Sums are float32 whatever the weights are; a token's numbers do not depend on the tokens
+// that pass beside it. What is computed is defined by Model.cached_states and Model.cached_mtp_states in
+// fathom/model/transformer.py; the structures here are filled in by fathom/engine/backends/cpu.py.
+//
+// Letters as everywhere: N tokens, D hidden, H heads, P nope, R rope, V value, C latent, W = C+R, E experts, K choices.
+
+#include "attention/latents.h"
+#include "linear/gemv.h"
+#include "moe/select.h"
+
+#include <algorithm>
+#include <vector>
+
+#include <omp.h>
+
+extern "C" {
+
+struct Layer {
+    Weight input_norm, q_a, q_a_norm, q_b, kv_a, kv_a_norm, kv_b, o;  // q_a has no data in a model without it
+    Weight post_norm, router, bias, gate_up, down;                   // router has no data in a dense layer
+    Weight gate, up, out;                                            // the shared experts or the dense feed-forward
+};
+
+struct Module {
+    Weight embed_norm, state_norm, join;
+    Layer layer;
+    Weight norm;
+};
+
+struct Plan {
+    int64_t hidden, heads, nope, rope, value, latent;
+    int64_t experts, choices, groups, open_groups, normalise;
+    int64_t page_size, slots;  // slots of one layer of the cache
+    int64_t widest;            // of the feed-forwards, and of what a module joins
+    double eps, latent_eps, scale, routed_scale;
+    Weight embed, norm, head;
+    int64_t layer_count;
+    const Layer* layers;
+    const Module* modules;
+    const float *cosines, *sines;  // (positions, R/2)
+};
+
+// The tokens of one step. Token n stands at positions[n] of the sequence whose pages are row owners[n] of `pages`.
+struct Step {
+    int64_t tokens, most_pages;
+    const int64_t *ids, *positions, *slots, *owners;  // slots: where each token's latent is written
+    const int64_t* pages;
+    void* cache;          // (layers, slots, W)
+    const float* before;  // (N, D) states that an MTP module joins to the tokens
+    float* states;        // (N, D) final states; null: a module only writes its latents
+    int64_t wanted;       // tokens whose logits are asked for
+    const int64_t* which;
+    float* logits;  // (wanted, vocabulary)
+    int64_t* experts;  // (MoE layers, N, K) experts taken by the main model, with their weights
+    float* weights;
+};
+}
+
+namespace {
+
+constexpr int64_t kRowBlock = 32;    // rows of a matrix a thread takes at a time
+constexpr int64_t kLeastPart = 128;  // cached tokens that one thread attends at a time, while a token has few parts
+constexpr int64_t kMostParts = 32;   // of one token: each leaves a row a head to put together in the end
+constexpr int64_t kPadding = 16;     // keeps equal places of neighbouring rows from sharing one place in the caches
+
+// (rows, columns) floats, rows padded apart.
+class Rows {
+  public:
+    void shape(int64_t rows, int64_t columns) {
+        stride_ = (columns + kPadding - 1) / kPadding * kPadding + kPadding;
+        if (int64_t(numbers_.size()) < rows * stride_) numbers_.resize(rows * stride_);
+        at_.resize(rows);
+        for (int64_t i = 0; i < rows; i++) at_[i] = numbers_.data() + i * stride_;
+    }
+    float* operator[](int64_t row) { return at_[row]; }
+    float* const* all() { return at_.data(); }
+
+  private:
+    std::vector<float> numbers_;
+    std::vector<float*> at_;
+    int64_t stride_ = 0;
+};
+
+// What passes between the phases; kept from call to call.
+struct Buffers {
+    Rows x, normed, q_a, kv, q, queries, parts, heads, router, gates;
+    std::vector<float> highest, total;          // of each part: the largest score, the sum of the powers
+    std::vector<int64_t> part_token, part_first;  // of each part: its token, and the first position it attends
+    std::vector<int64_t> parts_before;          // of each token: the parts of the tokens before it
+    std::vector<int64_t> chosen, order, first;  // (N, K) experts; places sorted by expert; where each expert's begin
+    std::vector<float> weights;
+    std::vector<int64_t> busy;                  // experts with tokens
+    std::vector<float*> inputs, outputs;        // rows of `normed` in the order of the places; of `gates` likewise
+};
+
+void normalise(const float* x, const Weight& weight, double eps, float* y, int64_t size) {
+    Floats squares = {};
+    each(size, [&](int64_t i, int64_t n) {
+        Floats value = load(x + i, n);
+        squares += value * value;
+    });
+    const float scale = 1.0f / std::sqrt(sum(squares) / float(size) + float(eps));
+    const float* by = static_cast<const float*>(weight.data);
+    each(size, [&](int64_t i, int64_t n) { store(y + i, load(x + i, n) * scale * load(by + i, n), n); });
+}
+
+// Interleaved pairs become two halves as they turn, like everywhere.
+void rotate(const float* x, const float* cosines, const float* sines, float* y, int64_t pairs) {
+    for (int64_t j = 0; j < pairs; j++) {
+        const float first = x[2 * j], second = x[2 * j + 1];
+        y[j] = first * cosines[j] - second * sines[j];
+        y[pairs + j] = first * sines[j] + second * cosines[j];
+    }
+}
+
+// One row of a matrix, as float32.
+void read_row(const Weight& weight, int64_t row, float* to) {
+    if (weight.format == kFloat32)
+        convert(static_cast<const float*>(weight.data) + row * weight.columns, to, weight.columns);
+    else
+        convert(static_cast<const bf16*>(weight.data) + row * weight.columns, to, weight.columns);
+}
+
+// Every function below is called by all threads of one parallel region and shares its work among them.
+template <class T>
+class Pass {
+  public:
+    Pass(const Plan& plan, const Step& step, Buffers& b)
+        : plan_(plan), step_(step), b_(b), width_(plan.latent + plan.rope), tokens_(step.tokens), from_(tokens_),
+          to_(tokens_) {}
+
+    void main_model() {
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < tokens_; n++) read_row(plan_.embed, step_.ids[n], b_.x[n]);
+        int64_t sparse = 0;
+        for (int64_t l = 0; l < plan_.layer_count; l++) {
+            layer(plan_.layers[l], l, sparse);
+            sparse += plan_.layers[l].router.data != nullptr;
+        }
+        finish(plan_.norm);
+    }
+
+    void module(int64_t index) {
+        const Module& module = plan_.modules[index];
+        const int64_t size = plan_.hidden;
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < tokens_; n++) {
+            float* joined = b_.gates[n];
+            read_row(plan_.embed, step_.ids[n], joined);
+            normalise(joined, module.embed_norm, plan_.eps, joined, size);
+            normalise(step_.before + n * size, module.state_norm, plan_.eps, joined + size, size);
+        }
+        times(module.join, b_.gates.all(), b_.x.all(), tokens_);
+        // No pair of a state and the token after it ends in the first token: slot 0 of a module is never written.
+        begin_ = 1;
+        if (!step_.states) return remember(module.layer, cache_of(plan_.layer_count + index));
+        layer(module.layer, plan_.layer_count + index, -1);
+        finish(module.norm);
+    }
+
+  private:
+    T* cache_of(int64_t index) { return static_cast<T*>(step_.cache) + index * plan_.slots * width_; }
+
+    void layer(const Layer& layer, int64_t index, int64_t sparse) {
+        T* cache = cache_of(index);
+        project(layer, cache);
+        absorb(layer);
+        attend(cache);
+        merge(layer);
+        times(layer.o, b_.heads.all(), b_.x.all(), tokens_, true);
+        normalise_all(b_.x, layer.post_norm);
+        if (layer.router.data) route(layer, sparse);
+        feed_forward(layer);
+    }
+
+    void finish(const Weight& norm) {
+        const int64_t size = plan_.hidden;
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < tokens_; n++) {
+            normalise(b_.x[n], norm, plan_.eps, b_.normed[n], size);
+            convert(b_.normed[n], step_.states + n * size, size);
+        }
+#pragma omp single
+        {
+            b_.inputs.resize(step_.wanted);
+            b_.outputs.resize(step_.wanted);
+            for (int64_t i = 0; i < step_.wanted; i++) {
+                b_.inputs[i] = b_.normed[step_.which[i]];
+                b_.outputs[i] = step_.logits + i * plan_.head.rows;
+            }
+        }
+        times(plan_.head, b_.inputs.data(), b_.outputs.data(), step_.wanted);
+    }
+
+    void times(const Weight& weight, float* const* xs, float* const* ys, int64_t vectors, bool add = false) {
+        const Vectors all(weight, xs, vectors);
+#pragma omp for schedule(dynamic)
+        for (int64_t row = 0; row < weight.rows; row += kRowBlock)
+            all.times(weight, row, std::min(row + kRowBlock, weight.rows), ys, add);
+    }
+
+    void normalise_all(Rows& from, const Weight& norm) {
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < tokens_; n++) normalise(from[n], norm, plan_.eps, b_.normed[n], plan_.hidden);
+    }
+
+    // Queries of all heads; the latents, into the cache.
+    void project(const Layer& layer, T* cache) {
+        normalise_all(b_.x, layer.input_norm);
+        const bool ranked = layer.q_a.data;
+        const Weight& first = ranked ? layer.q_a : layer.q_b;
+        Rows& out = ranked ? b_.q_a : b_.q;
+        const int64_t blocks = (first.rows + kRowBlock - 1) / kRowBlock;
+        const int64_t last = blocks + (layer.kv_a.rows + kRowBlock - 1) / kRowBlock;
+        const Vectors all(first.format == kBfloat16 ? first : layer.kv_a, b_.normed.all(), tokens_);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < last; i++) {
+            const Weight& weight = i < blocks ? first : layer.kv_a;
+            const int64_t row = (i < blocks ? i : i - blocks) * kRowBlock;
+            Rows& to = i < blocks ? out : b_.kv;
+            all.times(weight, row, std::min(row + kRowBlock, weight.rows), to.all());
+        }
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < tokens_; n++) {
+            write_latent(layer, cache, n);
+            if (ranked) normalise(b_.q_a[n], layer.q_a_norm, plan_.latent_eps, b_.q_a[n], layer.q_a.rows);
+        }
+        if (ranked) times(layer.q_b, b_.q_a.all(), b_.q.all(), tokens_);
+    }
+
+    void write_latent(const Layer& layer, T* cache, int64_t n) {
+        float* kv = b_.kv[n];
+        normalise(kv, layer.kv_a_norm, plan_.latent_eps, kv, plan_.latent);
+        float* rotated = b_.queries[n * plan_.heads];  // not in use yet
+        turn(kv + plan_.latent, n, rotated);
+        T* slot = cache + step_.slots[n] * width_;
+        convert(kv, slot, plan_.latent);
+        convert(rotated, slot + plan_.latent, plan_.rope);
+    }
+
+    // The latents alone.
+    void remember(const Layer& layer, T* cache) {
+        normalise_all(b_.x, layer.input_norm);
+        times(layer.kv_a, b_.normed.all(), b_.kv.all(), tokens_);
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < tokens_; n++) write_latent(layer, cache, n);
+    }
+
+    void turn(const float* x, int64_t token, float* y) {
+        const int64_t pairs = plan_.rope / 2, at = (step_.positions[token] - begin_) * pairs;
+        rotate(x, plan_.cosines + at, plan_.sines + at, y, pairs);
+    }
+
+    // Each head's query in terms of the latents, scaled: row n·H + h of `queries`.
+    void absorb(const Layer& layer) {
+        const int64_t heads = plan_.heads, query = plan_.nope + plan_.rope;
+#pragma omp for schedule(dynamic)
+        for (int64_t h = 0; h < heads; h++) {
+            const Weight keys = layer.kv_b.part(0, h * (plan_.nope + plan_.value), plan_.nope);
+            for (int64_t n = 0; n < tokens_; n++) {
+                from_[n] = b_.q[n] + h * query;
+                to_[n] = b_.queries[n * heads + h];
+                std::fill(to_[n], to_[n] + plan_.latent, 0.0f);
+            }
+            mix(keys, from_.data(), to_.data(), tokens_);
+            for (int64_t n = 0; n < tokens_; n++) {
+                turn(from_[n] + plan_.nope, n, to_[n] + plan_.latent);
+                for (int64_t i = 0; i < width_; i++) to_[n][i] *= float(plan_.scale);
+            }
+        }
+    }
+
+    void mix(const Weight& rows, const float* const* weights, float* const* outs, int64_t count) {
+        if (rows.format == kFloat32)
+            mix_rows(static_cast<const float*>(rows.data), rows.columns, rows.rows, rows.columns, weights, outs, count);
+        else
+            mix_rows(static_cast<const bf16*>(rows.data), rows.columns, rows.rows, rows.columns, weights, outs, count);
+    }
+
+    // Every part attends some of one token's past, all heads at once.
+    void attend(const T* cache) {
+#pragma omp single
+        plan_parts();
+        const int64_t heads = plan_.heads, parts = b_.part_token.size();
+        LatentAttention<T> all(heads, plan_.latent, width_);
+#pragma omp for schedule(dynamic)
+        for (int64_t part = 0; part < parts; part++) {
+            const int64_t token = b_.part_token[part];
+            const int64_t end = std::min(b_.part_first[part] + part_size(token), step_.positions[token] + 1);
+            const int64_t* pages = step_.pages + step_.owners[token] * step_.most_pages;
+            all.ask(b_.queries.all() + token * heads);
+            all.begin(b_.parts.all() + part * heads, &b_.highest[part * heads], &b_.total[part * heads]);
+            each_run(pages, std::max(b_.part_first[part], begin_), end,
+                     [&](int64_t slot, int64_t count) { all.attend(cache + slot * width_, count); });
+            all.end();
+        }
+    }
+
+    // Of its token's position alone, so that sums are the same in any company and for any number of threads.
+    int64_t part_size(int64_t token) const {
+        return kLeastPart * (step_.positions[token] / (kLeastPart * kMostParts) + 1);
+    }
+
+    void plan_parts() {
+        b_.part_token.clear();
+        b_.part_first.clear();
+        b_.parts_before.assign(1, 0);
+        for (int64_t n = 0; n < tokens_; n++) {
+            for (int64_t first = 0; first <= step_.positions[n]; first += part_size(n)) {
+                b_.part_token.push_back(n);
+                b_.part_first.push_back(first);
+            }
+            b_.parts_before.push_back(b_.part_token.size());
+        }
+        const int64_t rows = b_.part_token.size() * plan_.heads;
+        b_.parts.shape(rows, plan_.latent);
+        b_.highest.resize(rows);
+        b_.total.resize(rows);
+    }
+
+    // body(slot, count) for each run of positions that lies in one page.
+    template <class Body>
+    void each_run(const int64_t* pages, int64_t from, int64_t end, Body body) {
+        for (int64_t at = from; at < end;) {
+            const int64_t page = at / plan_.page_size;
+            const int64_t next = std::min({end, (page + 1) * plan_.page_size, at + kRun});
+            body(pages[page] * plan_.page_size + at % plan_.page_size, next - at);
+            at = next;
+        }
+    }
+
+    // Puts the parts of each token together, and from latents makes every head's values.
+    void merge(const Layer& layer) {
+        const int64_t heads = plan_.heads;
+#pragma omp for schedule(dynamic)
+        for (int64_t h = 0; h < heads; h++) {
+            const Weight values = layer.kv_b.part(0, h * (plan_.nope + plan_.value) + plan_.nope, plan_.value);
+            for (int64_t n = 0; n < tokens_; n++) {
+                const int64_t first = b_.parts_before[n], last = b_.parts_before[n + 1];
+                float highest = -INFINITY, total = 0;
+                for (int64_t p = first; p < last; p++) highest = std::max(highest, b_.highest[p * heads + h]);
+                float* out = b_.queries[n * heads + h];  // the query has done its work
+                std::fill(out, out + plan_.latent, 0.0f);
+                for (int64_t p = first; p < last; p++) {
+                    const float share = std::exp(b_.highest[p * heads + h] - highest);
+                    const float* part = b_.parts[p * heads + h];
+                    total += share * b_.total[p * heads + h];
+                    each(plan_.latent, [&](int64_t i, int64_t k) {
+                        store(out + i, load(out + i, k) + load(part + i, k) * share, k);
+                    });
+                }
+                for (int64_t i = 0; i < plan_.latent; i++) out[i] /= total;
+                from_[n] = out;
+                to_[n] = b_.heads[n] + h * plan_.value;
+            }
+            Vectors(values, from_.data(), tokens_).times(values, 0, plan_.value, to_.data());
+        }
+    }
+
+    // The experts of every token, and for each expert its places: (token, choice) pairs n·K + k. They are reported as
+    // those of MoE layer number `sparse`, unless that is negative.
+    void route(const Layer& layer, int64_t sparse) {
+        // In float32: a rounding here may change which experts are taken.
+#pragma omp for schedule(dynamic)
+        for (int64_t row = 0; row < plan_.experts; row += kRowBlock)
+            exact_rows_times(layer.router, row, std::min(row + kRowBlock, plan_.experts), b_.normed.all(),
+                             b_.router.all(), tokens_);
+#pragma omp single
+        {
+            const int64_t choices = plan_.choices;
+            const float* bias = static_cast<const float*>(layer.bias.data);
+            std::vector<float> biased(plan_.experts);
+            Selection select(plan_.experts, choices, plan_.groups, plan_.open_groups);
+            for (int64_t n = 0; n < tokens_; n++) {
+                float* scores = b_.router[n];
+                each(plan_.experts, [&](int64_t i, int64_t k) { store(scores + i, sigmoid(load(scores + i, k)), k); });
+                for (int64_t e = 0; e < plan_.experts; e++) biased[e] = scores[e] + bias[e];
+                int64_t* chosen = &b_.chosen[n * choices];
+                select(biased.data(), chosen);
+                float total = 0;
+                for (int64_t k = 0; k < choices; k++) total += scores[chosen[k]];
+                const float by = float(plan_.routed_scale) / (plan_.normalise ? total + 1e-20f : 1.0f);
+                for (int64_t k = 0; k < choices; k++) b_.weights[n * choices + k] = scores[chosen[k]] * by;
+            }
+            if (sparse >= 0) {
+                const int64_t places = tokens_ * choices;
+                std::copy_n(b_.chosen.data(), places, step_.experts + sparse * places);
+                std::copy_n(b_.weights.data(), places, step_.weights + sparse * places);
+            }
+            sort_places();
+        }
+    }
+
+    void sort_places() {
+        const int64_t places = tokens_ * plan_.choices;
+        std::fill(b_.first.begin(), b_.first.end(), 0);
+        for (int64_t i = 0; i < places; i++) b_.first[b_.chosen[i] + 1]++;
+        b_.busy.clear();
+        for (int64_t e = 0; e < plan_.experts; e++) {
+            if (b_.first[e + 1]) b_.busy.push_back(e);
+            b_.first[e + 1] += b_.first[e];
+        }
+        std::vector<int64_t> next(b_.first.begin(), b_.first.end() - 1);
+        b_.inputs.resize(places);
+        b_.outputs.resize(places);
+        for (int64_t i = 0; i < places; i++) {
+            const int64_t at = next[b_.chosen[i]]++;
+            b_.order[at] = i;
+            b_.inputs[at] = b_.normed[i / plan_.choices];
+            b_.outputs[at] = b_.x[i / plan_.choices];
+        }
+    }
+
+    // Routed experts and the shared ones as one more expert that all tokens take; or the dense feed-forward alone.
+    void feed_forward(const Layer& layer) {
+        const bool routed = layer.router.data;
+        const int64_t width = layer.gate_up.rows / 2, busy = routed ? b_.busy.size() : 0;
+        const int64_t blocks = (width + kRowBlock - 1) / kRowBlock;
+        const int64_t common = (layer.gate.rows + kRowBlock - 1) / kRowBlock;
+        // Rows of `gates`: one for every place, in the experts' order, then one for every token's common part.
+        const int64_t places = routed ? tokens_ * plan_.choices : 0;
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < busy * blocks + common; i++) {
+            if (i >= busy * blocks) {
+                const int64_t row = (i - busy * blocks) * kRowBlock;
+                gated(layer.gate, layer.up, row, std::min(row + kRowBlock, layer.gate.rows), b_.normed.all(),
+                      b_.gates.all() + places, nullptr, tokens_);
+                continue;
+            }
+            const int64_t e = b_.busy[i / blocks], row = i % blocks * kRowBlock, first = b_.first[e];
+            gated(layer.gate_up.part(e, 0, width), layer.gate_up.part(e, width, width), row,
+                  std::min(row + kRowBlock, width), b_.inputs.data() + first, b_.gates.all() + first,
+                  b_.order.data() + first, b_.first[e + 1] - first);
+        }
+        // Few large blocks, for each begins with every expert's vectors once more.
+        const int64_t shared = plan_.hidden / (4 * omp_get_num_threads()) / kRowBlock * kRowBlock;
+        const int64_t rows = std::max(kRowBlock, shared);
+#pragma omp for schedule(dynamic)
+        for (int64_t row = 0; row < plan_.hidden; row += rows) {
+            const int64_t last = std::min(row + rows, plan_.hidden);
+            for (int64_t i = 0; i < busy; i++) {
+                const int64_t e = b_.busy[i], first = b_.first[e];
+                const Weight down = layer.down.part(e, 0, plan_.hidden);
+                Vectors(down, b_.gates.all() + first, b_.first[e + 1] - first)
+                    .times(down, row, last, b_.outputs.data() + first, true);
+            }
+            Vectors(layer.out, b_.gates.all() + places, tokens_).times(layer.out, row, last, b_.x.all(), true);
+        }
+    }
+
+    // out = silu(gate·x)·(up·x), times the weight of the place where there is one.
+    void gated(const Weight& gate, const Weight& up, int64_t row, int64_t last, float* const* xs, float* const* outs,
+               const int64_t* places, int64_t vectors) {
+        constexpr int64_t together = 16;
+        float gates[together][kRowBlock], ups[together][kRowBlock];
+        float *gate_at[together], *up_at[together];
+        for (int64_t v = 0; v < vectors; v += together) {
+            const int64_t count = std::min(together, vectors - v);
+            for (int64_t i = 0; i < count; i++) gate_at[i] = gates[i] - row, up_at[i] = ups[i] - row;
+            const Vectors some(gate, xs + v, count);
+            some.times(gate, row, last, gate_at);
+            some.times(up, row, last, up_at);
+            for (int64_t i = 0; i < count; i++) {
+                const float weight = places ? b_.weights[places[v + i]] : 1.0f;
+                each(last - row, [&](int64_t j, int64_t n) {
+                    Floats g = load(gates[i] + j, n);
+                    store(outs[v + i] + row + j, g * sigmoid(g) * load(ups[i] + j, n) * weight, n);
+                });
+            }
+        }
+    }
+
+    const Plan& plan_;
+    const Step& step_;
+    Buffers& b_;
+    const int64_t width_, tokens_;
+    std::vector<float*> from_, to_;  // one head's rows of every token; each thread has its own
+    int64_t begin_ = 0;  // the first slot that is attended; positions count from it
+};
+
+void make_room(Buffers& b, const Plan& plan, int64_t tokens) {
+    const Layer& any = plan.layers[0];
+    b.x.shape(tokens, plan.hidden);
+    b.normed.shape(tokens, plan.hidden);
+    b.q_a.shape(tokens, any.q_a.rows);
+    b.kv.shape(tokens, plan.latent + plan.rope);
+    b.q.shape(tokens, plan.heads * (plan.nope + plan.rope));
+    b.queries.shape(tokens * plan.heads, plan.latent + plan.rope);
+    b.heads.shape(tokens, plan.heads * plan.value);
+    b.router.shape(tokens, plan.experts);
+    b.gates.shape(tokens * (plan.choices + 1), plan.widest);
+    b.chosen.resize(tokens * plan.choices);
+    b.order.resize(tokens * plan.choices);
+    b.weights.resize(tokens * plan.choices);
+    b.first.resize(plan.experts + 1);
+}
+
+// The main model, or MTP module number `module` where that is not negative.
+template <class T>
+void decode(int threads, const Plan* plan, const Step* step, int64_t module) {
+    static thread_local Buffers buffers;
+    Buffers& shared = buffers;
+    make_room(shared, *plan, step->tokens);
+#pragma omp parallel num_threads(threads)
+    {
+        Pass<T> pass(*plan, *step, shared);
+        if (module < 0)
+            pass.main_model();
+        else
+            pass.module(module);
+    }
+}
+
+}  // namespace
+
+EXPORT(decode)

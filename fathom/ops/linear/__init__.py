@@ -1,0 +1,98 @@
+"""Linear maps y = x·Wᵀ whose weights may be kept in a wider type than the activations.
+
+Shapes: N rows (all dimensions but the last), I size of an input row, O of an output row.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fathom.ops import cpu
+
+_LEAST_ROWS = 32
+"""With fewer rows, rearranging the weights costs more than it brings."""
+
+
+def linear_reference(x: Tensor, weight_OI: Tensor) -> Tensor:
+    """x·Wᵀ over the last dimension, in x's type: (…, I) → (…, O)."""
+    return F.linear(x, weight_OI.to(x.dtype))
+
+
+def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
+    """As the reference. CPUs that multiply pairs of bfloat16 narrow the weights as they read them (ops/cpu/gemm.h).
+
+    There the gradient of float32 weights is summed and left in float32, not rounded to x's type on its way.
+    """
+    if x.numel() < _LEAST_ROWS * x.shape[-1] or not multiplies(x, weight_OI):
+        return linear_reference(x, weight_OI)
+    y: Tensor = _Linear.apply(x, weight_OI)
+    return y
+
+
+def multiplies(x: Tensor, weight_OI: Tensor) -> bool:
+    """Whether the kernels make this map's products, and narrow the weights themselves."""
+    known = weight_OI.dtype in (torch.float32, x.dtype)
+    return known and cpu.usable(x, weight_OI) and cpu.own_products(x.dtype)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor) -> Tensor:
+        x, weight_OI = x.contiguous(), weight_OI.contiguous()
+        ctx.save_for_backward(x, weight_OI)
+        y = x.new_empty(*x.shape[:-1], weight_OI.shape[0])
+        product(x.view(-1, x.shape[-1]), weight_OI, y.view(-1, y.shape[-1]))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight_OI = ctx.saved_tensors
+        dy_NO, dx, dweight_OI = dy.contiguous().view(-1, dy.shape[-1]), None, None
+        if ctx.needs_input_grad[0]:
+            dx = torch.empty_like(x)
+            input_gradient(dy_NO, weight_OI, dx.view(-1, x.shape[-1]))
+        if ctx.needs_input_grad[1]:
+            wide_OI = torch.empty_like(weight_OI, dtype=torch.float32)
+            weight_gradient(dy_NO, x.view(-1, x.shape[-1]), wide_OI, adds=False)
+            dweight_OI = wide_OI.to(weight_OI.dtype)
+        return dx, dweight_OI
+
+
+# The three products, into matrices that exist. All are contiguous; where the kernels do not take them (`multiplies`),
+# torch does, and the weights must have the activations' type.
+
+
+def product(x_NI: Tensor, weight_OI: Tensor, out_NO: Tensor) -> None:
+    """out = x·Wᵀ."""
+    if not multiplies(x_NI, weight_OI):
+        torch.mm(x_NI, weight_OI.t(), out=out_NO)
+    else:
+        cpu.call("linear", weight_OI.dtype, x_NI, weight_OI, out_NO, *_sizes(x_NI, out_NO))
+
+
+def input_gradient(dy_NO: Tensor, weight_OI: Tensor, out_NI: Tensor) -> None:
+    """out = dy·W."""
+    if not multiplies(dy_NO, weight_OI):
+        torch.mm(dy_NO, weight_OI, out=out_NI)
+    else:
+        cpu.call("linear_input_gradient", weight_OI.dtype, dy_NO, weight_OI, out_NI, *_sizes(out_NI, dy_NO))
+
+
+def weight_gradient(dy_NO: Tensor, x_NI: Tensor, out_OI: Tensor, adds: bool) -> None:
+    """out = dyᵀ·x or, where it `adds`, out += dyᵀ·x; in float32 at least."""
+    if not multiplies(x_NI, out_OI):
+        if x_NI.is_cuda and x_NI.dtype != out_OI.dtype and not adds:
+            torch.mm(dy_NO.t(), x_NI, out_dtype=out_OI.dtype, out=out_OI)  # not rounded to x's type on its way
+            return
+        found_OI = dy_NO.t() @ x_NI
+        out_OI.add_(found_OI) if adds else out_OI.copy_(found_OI)
+    else:
+        cpu.call("linear_weight_gradient", out_OI.dtype, dy_NO, x_NI, out_OI, *_sizes(x_NI, dy_NO), int(adds))
+
+
+def _sizes(x_NI: Tensor, y_NO: Tensor) -> tuple[int, int, int]:
+    return x_NI.shape[0], x_NI.shape[1], y_NO.shape[1]

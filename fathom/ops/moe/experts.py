@@ -1,0 +1,327 @@
+"""Routed experts: every token's K SwiGLU experts, as products grouped by expert (DeepSeekMoE, arXiv 2401.06066).
+
+The (token, expert) pairs are sorted by expert into rows, so that each expert's tokens are neighbours and one
+grouped product serves all experts: the cost follows the active work, not the number of experts, and no token is ever
+dropped. The gate's weight multiplies the hidden activation (F numbers) rather than the output (D numbers): the down
+projection is linear, so it is the same sum.
+
+Shapes: N tokens, D hidden, E experts, K experts per token, F expert width, P = N·K (token, expert) pairs,
+R rows: the pairs sorted by expert, each expert's rows padded to a multiple where oneDNN multiplies them.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
+
+from fathom.ops import cpu, gpu
+
+_LEAST_MULTIPLE = 16
+
+
+class Dispatch(NamedTuple):
+    """Where each (token, expert) pair stands once the pairs are sorted by expert."""
+
+    pair_R: Tensor
+    """Row r holds pair pair_R[r] of the flattened (N, K) choices, so token pair_R[r] // K; −1 for a padding row."""
+    row_NK: Tensor
+    """The inverse: the row in which token n's k-th choice stands."""
+    ends_E: Tensor
+    """Row after expert e's last one, int32 as the grouped product wants it."""
+    load_E: Tensor
+    """Tokens each expert received, int64."""
+
+
+def dispatch(topk_ids_NK: Tensor, experts: int, dtype: torch.dtype | None = None) -> Dispatch:
+    """Sort the pairs by expert; stable, so equal inputs give equal sums. On a GPU in one kernel.
+
+    `dtype`: of the tokens, where it is known. Rows of a type that the kernels multiply themselves are not padded.
+    """
+    if gpu.usable(topk_ids_NK):
+        from fathom.ops.moe import triton_permute as rows  # Triton comes with torch's CUDA builds alone
+
+        return Dispatch(*rows.dispatch(topk_ids_NK, experts))
+    pairs = topk_ids_NK.numel()
+    ids_P, pair_P = topk_ids_NK.flatten().sort(stable=True)
+    every_E = torch.arange(experts, device=ids_P.device)
+    begin_E, end_E = torch.searchsorted(ids_P, every_E), torch.searchsorted(ids_P, every_E, right=True)
+    load_E = end_E - begin_E
+    own = dtype is not None and cpu.own_products(dtype)
+    pads = ids_P.device.type == "cpu" and pairs >= 2 * _LEAST_MULTIPLE * experts and not own
+    rows_E = _padded(load_E) if pads else load_E
+    spare = experts * _LEAST_MULTIPLE + pairs // _LEAST_MULTIPLE if pads else 0
+    ends_E = rows_E.cumsum(0)
+    row_P = torch.arange(pairs, device=ids_P.device)
+    pair_R = pair_P
+    if pads:
+        row_P = row_P + (ends_E - rows_E - begin_E)[ids_P]
+        pair_R = pair_P.new_full((pairs + spare,), -1)
+        pair_R[row_P] = pair_P
+    row_NK = torch.empty_like(pair_P)
+    row_NK[pair_P] = row_P
+    return Dispatch(pair_R, row_NK.view_as(topk_ids_NK), ends_E.to(torch.int32), load_E)
+
+
+def _padded(load_E: Tensor) -> Tensor:
+    """Loads rounded up to one of sixteen steps between a power of two and the next, or to a multiple of sixteen.
+
+    oneDNN prepares a kernel per matrix height, at about a millisecond each, and keeps a thousand: as loads differ at
+    every step, unpadded training on the CPU spends longer preparing products than multiplying (docs/log.md).
+    """
+    power_E = load_E.clamp_min(1).double().log2().floor()
+    multiple_E = (2**power_E / _LEAST_MULTIPLE).clamp_min(_LEAST_MULTIPLE).to(torch.int64)
+    return (load_E + multiple_E - 1) // multiple_E * multiple_E
+
+
+def routed_experts_reference(
+    x_ND: Tensor, topk_ids_NK: Tensor, weights_NK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
+) -> Tensor:
+    """Σ_k weight_k · down_e(silu(gate_e(x)) · up_e(x)) with e = the token's k-th expert, one expert at a time.
+
+    `gate_up_EGD` stacks gate over up (G = 2F). Returns (N, D) in x's type.
+    """
+    out_ND = torch.zeros_like(x_ND)
+    for expert in range(gate_up_EGD.shape[0]):
+        token, choice = (topk_ids_NK == expert).nonzero(as_tuple=True)
+        gate, up = F.linear(x_ND[token], gate_up_EGD[expert]).chunk(2, dim=-1)
+        hidden = F.silu(gate) * up * weights_NK[token, choice, None].to(x_ND.dtype)
+        out_ND = out_ND.index_add(0, token, F.linear(hidden, down_EDF[expert]))
+    return out_ND
+
+
+def routed_experts(x_ND: Tensor, order: Dispatch, weights_NK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
+    """As the reference; the experts' weights may be kept in float32 under narrower activations.
+
+    On the CPU each thread takes a whole expert at a time (fathom/ops/moe/experts.cpp). Elsewhere, and where there are
+    fewer experts than threads, four grouped products forward and backward; where torch's grouped product does not
+    apply — float64, or widths whose rows are not multiples of 16 bytes — one product per expert on the same rows.
+    """
+    arguments = (x_ND, order.pair_R, order.row_NK, order.ends_E, weights_NK, gate_up_EGD, down_EDF)
+    if _kernels_take(*arguments):
+        out_ND: Tensor = _ExpertByExpert.apply(*arguments)
+        return out_ND
+    if _grouped_mm_takes(x_ND, gate_up_EGD, down_EDF) and gpu.usable(*arguments):
+        return _on_gpu(x_ND, order, weights_NK, gate_up_EGD, down_EDF)
+    out_ND = _RoutedExperts.apply(*arguments[:-2], gate_up_EGD.to(x_ND.dtype), down_EDF.to(x_ND.dtype))
+    return out_ND
+
+
+def _kernels_take(x_ND: Tensor, *others: Tensor) -> bool:
+    *_, weights_NK, gate_up_EGD, down_EDF = others
+    known = all(t.dtype in (torch.float32, x_ND.dtype) and t.is_contiguous() for t in (gate_up_EGD, down_EDF))
+    return (
+        cpu.usable(x_ND, *others)
+        and known
+        and weights_NK.dtype == torch.float32
+        and gate_up_EGD.shape[0] >= torch.get_num_threads()
+    )
+
+
+class _ExpertByExpert(torch.autograd.Function):
+    """The CPU's. Saves the tokens and the experts' pre-activations; everything else is remade backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_ND: Tensor,
+        pair_R: Tensor,
+        row_NK: Tensor,
+        ends_E: Tensor,
+        weights_NK: Tensor,
+        gate_up_EGD: Tensor,
+        down_EDF: Tensor,
+    ) -> Tensor:
+        x_ND = x_ND.contiguous()
+        token_R, weight_R = _tokens_and_weights(pair_R, weights_NK)
+        experts, hidden, width = down_EDF.shape
+        gate_up_RG = x_ND.new_empty(len(pair_R), 2 * width)
+        y_RD = x_ND.new_empty(len(pair_R), hidden)
+        inputs = (x_ND, token_R, weight_R, ends_E, gate_up_EGD, down_EDF)
+        sizes = (experts, hidden, width, int(down_EDF.dtype == torch.float32))
+        cpu.call("routed_experts", x_ND.dtype, *inputs, gate_up_RG, y_RD, *sizes)
+        ctx.save_for_backward(x_ND, pair_R, row_NK, ends_E, weights_NK, gate_up_EGD, down_EDF, gate_up_RG)
+        return sum_rows(y_RD, row_NK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout_ND: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x_ND, pair_R, row_NK, ends_E, weights_NK, gate_up_EGD, down_EDF, gate_up_RG = ctx.saved_tensors
+        token_R, weight_R = _tokens_and_weights(pair_R, weights_NK)
+        inputs = (x_ND, token_R, weight_R, ends_E, gate_up_EGD, down_EDF, gate_up_RG, dout_ND.contiguous())
+        dx_RD, dweight_R = x_ND.new_empty(len(pair_R), x_ND.shape[1]), torch.empty_like(weight_R)
+        dgate_up_EGD, ddown_EDF = torch.empty_like(gate_up_EGD), torch.empty_like(down_EDF)
+        sizes = (*down_EDF.shape, int(down_EDF.dtype == torch.float32))
+        outputs = (dx_RD, dweight_R, dgate_up_EGD, ddown_EDF)
+        cpu.call("routed_experts_backward", x_ND.dtype, *inputs, *outputs, *sizes)
+        dweights_NK = dweight_R.index_select(0, row_NK.flatten()).view_as(weights_NK)
+        return sum_rows(dx_RD, row_NK), None, None, None, dweights_NK, dgate_up_EGD, ddown_EDF
+
+
+def _on_gpu(x_ND: Tensor, order: Dispatch, weights_NK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
+    """Without gradients: two grouped products and three kernels of our own."""
+    from fathom.ops.moe import triton_permute as rows  # Triton comes with torch's CUDA builds alone
+
+    x_RD = rows.gather(x_ND, order.pair_R, weights_NK.shape[1])
+    gate_up_RG = F.grouped_mm(x_RD, gate_up_EGD.transpose(1, 2), offs=order.ends_E)
+    hidden_RF = rows.weighted_swiglu(gate_up_RG, order.pair_R, weights_NK)
+    y_RD = F.grouped_mm(hidden_RF, down_EDF.transpose(1, 2), offs=order.ends_E)
+    return rows.sum_rows(y_RD, order.row_NK)
+
+
+class _RoutedExperts(torch.autograd.Function):
+    """Saves only the tokens and the experts' pre-activations; the sorted rows and activations are remade backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_ND: Tensor,
+        pair_R: Tensor,
+        row_NK: Tensor,
+        ends_E: Tensor,
+        weights_NK: Tensor,
+        gate_up_EGD: Tensor,
+        down_EDF: Tensor,
+    ) -> Tensor:
+        token_R, weight_R = _tokens_and_weights(pair_R, weights_NK)
+        gate_up_RG = grouped_product(_gather_rows(x_ND, token_R, row_NK), gate_up_EGD.transpose(1, 2), ends_E)
+        gate_RF, up_RF = _halves(gate_up_RG)
+        hidden_RF = F.silu(gate_RF) * up_RF * weight_R[:, None].to(x_ND.dtype)
+        y_RD = grouped_product(hidden_RF, down_EDF.transpose(1, 2), ends_E)
+        ctx.save_for_backward(x_ND, pair_R, row_NK, ends_E, weights_NK, gate_up_EGD, down_EDF, gate_up_RG)
+        return sum_rows(y_RD, row_NK)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_ND, pair_R, row_NK, ends_E, weights_NK, gate_up_EGD, down_EDF, gate_up_RG = ctx.saved_tensors
+        token_R, weight_R = _tokens_and_weights(pair_R, weights_NK)
+        dy_RD = _gather_rows(grads[0], token_R, row_NK)
+        dscaled_RF = grouped_product(dy_RD, down_EDF, ends_E)
+        backward = _weighted_swiglu_backward if x_ND.is_cuda and gpu.INSTALLED else weighted_swiglu_backward_reference
+        dgate_up_RG, scaled_RF, dweight_R = backward(gate_up_RG, weight_R.to(x_ND.dtype), dscaled_RF)
+        ddown_EDF = grouped_outer(dy_RD, scaled_RF, ends_E)
+        dgate_up_EGD = grouped_outer(dgate_up_RG, _gather_rows(x_ND, token_R, row_NK), ends_E)
+        dx_ND = sum_rows(grouped_product(dgate_up_RG, gate_up_EGD, ends_E), row_NK)
+        dweights_NK = dweight_R.index_select(0, row_NK.flatten()).view_as(weights_NK).to(weights_NK.dtype)
+        return dx_ND, None, None, None, dweights_NK, dgate_up_EGD, ddown_EDF
+
+
+def _tokens_and_weights(pair_R: Tensor, weights_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """The token of each row, −1 for padding, and its weight (any number for padding, whose rows are zero)."""
+    return pair_R // weights_NK.shape[1], weights_NK.flatten().index_select(0, pair_R.clamp_min(0))
+
+
+def _gather_rows(x_ND: Tensor, token_R: Tensor, row_NK: Tensor) -> Tensor:
+    """Row r is token token_R[r], or zeros for padding: (R, D)."""
+    if len(token_R) == row_NK.numel():  # a row for every pair, so none is padding
+        return x_ND.index_select(0, token_R)
+    padded_ND = torch.cat((x_ND, x_ND.new_zeros(1, x_ND.shape[1])))
+    return padded_ND.index_select(0, torch.where(token_R < 0, x_ND.shape[0], token_R))
+
+
+def _halves(gate_up_RG: Tensor) -> tuple[Tensor, Tensor]:
+    """Gate, copied to be contiguous, and up: exponentials of strided bf16 rows cost more than the copy."""
+    gate_RF, up_RF = gate_up_RG.chunk(2, dim=-1)
+    return gate_RF.contiguous(), up_RF
+
+
+def weighted_swiglu_backward_reference(
+    gate_up_RG: Tensor, weight_R: Tensor, dscaled_RF: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward through scaled = silu(gate)·up·weight: gradients of gate over up (R, G), scaled itself (R, F), and the
+    weights' gradients (R) in float32 at least."""
+    gate_RF, up_RF = _halves(gate_up_RG)
+    weight_R1 = weight_R[:, None]
+    silu_RF = F.silu(gate_RF)
+    hidden_RF = silu_RF * up_RF
+    wide = torch.promote_types(dscaled_RF.dtype, torch.float32)
+    dweight_R = (dscaled_RF * hidden_RF).sum(-1, dtype=wide)
+    dhidden_RF = dscaled_RF * weight_R1
+    dgate_RF = torch.ops.aten.silu_backward(dhidden_RF * up_RF, gate_RF)
+    return torch.cat((dgate_RF, dhidden_RF * silu_RF), dim=-1), hidden_RF * weight_R1, dweight_R
+
+
+# An operator of its own, so that torch.compile takes it whole: it would make three passes of it.
+@torch.library.custom_op("fathom::weighted_swiglu_backward", mutates_args=())
+def _weighted_swiglu_backward(
+    gate_up_RG: Tensor, weight_R: Tensor, dscaled_RF: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    if dscaled_RF.dtype == torch.float64:  # sums beyond float32 are not the kernel's
+        return weighted_swiglu_backward_reference(gate_up_RG, weight_R, dscaled_RF)
+    from fathom.ops.swiglu.triton import weighted_swiglu_backward  # Triton comes with torch's CUDA builds alone
+
+    return weighted_swiglu_backward(gate_up_RG, weight_R, dscaled_RF)
+
+
+@_weighted_swiglu_backward.register_fake
+def _(gate_up_RG: Tensor, weight_R: Tensor, dscaled_RF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(dscaled_RF.dtype, torch.float32)
+    return torch.empty_like(gate_up_RG), torch.empty_like(dscaled_RF), weight_R.new_empty(len(weight_R), dtype=wide)
+
+
+def sum_rows(y_RD: Tensor, row_NK: Tensor) -> Tensor:
+    """Each token's K rows added up, (N, D); nothing of size (N, K, D) is made in between."""
+    if torch.compiler.is_compiling():
+        return y_RD[row_NK].sum(1)  # becomes one kernel
+    if gpu.usable(y_RD, row_NK):
+        from fathom.ops.moe import triton_permute as rows  # Triton comes with torch's CUDA builds alone
+
+        return rows.sum_rows(y_RD, row_NK)
+    if not cpu.usable(y_RD, row_NK):
+        return F.embedding_bag(row_NK, y_RD, mode="sum")
+    out_ND = y_RD.new_empty(row_NK.shape[0], y_RD.shape[1])
+    cpu.call("sum_rows", y_RD.dtype, y_RD, row_NK, out_ND, *row_NK.shape, y_RD.shape[1])
+    return out_ND
+
+
+# The two products are operators of their own, so that torch.compile takes them whole: its model of grouped_mm knows
+# bf16 alone (torch 2.13), and it could not trace the loop that stands in for it.
+
+
+@torch.library.custom_op("fathom::grouped_product", mutates_args=())
+def grouped_product(x_RI: Tensor, w_EIO: Tensor, ends_E: Tensor) -> Tensor:
+    """Rows of expert e times w_e: (R, O); rows after the last expert's are not computed."""
+    if _grouped_mm_takes(x_RI, w_EIO):
+        return F.grouped_mm(x_RI, w_EIO, offs=ends_E)
+    out_RO = x_RI.new_empty(x_RI.shape[0], w_EIO.shape[2])
+    for expert, rows in enumerate(_expert_rows(ends_E)):
+        out_RO[rows] = x_RI[rows] @ w_EIO[expert]
+    return out_RO
+
+
+@grouped_product.register_fake
+def _(x_RI: Tensor, w_EIO: Tensor, ends_E: Tensor) -> Tensor:
+    return x_RI.new_empty(x_RI.shape[0], w_EIO.shape[2])
+
+
+@torch.library.custom_op("fathom::grouped_outer", mutates_args=())
+def grouped_outer(a_RI: Tensor, b_RO: Tensor, ends_E: Tensor) -> Tensor:
+    """aᵀ·b over each expert's rows: (E, I, O), zero for an expert without rows."""
+    if _grouped_mm_takes(a_RI, b_RO):
+        return F.grouped_mm(a_RI.t(), b_RO, offs=ends_E)
+    return torch.stack([a_RI[rows].t() @ b_RO[rows] for rows in _expert_rows(ends_E)])
+
+
+@grouped_outer.register_fake
+def _(a_RI: Tensor, b_RO: Tensor, ends_E: Tensor) -> Tensor:
+    return a_RI.new_empty(ends_E.shape[0], a_RI.shape[1], b_RO.shape[1])
+
+
+@register_flop_formula([torch.ops.fathom.grouped_product, torch.ops.fathom.grouped_outer])
+def _flops(left: torch.Size, right: torch.Size, ends: torch.Size, **_: object) -> int:
+    """For torch's FLOP counter: either way every row meets the other operand's last dimension (padding included)."""
+    return 2 * left[0] * left[1] * right[-1]
+
+
+def _expert_rows(ends_E: Tensor) -> list[slice]:
+    ends = ends_E.tolist()
+    return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def _grouped_mm_takes(*operands: Tensor) -> bool:
+    """torch's grouped product wants one type, bf16, float16 or float32, and rows that are multiples of 16 bytes."""
+    wide = all(size * t.element_size() % 16 == 0 for t in operands for size in t.shape[1:])
+    one = len({t.dtype for t in operands}) == 1 and operands[0].dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return wide and one and operands[0].shape[0] > 0

@@ -1,0 +1,67 @@
+"""Choosing the experts of every token: the best scores within the best groups (DeepSeek-V3 report, section 2.1.2).
+
+Shapes: N tokens, D hidden, E experts, K experts per token, G groups.
+"""
+
+import torch
+from torch import Tensor
+
+from fathom.ops import cpu, gpu
+
+
+def select_experts_reference(scores_NE: Tensor, choices: int, groups: int, open_groups: int, best: int = 2) -> Tensor:
+    """Ids (N, K) of the `choices` best scores within the `open_groups` best of `groups` groups, in any order.
+
+    A group is as good as the sum of its `best` highest scores. Groups that are not chosen are masked with −inf, so that
+    a negative score cannot let a masked expert in.
+    """
+    if open_groups < groups:
+        grouped_NGe = scores_NE.unflatten(1, (groups, -1))
+        group_scores_NG = grouped_NGe.topk(best, dim=-1).values.sum(-1)
+        chosen_Ng = group_scores_NG.topk(open_groups, dim=-1, sorted=False).indices
+        closed_NG = torch.ones_like(group_scores_NG, dtype=torch.bool).scatter(1, chosen_Ng, False)
+        scores_NE = grouped_NGe.masked_fill(closed_NG.unsqueeze(-1), float("-inf")).flatten(1)
+    return scores_NE.topk(choices, dim=-1, sorted=False).indices
+
+
+def select_experts(scores_NE: Tensor, choices: int, groups: int = 1, open_groups: int = 1) -> Tensor:
+    """As the reference; in one pass on the CPU, and on a GPU, where torch's top-k sorts."""
+    if scores_NE.dtype == torch.float32 and gpu.usable(scores_NE):
+        from fathom.ops.moe import triton_routing as routing  # Triton comes with torch's CUDA builds alone
+
+        return routing.select_experts(scores_NE.contiguous(), choices, groups, open_groups)
+    if scores_NE.is_cuda and scores_NE.dtype == torch.float32 and gpu.INSTALLED:
+        return _select_on_gpu(scores_NE, choices, groups, open_groups)
+    if not cpu.usable(scores_NE) or scores_NE.dtype != torch.float32:
+        return select_experts_reference(scores_NE, choices, groups, open_groups)
+    ids_NK = scores_NE.new_empty(scores_NE.shape[0], choices, dtype=torch.int64)
+    sizes = (*scores_NE.shape, choices, groups, open_groups)
+    cpu.call("select_experts", scores_NE.dtype, scores_NE.contiguous(), ids_NK, *sizes)
+    return ids_NK
+
+
+def route(
+    logits_NE: Tensor, bias_E: Tensor, choices: int, groups: tuple[int, int], normalise: bool, factor: float
+) -> tuple[Tensor, Tensor]:
+    """DeepSeek-V3's router from its float32 logits on, in one kernel on a GPU: ids (N, K), and weights without
+    gradients; `groups`: how many there are, and how many of them are open to a token.
+    """
+    from fathom.ops.moe import triton_routing as routing  # Triton comes with torch's CUDA builds alone
+
+    ids_NK = logits_NE.new_empty(logits_NE.shape[0], choices, dtype=torch.int64)
+    weights_NK = torch.empty_like(ids_NK, dtype=torch.float32)
+    routing.route(logits_NE, bias_E, None, ids_NK, weights_NK, groups, normalise, factor)
+    return ids_NK, weights_NK
+
+
+# An operator of its own, so that torch.compile takes it whole.
+@torch.library.custom_op("fathom::select_experts", mutates_args=())
+def _select_on_gpu(scores_NE: Tensor, choices: int, groups: int, open_groups: int) -> Tensor:
+    from fathom.ops.moe import triton_routing as routing  # Triton comes with torch's CUDA builds alone
+
+    return routing.select_experts(scores_NE.contiguous(), choices, groups, open_groups)
+
+
+@_select_on_gpu.register_fake
+def _(scores_NE: Tensor, choices: int, groups: int, open_groups: int) -> Tensor:
+    return scores_NE.new_empty(scores_NE.shape[0], choices, dtype=torch.int64)

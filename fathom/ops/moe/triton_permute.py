@@ -1,0 +1,132 @@
+"""The routed experts' rows: sorting the pairs by expert, and what is done to rows between the grouped products.
+
+Plain torch sorts in some twenty launches and takes every elementwise operation for itself. The references are in
+fathom/ops/moe/experts.py and fathom/ops/swiglu. No gradients.
+
+Shapes: N tokens, D hidden, E experts, K experts per token, F expert width, G = 2F, P = N·K pairs, R rows.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_PAIRS, _PAIR_WARPS = 4096, 16
+_COLUMNS = 1024
+
+
+def dispatch(topk_ids_NK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`Dispatch`'s four tensors (fathom/ops/moe/experts.py), without padding: a stable counting sort.
+
+    Every expert looks through all choices, for how many come before its own and then for its own.
+    """
+    ids_P = topk_ids_NK.contiguous()
+    pair_R, row_NK = torch.empty_like(ids_P).flatten(), torch.empty_like(ids_P)
+    ends_E = torch.empty(experts, dtype=torch.int32, device=ids_P.device)
+    load_E = torch.empty(experts, dtype=torch.int64, device=ids_P.device)
+    pairs = ids_P.numel()
+    block = min(_PAIRS, max(128, triton.next_power_of_2(pairs)))
+    _dispatch[(experts,)](ids_P, pair_R, row_NK, ends_E, load_E, pairs, BLOCK_P=block, num_warps=_PAIR_WARPS)
+    return pair_R, row_NK, ends_E, load_E
+
+
+def gather(x_ND: Tensor, pair_R: Tensor, choices: int) -> Tensor:
+    """Row r is the token of pair pair_R[r]: (R, D)."""
+    x_RD = x_ND.new_empty(len(pair_R), x_ND.shape[1])
+    _gather[_grid(x_RD)](x_ND, pair_R, x_RD, x_ND.stride(0), choices, x_RD.shape[1], BLOCK_D=_columns(x_RD))
+    return x_RD
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate)·up of any shape; in float32 until the result is rounded."""
+    gate, up, hidden = gate.contiguous(), up.contiguous(), torch.empty_like(gate)
+    width = gate.shape[-1]
+    _activate(gate, up, width, None, None, hidden.view(-1, width))
+    return hidden
+
+
+def weighted_swiglu(gate_up_RG: Tensor, pair_R: Tensor, weights_NK: Tensor) -> Tensor:
+    """silu(gate)·up·weight of each row's pair: (R, F)."""
+    rows, both = gate_up_RG.shape
+    hidden_RF = gate_up_RG.new_empty(rows, both // 2)
+    _activate(gate_up_RG, gate_up_RG[:, both // 2 :], both, pair_R, weights_NK.contiguous(), hidden_RF)
+    return hidden_RF
+
+
+def sum_rows(y_RD: Tensor, row_NK: Tensor) -> Tensor:
+    """Each token's K rows added up in float32, in their order: (N, D)."""
+    y_RD, row_NK = y_RD.contiguous(), row_NK.contiguous()
+    out_ND = y_RD.new_empty(row_NK.shape[0], y_RD.shape[1])
+    choices, block = row_NK.shape[1], _columns(out_ND)
+    _sum_rows[_grid(out_ND)](y_RD, row_NK, out_ND, out_ND.shape[1], CHOICES=choices, BLOCK_D=block)
+    return out_ND
+
+
+def _activate(
+    gate: Tensor, up: Tensor, stride: int, pair_R: Tensor | None, weights_NK: Tensor | None, hidden_RF: Tensor
+) -> None:
+    tensors = (gate, up, pair_R, weights_NK, hidden_RF)
+    _swiglu[_grid(hidden_RF)](*tensors, stride, hidden_RF.shape[1], BLOCK_F=_columns(hidden_RF))
+
+
+def _columns(out: Tensor) -> int:
+    return min(_COLUMNS, triton.next_power_of_2(out.shape[1]))
+
+
+def _grid(out: Tensor) -> tuple[int, int]:
+    """A program for so many columns of one row."""
+    return out.shape[0], triton.cdiv(out.shape[1], _columns(out))
+
+
+@triton.jit
+def _dispatch(ids, pair, row, ends, load, pairs, BLOCK_P: tl.constexpr):
+    expert = tl.program_id(0)
+    p_P = tl.arange(0, BLOCK_P)
+    before_P, own_P = tl.zeros((BLOCK_P,), tl.int32), tl.zeros((BLOCK_P,), tl.int32)
+    for start in range(0, pairs, BLOCK_P):
+        id_P = tl.load(ids + start + p_P, mask=start + p_P < pairs, other=2147483647)
+        before_P += (id_P < expert).to(tl.int32)
+        own_P += (id_P == expert).to(tl.int32)
+    at, own = tl.sum(before_P, 0), tl.sum(own_P, 0)
+    tl.store(ends + expert, at + own)
+    tl.store(load + expert, own.to(tl.int64))
+    for start in range(0, pairs, BLOCK_P):
+        id_P = tl.load(ids + start + p_P, mask=start + p_P < pairs, other=2147483647)
+        own_P = (id_P == expert).to(tl.int32)
+        to_P = at + tl.cumsum(own_P, 0) - 1
+        tl.store(pair + to_P, (start + p_P).to(tl.int64), mask=own_P > 0)
+        tl.store(row + start + p_P, to_P.to(tl.int64), mask=own_P > 0)
+        at += tl.sum(own_P, 0)
+
+
+@triton.jit
+def _gather(x, pair, out, x_n, choices, hidden, BLOCK_D: tl.constexpr):
+    r = tl.program_id(0).to(tl.int64)
+    d_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    x_D = tl.load(x + tl.load(pair + r) // choices * x_n + d_D, mask=d_D < hidden)
+    tl.store(out + r * hidden + d_D, x_D, mask=d_D < hidden)
+
+
+@triton.jit
+def _swiglu(gate, up, pair, weights, out, stride, width, BLOCK_F: tl.constexpr):
+    """`pair` and `weights` may be None."""
+    r = tl.program_id(0).to(tl.int64)
+    f_F = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    ok_F = f_F < width
+    gate_F = tl.load(gate + r * stride + f_F, mask=ok_F, other=0.0).to(tl.float32)
+    up_F = tl.load(up + r * stride + f_F, mask=ok_F, other=0.0).to(tl.float32)
+    hidden_F = gate_F * tl.sigmoid(gate_F) * up_F
+    if weights is not None:
+        hidden_F *= tl.load(weights + tl.load(pair + r)).to(tl.float32)
+    tl.store(out + r * width + f_F, hidden_F.to(out.dtype.element_ty), mask=ok_F)
+
+
+@triton.jit
+def _sum_rows(y, row, out, hidden, CHOICES: tl.constexpr, BLOCK_D: tl.constexpr):
+    n = tl.program_id(0).to(tl.int64)
+    d_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    sum_D = tl.zeros((BLOCK_D,), tl.float32)
+    for k in tl.static_range(CHOICES):
+        at_D = y + tl.load(row + n * CHOICES + k) * hidden + d_D
+        sum_D += tl.load(at_D, mask=d_D < hidden, other=0.0).to(tl.float32)
+    tl.store(out + n * hidden + d_D, sum_D.to(out.dtype.element_ty), mask=d_D < hidden)

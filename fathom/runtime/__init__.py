@@ -1,0 +1,1 @@
+"""What a process sets up once: the allocator, the devices, the C++ build."""

@@ -1,0 +1,206 @@
+"""Loading less than everything: some layers, some experts, matrices left in FP8, and no more memory than that takes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fathom.checkpoint.fp8_layers import BlockExperts, Blocks
+from fathom.checkpoint.hf.model import CheckpointError, load_model, load_part, save_model
+from fathom.checkpoint.hf.safetensors_io import StoredTensor
+from fathom.checkpoint.info import weight_bytes
+from fathom.engine.core import Core
+from fathom.engine.sampling.sampler import SamplingParams
+from fathom.model.transformer import Model
+from fathom.quantization import fp8
+from fathom.quantization.weight_only import quantized
+from tests.model.configs import lively_model, random_tokens, relative_error, tiny
+
+WIDE = tiny(
+    hidden_size=150, intermediate_size=300, moe_intermediate_size=130, kv_lora_rank=129, q_lora_rank=131,
+    n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2, num_hidden_layers=3,
+    num_nextn_predict_layers=1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return lively_model(WIDE, seed=3, std=0.1)
+
+
+@pytest.fixture(scope="module")
+def directory(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    save_model(model, tmp_path_factory.mktemp("part") / "model", max_shard_size=300_000)
+    return tmp_path_factory.getbasetemp() / "part0" / "model"
+
+
+@pytest.fixture(scope="module")
+def narrow(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    save_model(model, tmp_path_factory.mktemp("narrow") / "fp8", storage="fp8")
+    return tmp_path_factory.getbasetemp() / "narrow0" / "fp8"
+
+
+def tensors_of(model: Model) -> dict[str, torch.Tensor]:
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+
+
+# ----------------------------------------------------------------------------------------------------- slices
+
+
+@pytest.mark.parametrize("layers", [range(1, 2), range(2, 4), range(0), None])
+@pytest.mark.parametrize("experts", [range(1, 3), range(3, 4), None])
+def test_a_part_is_that_part_of_the_model(
+    model: Model, directory: Path, layers: range | None, experts: range | None
+) -> None:
+    found = load_part(directory, layers, experts)
+    expected = {}
+    for name, tensor in tensors_of(model).items():
+        kind, number, *_ = [*name.split("."), ""]
+        layer = {"layers": 0, "mtp": WIDE.num_hidden_layers}.get(kind)
+        if layers is None or (layer is not None and layer + int(number) in layers):
+            whole = experts is None or ".experts." not in name
+            expected[name] = tensor if whole or experts is None else tensor[experts.start : experts.stop]
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_no_other_weights_are_read(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    rows = StoredTensor.rows
+
+    def noted(stored: StoredTensor, first: int, last: int) -> torch.Tensor:
+        asked.append(stored.name)
+        return rows(stored, first, last)
+
+    monkeypatch.setattr(StoredTensor, "rows", noted)
+    load_part(directory, range(2, 3), range(1, 2))
+    # What is read of others is compared: an MTP layer's copies with their originals.
+    compared = {"model.embed_tokens.weight", "lm_head.weight"}
+    others = {name for name in asked if not name.startswith("model.layers.2.")}
+    assert others == compared | {f"model.layers.3.{name}.weight" for name in ("embed_tokens", "shared_head.head")}
+    assert {name.split(".")[5] for name in asked if ".experts." in name} == {"1"}
+
+
+def test_parts_come_in_the_type_asked_for(narrow: Path) -> None:
+    found = load_part(narrow, range(1, 2), dtype=torch.bfloat16)
+    expected = tensors_of(load_model(narrow, torch.bfloat16))
+    for name, tensor in found.items():
+        assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("ranges", [{"layers": range(3, 5)}, {"experts": range(-1, 2)}])
+def test_a_range_beyond_the_model_is_named(directory: Path, ranges: dict[str, range]) -> None:
+    with pytest.raises(ValueError, match=rf"{next(iter(ranges))} is range\(.*\); this model has 4"):
+        load_part(directory, **ranges)
+
+
+# ----------------------------------------------------------------------------------------------- FP8 in memory
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_blocks_compute_what_dequantised_ones_do(narrow: Path, dtype: torch.dtype) -> None:
+    kept, wide = load_model(narrow, dtype, keep_fp8=True), load_model(narrow, torch.float32)
+    tokens_BS = random_tokens(WIDE, 2, 15)
+    with torch.no_grad():
+        found, expected = kept(tokens_BS, mtp=True), wide.to(dtype)(tokens_BS, mtp=True)
+    assert found.mtp_logits is not None and expected.mtp_logits is not None
+    if dtype == torch.float32:
+        assert relative_error(found.logits_BSO, expected.logits_BSO) <= 1e-5
+        assert relative_error(found.mtp_logits[0], expected.mtp_logits[0]) <= 1e-5
+    assert found.logits_BSO.dtype == dtype
+    assert torch.equal(found.router.topk_ids_LBSK[0], expected.router.topk_ids_LBSK[0])
+
+
+def test_blocks_multiply_by_their_definition_whatever_they_are_converted_to() -> None:
+    """Against float64, every block by itself; more rows than one band has; `to` touches neither numbers nor scales."""
+    generator = torch.Generator().manual_seed(0)
+    weight_RI = torch.randn(1300, 1000, generator=generator)
+    numbers_RI, scales_ri = fp8.quantize(weight_RI)
+    blocks = Blocks(2, 1300, 1000)
+    blocks.fill(numbers_RI, scales_ri, 1)
+    x_NI = torch.randn(3, 1000, generator=generator)
+    expected_NR = torch.zeros(3, 1300, dtype=torch.float64)
+    for i in range(scales_ri.shape[0]):
+        for j in range(scales_ri.shape[1]):
+            rows, columns = slice(128 * i, 128 * (i + 1)), slice(128 * j, 128 * (j + 1))
+            block = numbers_RI[rows, columns].double() * scales_ri[i, j].double()
+            expected_NR[:, rows] += x_NI[:, columns].double() @ block.T
+    assert relative_error(blocks(x_NI, 1).double(), expected_NR) <= 1e-5
+    blocks.to(torch.bfloat16)
+    assert relative_error(blocks(x_NI, 1).double(), expected_NR) <= 1e-5
+
+
+def test_what_stays_in_fp8_and_how_much_memory_that_is(narrow: Path) -> None:
+    kept = load_model(narrow, torch.bfloat16, keep_fp8=True)
+    for name, module in kept.named_modules():
+        if name.endswith("_proj") and "eh_proj" not in name:
+            assert isinstance(module, Blocks), name
+        assert not name.endswith("mlp.experts") or isinstance(module, BlockExperts), name
+    assert not any(parameter.requires_grad for n, parameter in kept.named_parameters() if ".numbers" in n)
+    size = sum(tensor.nbytes for tensor in {id(t): t for t in tensors_of(kept).values()}.values())
+    assert size == weight_bytes(WIDE)["fp8 blocks"]
+
+
+def test_the_engine_runs_with_kept_blocks(narrow: Path) -> None:
+    answers = []
+    for keep in (False, True):
+        core = Core(load_model(narrow, keep_fp8=keep), speculative=1)
+        handle = core.submit([3, 1, 4, 1, 5], SamplingParams(max_tokens=20, ignore_eos=True))
+        while core.has_work:
+            core.step()
+        answers.append(handle.token_ids)
+    assert answers[0] == answers[1] and len(set(answers[0])) > 3
+
+
+def test_packed_models_are_not_saved(narrow: Path, model: Model, tmp_path: Path) -> None:
+    for packed in (load_model(narrow, keep_fp8=True), quantized(model, "int8")):
+        with pytest.raises(CheckpointError, match="matrices are packed"):
+            save_model(packed, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+# -------------------------------------------------------------------------------------------------- peak memory
+
+LOAD = """
+import json, sys
+import torch
+from fathom.checkpoint.hf.model import load_config, load_model
+from fathom.checkpoint.hf.weights import blank_model
+
+def status(field):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
+
+torch.set_num_threads(1)
+blank_model(load_config(sys.argv[1]))  # torch imports a good deal at its first tensor without memory
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # the peak begins anew
+before = status("VmRSS")
+model = load_model(sys.argv[1], torch.bfloat16, keep_fp8=sys.argv[2] == "True")
+size = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+layer = sum(t.nbytes for t in model.layers[1].parameters())
+print(json.dumps({"peak": status("VmHWM") - before, "size": size, "layer": layer}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux' /proc")
+@pytest.mark.parametrize(("storage", "keep_fp8"), [("f32", False), ("fp8", False), ("fp8", True)])
+def test_loading_takes_the_models_own_size_and_one_layer_at_most(tmp_path: Path, storage: Any, keep_fp8: bool) -> None:
+    config = tiny(
+        hidden_size=256, intermediate_size=512, moe_intermediate_size=256, n_routed_experts=64, num_hidden_layers=5,
+        kv_lora_rank=128, q_lora_rank=128, vocab_size=2000,
+    )  # fmt: skip
+    save_model(Model(config), tmp_path / "model", storage=storage)
+    answer = subprocess.run(
+        [sys.executable, "-c", LOAD, str(tmp_path / "model"), str(keep_fp8)],
+        capture_output=True, check=True, text=True, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    found = json.loads(answer.stdout)
+    assert found["size"] > 5e7
+    assert found["size"] <= found["peak"] + 2**22 and found["peak"] <= found["size"] + found["layer"], found

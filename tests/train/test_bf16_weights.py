@@ -1,0 +1,81 @@
+"""Matrices kept in two widths: the same step as narrowing them wherever they are used."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fathom.data.tokenize import Prepared
+from fathom.distributed.ranks import Ranks
+from fathom.model.transformer import Model
+from fathom.ops import cpu
+from fathom.train.bf16_weights import NarrowCopy
+from fathom.train.loss import Objective, target_counts
+from fathom.train.pretrain import micro_batches, optimizer_step
+from fathom.train.run import Run
+from fathom.train.setup import build_state, prepare_data, resolve, rows_of
+
+
+@pytest.fixture
+def prepared(tiny_run: Run, one_rank: Ranks, tmp_path: Path) -> Prepared:
+    return prepare_data(tiny_run, tmp_path / "data", one_rank)
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
+def test_gradients_are_those_of_narrowing_at_every_use(
+    tied: bool, times: int, tiny_run: Run, prepared: Prepared, one_rank: Ranks
+) -> None:
+    run = _narrow_run(tiny_run, prepared, one_rank, tied)
+    plain, narrow = (build_state(run, one_rank).model for _ in range(2))
+    rows = rows_of(prepared, run, "train")
+    batches = [batch for i in range(times) for batch in micro_batches(rows, 4 * i, 4, run, one_rank)]
+    assert len(batches) == times
+    counts_H = torch.stack([target_counts(batch, 1) for batch in batches]).sum(0)
+    with cpu.disabled():  # the kernels add gradients up in float32 where plain torch rounds them
+        copy = NarrowCopy(narrow)
+        for computing in (plain, copy.model):
+            objective = Objective(computing, run.train.balance_alpha, torch.bfloat16)
+            for batch in batches:
+                objective(batch, counts_H, 0.3, 0.5).total.backward()
+        copy.collect()
+    for (name, expected), (_, found) in zip(plain.named_parameters(), narrow.named_parameters(), strict=True):
+        assert found.grad is not None and found.grad.dtype == torch.float32
+        # The head's alone is rounded once more, to bfloat16; where it is the embedding's, too, each of the two is.
+        headed = name in ("lm_head.weight", "embed_tokens.weight" if tied else "")
+        tolerance = 2 ** (-7 if tied else -8) * float(expected.grad.abs().max()) if headed else 0
+        torch.testing.assert_close(found.grad, expected.grad, rtol=0, atol=tolerance, msg=name)
+
+
+def test_a_step_refreshes_the_copies(tiny_run: Run, prepared: Prepared, one_rank: Ranks) -> None:
+    run = _narrow_run(tiny_run, prepared, one_rank, tied=False)
+    state = build_state(run, one_rank)
+    state.narrow = NarrowCopy(state.model)
+    state.objective = Objective(state.narrow.model, run.train.balance_alpha, torch.bfloat16)
+    before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
+    facts = optimizer_step(state, micro_batches(rows_of(prepared, run, "train"), 0, 8, run, one_rank), 8, run, one_rank)
+    assert not facts.skipped
+    copies = dict(state.narrow.model.named_parameters())
+    for name, master in state.model.named_parameters():
+        assert not torch.equal(master, before[name]), name
+        assert copies[name] is master or torch.equal(copies[name], master.bfloat16()), name
+        assert master.grad is None and copies[name].grad is None, name
+
+
+def _narrow_run(run: Run, prepared: Prepared, ranks: Ranks, tied: bool) -> Run:
+    model = replace(run.model, tie_word_embeddings=tied)
+    return resolve(replace(run, model=model, train=replace(run.train, compute="bfloat16")), prepared, ranks)
+
+
+def test_what_is_not_multiplied_narrow_is_shared(tiny_run: Run) -> None:
+    model = Model(tiny_run.model)
+    narrow = NarrowCopy(model).model
+    own = {name for name, p in narrow.named_parameters() if p is not dict(model.named_parameters())[name]}
+    wide = {"embed_tokens.weight"} | {
+        n for n, _ in model.named_parameters() if "norm" in n or n.endswith("mlp.gate.weight")
+    }
+    assert own == {name for name, _ in model.named_parameters()} - wide
+    assert all(dict(narrow.named_parameters())[name].dtype == torch.bfloat16 for name in own)
+    for mine, others in zip(narrow.buffers(), model.buffers(), strict=True):
+        assert mine is others
