@@ -152,6 +152,21 @@ inline void each(int64_t size, Body body) {
 
 typedef float Four __attribute__((vector_size(16)));
 
+// a·b + c with one rounding. Left to themselves, compilers fuse some instantiations of a loop and not others (GCC avoids
+// chains of fused operations on AMD's processors with 256-bit vectors), and the same sum has other bits.
+inline Floats fused(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX__) && defined(__FMA__)
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_FEATURE_FMA)
+    for (int i = 0; i < kLanes; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+#else
+    return a * b + c;
+#endif
+}
+
 // Half is added to half until one number is left.
 inline float sum(Floats value) {
     float parts[kLanes];

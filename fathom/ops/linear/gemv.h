@@ -12,7 +12,7 @@
 #include <vector>
 
 // A matrix as it lies in memory, rows one after another; or the first of a stack of them. The packed formats are those
-// of fathom/ops/quantized.py.
+// of fathom/quantization/integer.py.
 enum Format : int64_t { kFloat32, kBfloat16, kInt8, kInt4 };
 
 struct Weight {
@@ -158,7 +158,7 @@ inline void block(const W& weight, int64_t row, const float* const* xs, float* c
             for (int r = 0; r < kR; r++) w[r] = weight.at(row + r, i, place);
             for (int v = 0; v < kV; v++) {
                 Floats x = load(xs[v] + i + place);
-                for (int r = 0; r < kR; r++) totals[r][v] += w[r] * x;
+                for (int r = 0; r < kR; r++) totals[r][v] = fused(w[r], x, totals[r][v]);
             }
         }
     }
@@ -166,7 +166,7 @@ inline void block(const W& weight, int64_t row, const float* const* xs, float* c
         const int64_t count = columns - i < kLanes ? columns - i : kLanes;
         for (int v = 0; v < kV; v++) {
             Floats x = load(xs[v] + i, count);
-            for (int r = 0; r < kR; r++) totals[r][v] += weight.some(row + r, i, count) * x;
+            for (int r = 0; r < kR; r++) totals[r][v] = fused(weight.some(row + r, i, count), x, totals[r][v]);
         }
     }
 #pragma GCC unroll 4
@@ -339,7 +339,7 @@ inline void mix_block(const T* rows, int64_t stride, int64_t count, int64_t size
         for (int v = 0; v < kV; v++) sums[v] = load(outs[v] + i, n);
         for (int64_t row = 0; row < count; row++) {
             Floats numbers = n == kLanes ? load(rows + row * stride + i) : load(rows + row * stride + i, n);
-            for (int v = 0; v < kV; v++) sums[v] += numbers * weights[v][row];
+            for (int v = 0; v < kV; v++) sums[v] = fused(numbers, fill(weights[v][row]), sums[v]);
         }
         for (int v = 0; v < kV; v++) store(outs[v] + i, sums[v], n);
     });
