@@ -25,17 +25,17 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from decoders import Asked, Fathom, LlamaCpp, Steps, Transformers, llama_cpp, random_prompts
-from fathom.checkpoint.gguf.writer import save_gguf
 from llama_drafting import LlamaDrafting
 from rich.console import Console
 from rich.table import Table
 from side import cpu_model
 
 from fathom import presets
+from fathom.checkpoint.gguf.writer import save_gguf
 from fathom.checkpoint.hf.model import load_model, save_model
 from fathom.config import atomic_write, from_json
 from fathom.data.dataset import TokenRows
-from fathom.data.tokenize import Prepared, open_prepared
+from fathom.data.tokenize import TokenizedCorpus, open_tokenized
 from fathom.engine.core import Core
 from fathom.engine.sampling.sampler import SamplingParams
 from fathom.eval.bits import evaluate
@@ -383,7 +383,7 @@ class HeldOut(NamedTuple):
     """The demo's model, what it was not trained on, and 32 prompts of 128 tokens from all over that."""
 
     run: Run
-    prepared: Prepared
+    prepared: TokenizedCorpus
     model: Model
     rows: TokenRows
     prompts: list[list[int]]
@@ -391,7 +391,7 @@ class HeldOut(NamedTuple):
     @classmethod
     def of(cls, demo: Path, device: torch.device) -> "HeldOut":
         run = from_json(Run, json.loads((demo / "run.json").read_text()), where=str(demo / "run.json"))
-        prepared = open_prepared(demo / "data")
+        prepared = open_tokenized(demo / "data")
         rows = rows_of(prepared, run, "valid")
         chosen = torch.linspace(0, len(rows) - 1, 32).long().tolist()
         prompts = [rows.sequential(row, 1).tokens_BW[0, :128].tolist() for row in chosen]

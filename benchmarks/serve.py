@@ -220,7 +220,7 @@ def through(server: Server, waiting: list[load.Asked]) -> float:
 def cost_of_http(server: Server, draw: Any, rounds: int) -> list[tuple[float, float]]:
     """Through the server and by its engine alone, which take turns in going first.
 
-    Lengths are the same, texts are not: what the cache remembers of one half would save the other half work.
+    SeqLens are the same, texts are not: what the cache remembers of one half would save the other half work.
     """
     pairs: list[tuple[float, float]] = []
     turn, times = 0, 1

@@ -28,7 +28,7 @@ from fathom.data.dataset import Batch
 from fathom.model.config import ModelConfig
 from fathom.model.transformer import Model
 from fathom.runtime.hardware import keep_freed_memory
-from fathom.train.loss import Objective, target_counts
+from fathom.train.loss import PretrainLoss, target_counts
 from fathom.train.optim import build_optimizers
 from fathom.train.run import OptimizerConfig
 
@@ -120,7 +120,7 @@ def _build_ours(spec: Spec) -> Trained:
     if spec.compile:
         for block in (*model.layers, *model.mtp):  # as `fathom train` compiles them
             block.compile(dynamic=False)
-    objective = Objective(model, _BALANCE_ALPHA, _DTYPES[spec.dtype])
+    objective = PretrainLoss(model, _BALANCE_ALPHA, _DTYPES[spec.dtype])
 
     def loss(tokens_BW: Tensor) -> Tensor:
         batch = Batch(tokens_BW, documents_BW=torch.zeros_like(tokens_BW))

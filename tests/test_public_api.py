@@ -19,7 +19,7 @@ def test_the_whole_api_in_one_breath(tmp_path: Path) -> None:
     out = model(tokens_BS, mtp=True)
     assert out.logits_BSO.shape == (2, 7, 300)
     assert [t.shape for t in out.mtp_logits] == [(2, 6, 300)]
-    assert out.router.loads_LE.shape == (2, 4)
+    assert out.router.tokens_per_expert_LE.shape == (2, 4)
     assert out.router.balance_loss > 0
     assert model(tokens_BS).mtp_logits is None
     torch.testing.assert_close(model.logits(model.hidden(tokens_BS)), out.logits_BSO)

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fathom.checkpoint.hf.name_mapping import place
-from fathom.checkpoint.hf.weights import StoredWeights, bands
+from fathom.checkpoint.hf.name_mapping import locate
+from fathom.checkpoint.hf.weights import StoredWeights, row_chunks
 from fathom.model.layers import Linear
 from fathom.model.moe import Experts
 from fathom.model.transformer import Model
@@ -58,7 +58,7 @@ class Blocks(nn.Module):
         where = ... if number is None else number
         numbers_RI, scales_ri = self.numbers[where].view(torch.float8_e4m3fn), self.scales[where]
         products = []
-        for first, last in bands(tuple(numbers_RI.shape)):
+        for first, last in row_chunks(tuple(numbers_RI.shape)):
             band = fp8.dequantize(numbers_RI[first:last], scales_ri[first // fp8.BLOCK : -(-last // fp8.BLOCK)])
             products.append(F.linear(x, band.to(x.dtype)))
         return torch.cat(products, dim=-1)
@@ -75,13 +75,13 @@ class BlockExperts(nn.Module):
     def forward(self, x_ND: Tensor, topk_ids_NK: Tensor, weights_NK: Tensor) -> tuple[Tensor, Tensor]:
         """The chosen experts' weighted sum (N, D), and the load (E)."""
         out_ND = torch.zeros_like(x_ND)
-        load_E = topk_ids_NK.flatten().bincount(minlength=len(self.down.numbers))
-        for expert in load_E.nonzero()[:, 0].tolist():
+        tokens_per_expert_E = topk_ids_NK.flatten().bincount(minlength=len(self.down.numbers))
+        for expert in tokens_per_expert_E.nonzero()[:, 0].tolist():
             token, choice = (topk_ids_NK == expert).nonzero(as_tuple=True)
             hidden = swiglu(self.gate(x_ND[token], expert), self.up(x_ND[token], expert))
             weighted = hidden * weights_NK[token, choice, None].to(x_ND.dtype)
             out_ND.index_add_(0, token, self.down(weighted, expert))
-        return out_ND, load_E
+        return out_ND, tokens_per_expert_E
 
 
 def keep_blocks(model: Model, weights: StoredWeights) -> frozenset[str]:
@@ -107,7 +107,7 @@ def keep_blocks(model: Model, weights: StoredWeights) -> frozenset[str]:
 
 def fill_blocks(model: Model, name: str, numbers_RI: Tensor, scales_ri: Tensor) -> None:
     """Put one released matrix in its place."""
-    module, where = model.get_submodule(_home(name, model)), place(name, model.config)
+    module, where = model.get_submodule(_home(name, model)), locate(name, model.config)
     assert where is not None
     if isinstance(module, BlockExperts):
         module = module.get_submodule(name.split(".")[-2].removesuffix("_proj"))
@@ -116,6 +116,6 @@ def fill_blocks(model: Model, name: str, numbers_RI: Tensor, scales_ri: Tensor) 
 
 def _home(name: str, model: Model) -> str:
     """The module that a released matrix is part of."""
-    where = place(name, model.config)
+    where = locate(name, model.config)
     assert where is not None
     return where.parameter.rpartition(".")[0]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fathom.checkpoint.hf.directory import INDEX, SINGLE, load_config, model_directory, stored_tensors
-from fathom.checkpoint.hf.name_mapping import place, released_tensors
+from fathom.checkpoint.hf.name_mapping import locate, released_tensors
 from fathom.checkpoint.hf.safetensors_io import CheckpointError
 from fathom.checkpoint.hf.save import plan
 from fathom.checkpoint.hf.weights import Entry, blank_model
@@ -78,7 +78,7 @@ def weight_bytes(config: ModelConfig) -> dict[str, int | None]:
     entries = [
         Entry(name, tuple(tensor.shape), tensor.dtype)
         for name, tensor in released_tensors(blank_model(config), config)
-        if place(name, config) is not None and name not in tied
+        if locate(name, config) is not None and name not in tied
     ]
     bytes_: dict[str, int | None] = {}
     bytes_["fp32"] = sum(tensor.bytes for tensor in plan(entries, "f32"))

@@ -95,7 +95,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def load_average(checkpoint: Path, device: torch.device) -> dict[str, Tensor]:
+def load_ema(checkpoint: Path, device: torch.device) -> dict[str, Tensor]:
     """The averaged weights saved beside a checkpoint, by parameter name."""
     model = load_model(checkpoint / "ema", device=device)
     return {name: p.detach() for name, p in model.named_parameters()}

@@ -12,7 +12,7 @@ from fathom.checkpoint.hf.directory import model_directory
 from fathom.checkpoint.hf.model import load_model
 from fathom.config import ConfigError
 from fathom.data.tokenizer import load_tokenizer
-from fathom.engine.engine import Engine, Request, TextStream
+from fathom.engine.engine import Engine, IncrementalDetokenizer, Request
 from fathom.engine.sampling.sampler import SamplingParams
 from fathom.quantization.integer import Precision
 from fathom.quantization.weight_only import quantized
@@ -89,7 +89,7 @@ def _answer(engine: Engine, request: Request, console: Console) -> str:
     """Print an answer as it comes, until it ends or is interrupted; returns it."""
     assert engine.tokenizer is not None
     handle = engine.submit(request)
-    stream, said, began = TextStream(engine.tokenizer), "", time.perf_counter()
+    stream, said, began = IncrementalDetokenizer(engine.tokenizer), "", time.perf_counter()
     try:
         while not handle.finished:
             for update in engine.step():

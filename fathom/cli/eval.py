@@ -17,7 +17,7 @@ from fathom.data.tokenizer import Tokenizer, load_tokenizer
 from fathom.eval.likelihood import text_bits
 from fathom.model.transformer import Model
 
-Figures = dict[str, dict[str, Any]]
+EvalResult = dict[str, dict[str, Any]]
 """Of each task or text, its figures by name."""
 
 
@@ -52,7 +52,7 @@ def run(words: list[str]) -> None:
     directory = model_directory(command.path)
     tokenizer = load_tokenizer(directory)
     model = load_model(directory, dtypes[command.dtype], "cuda" if torch.cuda.is_available() else "cpu")
-    figures: Figures = {name: asdict(text_bits(model, tokenizer, text)) for name, text in texts.items()}
+    figures: EvalResult = {name: asdict(text_bits(model, tokenizer, text)) for name, text in texts.items()}
     if command.tasks:
         figures |= _tasks(command, model, tokenizer)
     _show(figures)
@@ -67,13 +67,13 @@ def _read(file: Path) -> str:
         raise ConfigError(f"--text: {file} is not UTF-8: {error}") from error
 
 
-def _tasks(command: EvalCommand, model: Model, tokenizer: Tokenizer) -> Figures:
+def _tasks(command: EvalCommand, model: Model, tokenizer: Tokenizer) -> EvalResult:
     from fathom.eval.harness import run_tasks
 
     return run_tasks(model, tokenizer, command.tasks, command.few_shot, command.limit)
 
 
-def _show(figures: Figures) -> None:
+def _show(figures: EvalResult) -> None:
     table = Table("task or text", "figure", "value")
     for name, found in figures.items():
         for figure, value in found.items():

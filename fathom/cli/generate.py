@@ -12,7 +12,7 @@ from rich.console import Console
 from fathom.checkpoint.hf.model import load_model, model_directory
 from fathom.config import ConfigError
 from fathom.data.tokenizer import load_tokenizer
-from fathom.engine.engine import Engine, Request, TextStream
+from fathom.engine.engine import Engine, IncrementalDetokenizer, Request
 from fathom.engine.sampling.sampler import SamplingParams
 from fathom.quantization.integer import Precision
 from fathom.quantization.weight_only import quantized
@@ -54,7 +54,7 @@ def run(words: list[str]) -> None:
     prompt = sys.stdin.read() if command.prompt == "-" else command.prompt
     engine = Engine(model, tokenizer, command.speculative, max_batch=1, eager=command.eager)
     handle = engine.submit(Request(prompt, command.sampling))
-    text = TextStream(tokenizer)
+    text = IncrementalDetokenizer(tokenizer)
     began = time.perf_counter()
     print(prompt, end="", flush=True)
     while engine.has_work:

@@ -113,7 +113,7 @@ def survey_corpus(config: DataConfig) -> Survey:
     documents = heldout = text_bytes = 0
     for document in read_corpus(config):
         name, text = document.name.encode(), document.text.encode()
-        # Lengths first: otherwise ("ab", "c") and ("a", "bc") would hash alike.
+        # SeqLens first: otherwise ("ab", "c") and ("a", "bc") would hash alike.
         digest.update(f"{len(name)} {len(text)} ".encode() + name + text)
         documents += 1
         heldout += is_heldout(document.group, config.heldout)

@@ -1,6 +1,6 @@
 """A corpus, tokenised once and laid out on disk for training.
 
-`prepare` writes into one directory: the tokenizer, `train.bin` and `valid.bin` (token ids, little-endian,
+`tokenize_corpus` writes into one directory: the tokenizer, `train.bin` and `valid.bin` (token ids, little-endian,
 nothing else; every document is begin token, text, end token), `valid.txt` (the held-out text, for comparison
 with gzip and the like) and `meta.json`. The directory appears complete or not at all. A share of the training
 documents can be rearranged to fill-in-the-middle (DeepSeek-V3 report, section 3.1): prefix, suffix, middle,
@@ -39,7 +39,7 @@ Segment = int | str
 
 
 @dataclass(frozen=True)
-class Prepared:
+class TokenizedCorpus:
     """A tokenised corpus on disk."""
 
     directory: Path
@@ -47,7 +47,7 @@ class Prepared:
     config: DataConfig
     seed: int
     requested_vocab_size: int
-    """What `prepare` was asked for; the tokenizer's own `vocab_size` may be smaller."""
+    """What `tokenize_corpus` was asked for; the tokenizer's own `vocab_size` may be smaller."""
     corpus_hash: str
     token_dtype: str
     """uint16 or uint32."""
@@ -78,9 +78,9 @@ class Prepared:
         return self.directory / "valid.txt"
 
 
-def prepare(
+def tokenize_corpus(
     config: DataConfig, vocab_size: int, directory: Path, seed: int = 0, progress: Progress | None = None
-) -> Prepared:
+) -> TokenizedCorpus:
     """Tokenises the corpus into `directory`, or opens what an equal call left there.
 
     One process at a time may prepare a directory; what it holds is used again if the corpus is unchanged. The
@@ -115,10 +115,10 @@ def prepare(
         }
         content = json.dumps(meta, ensure_ascii=False, indent=2) + "\n"
         (staging / "meta.json").write_text(content, encoding="utf-8")
-    return open_prepared(directory)
+    return open_tokenized(directory)
 
 
-def open_prepared(directory: Path) -> Prepared:
+def open_tokenized(directory: Path) -> TokenizedCorpus:
     """Opens a prepared directory after checking that it is whole."""
     path = directory / "meta.json"
     if not path.is_file():
@@ -136,14 +136,14 @@ def open_prepared(directory: Path) -> Prepared:
             del meta[derived]
         meta["config"] = DataConfig(**meta["config"])
         meta["heldout_documents"] = tuple(meta["heldout_documents"])
-        prepared = Prepared(directory, load_tokenizer(directory), **meta)
+        prepared = TokenizedCorpus(directory, load_tokenizer(directory), **meta)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} has missing or unknown fields ({error}); prepare the corpus again") from error
     _check_sizes(prepared)
     return prepared
 
 
-def _check_sizes(prepared: Prepared) -> None:
+def _check_sizes(prepared: TokenizedCorpus) -> None:
     width = np.dtype(prepared.token_dtype).itemsize
     expected = {
         prepared.train_path: prepared.train_tokens * width,
@@ -157,10 +157,10 @@ def _check_sizes(prepared: Prepared) -> None:
             raise ValueError(f"{path} has {path.stat().st_size} bytes, not the {size} of meta.json; prepare it again")
 
 
-def _open_if_equal(config: DataConfig, vocab_size: int, directory: Path, seed: int) -> Prepared | None:
+def _open_if_equal(config: DataConfig, vocab_size: int, directory: Path, seed: int) -> TokenizedCorpus | None:
     """What lies in `directory`, if it is whole and was asked for with the same words."""
     try:
-        found = open_prepared(directory)
+        found = open_tokenized(directory)
     except (ValueError, FileNotFoundError):
         return None
     same = (found.config, found.requested_vocab_size, found.seed) == (config, vocab_size, seed)

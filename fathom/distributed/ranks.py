@@ -23,7 +23,7 @@ class Ranks:
     device: torch.device
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that writes files and speaks to the user."""
         return self.rank == 0
 
@@ -44,7 +44,7 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
-    def from_first(self, value: str) -> str:
+    def broadcast(self, value: str) -> str:
         """Rank 0's text, on every rank."""
         if self.world == 1:
             return value

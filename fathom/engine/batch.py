@@ -9,17 +9,17 @@ def _whole_numbers() -> "array[int]":
 
 
 @dataclass
-class Tokens:
+class BatchMetadata:
     """The tokens of a pass: whole numbers of 64 bits, one for each token but for `pages`."""
 
-    most_pages: int
+    max_blocks_per_seq: int
     """Length of the rows of `pages`."""
-    ids: "array[int]" = field(default_factory=_whole_numbers)
+    token_ids: "array[int]" = field(default_factory=_whole_numbers)
     positions: "array[int]" = field(default_factory=_whole_numbers)
     """In its sequence."""
-    slots: "array[int]" = field(default_factory=_whole_numbers)
+    slot_mapping: "array[int]" = field(default_factory=_whole_numbers)
     """Where its latent goes."""
-    owners: "array[int]" = field(default_factory=_whole_numbers)
+    seq_indices: "array[int]" = field(default_factory=_whole_numbers)
     """Which row of `pages` is its sequence's."""
-    pages: "array[int]" = field(default_factory=_whole_numbers)
+    block_tables: "array[int]" = field(default_factory=_whole_numbers)
     """Row after row."""

@@ -1,6 +1,6 @@
 """The engine's core: requests of token ids in, tokens out, many at once. `step` is schedule, draft, verify, decide.
 
-One step feeds every decoding sequence its last token and the drafts of the next ones, and reads a stretch of the
+One step feeds every decoding sequence its last token and the drafts of the next ones, and reads a chunk of the
 prompts that are still being read. What the logits say is decided per request; the latents of rejected drafts are
 written over later. Plain decoding is the same step without drafts.
 
@@ -12,8 +12,7 @@ Shapes: N tokens, D hidden, M drafts, O vocabulary.
 """
 
 import time
-from collections.abc import Iterable, Iterator
-from collections.abc import Sequence as Ordered
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain
 from typing import cast
@@ -21,12 +20,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fathom.engine.backends.eager import Output, Runner, Stretch
+from fathom.engine.backends.eager import Output, Runner, SequenceChunk
 from fathom.engine.outputs import FinishReason, Generation, Stats, TokenRouting, Update
-from fathom.engine.page_pool import BlockManager
+from fathom.engine.page_pool import PagePool
 from fathom.engine.sampling.sampler import SamplingParams, check_against
-from fathom.engine.sampling.verify import Constraint, Decision, Row, choose, draft, prompt_logprobs
-from fathom.engine.scheduler import Chunk, Scheduler, Sequence
+from fathom.engine.sampling.verify import Constraint, SampledTokens, SamplingState, draft, prompt_logprobs, verify
+from fathom.engine.scheduler import PrefillChunk, Scheduler, SequenceState
 from fathom.engine.speculative import DraftLength
 from fathom.model.block import Block
 from fathom.model.cached_batch import Routed
@@ -41,7 +40,7 @@ _MOST_PENDING = 32
 """States a sequence keeps for the drafting module while nothing is drafted; it then takes them in together."""
 
 _SLEEP_STEPS = 8192
-"""Steps for which the drafting module is not kept up to date where drafts are hopeless."""
+"""Steps for which the drafting module is not kept up to date where drafts are is_unprofitable."""
 
 _MOST_UNCOUNTED = 64
 """Passes whose routing is kept until all of it is counted at once."""
@@ -58,7 +57,7 @@ class _Active:
     """A request on its way."""
 
     generation: Generation
-    sequence: Sequence
+    sequence: SequenceState
     stream: int
     ending: tuple[int, ...]
     """Ids that end it."""
@@ -69,10 +68,10 @@ class _Active:
     pending: int = 0
     """How many they are."""
 
-    def row(self) -> Row:
+    def row(self) -> SamplingState:
         sequence, params = self.sequence, self.generation.params
         prompt = sequence.prompt_length
-        return Row(params, self.stream, sequence.tokens, prompt, self.ending, self.drafts, self._allowed())
+        return SamplingState(params, self.stream, sequence.tokens, prompt, self.ending, self.drafts, self._allowed())
 
     def _allowed(self) -> Tensor | None:
         """What the constraint says. Its failure is this request's alone, and ends it when the step is done."""
@@ -96,11 +95,11 @@ class _Active:
             except Exception as error:
                 self.generation.error = f"{type(error).__name__}: {error}"
 
-    def unseen(self, left: int) -> Stretch:
+    def unseen(self, left: int) -> SequenceChunk:
         """The tokens of the pending pairs, all but the last `left`."""
         tokens = self.sequence.tokens
         start = len(tokens) - self.pending
-        return Stretch(tokens[start : len(tokens) - left], start, self.sequence.pages)
+        return SequenceChunk(tokens[start : len(tokens) - left], start, self.sequence.pages)
 
     def take_pending(self, left: int) -> Tensor:
         """Take out the pending states (N, D), all but the last `left`."""
@@ -127,7 +126,7 @@ class Core:
         prefill_budget: int | None = None,
         max_waiting: int | None = None,
         eager: bool = False,
-        eos_ids: Ordered[int] | None = None,
+        eos_ids: Sequence[int] | None = None,
     ) -> None:
         """See `fathom.Engine`, which passes these on. `eos_ids` end a text; by default the configuration's."""
         config = model.config
@@ -140,10 +139,10 @@ class Core:
         most = _MOST_DRAFTS if self._fixed_drafts is None else self._fixed_drafts
         pages = _pages(config, max_batch, page_size, cache_tokens)
         self._max_batch = max_batch
-        self.blocks = BlockManager(pages, page_size)
+        self.pool = PagePool(pages, page_size)
         if prefill_budget is None:
             prefill_budget = _PREFILL_BUDGETS["cuda" if model.embed_tokens.weight.is_cuda else "cpu"]
-        self.scheduler = Scheduler(self.blocks, max_batch, prefill_budget, self.drafting, max_waiting)
+        self.scheduler = Scheduler(self.pool, max_batch, prefill_budget, self.drafting, max_waiting)
         self.runner = Runner(model, pages, page_size, self.max_length + most + 2, eager)
         self.lengths = DraftLength(most if self.drafting else 0)
         self._asleep_since: int | None = None
@@ -153,7 +152,7 @@ class Core:
         device = model.embed_tokens.weight.device
         self._load_LE = torch.zeros(layers, config.n_routed_experts, dtype=torch.int64, device=device)
         self._uncounted: list[Tensor] = []
-        self._active: dict[Sequence, _Active] = {}
+        self._active: dict[SequenceState, _Active] = {}
         self._of: dict[Generation, _Active] = {}
 
     @property
@@ -168,7 +167,7 @@ class Core:
 
     def submit(
         self,
-        prompt: Ordered[int],
+        prompt: Sequence[int],
         params: SamplingParams,
         priority: int = 0,
         stream: int = 0,
@@ -187,8 +186,8 @@ class Core:
             )
         self._wake()
         # The list of tokens is the sequence's own: it grows.
-        limit = min(len(prompt) + params.max_tokens, self.max_length, self.blocks.slots)
-        sequence = Sequence(list(prompt), limit, priority, reuse=params.prompt_logprobs is None)
+        limit = min(len(prompt) + params.max_tokens, self.max_length, self.pool.slots)
+        sequence = SequenceState(list(prompt), limit, priority, reuse=params.prompt_logprobs is None)
         self.scheduler.add(sequence)
         ending = params.stop_ids if params.ignore_eos else (*params.stop_ids, *self.eos_ids)
         generation = Generation(prompt, params, routing=[] if trace else None)
@@ -204,9 +203,9 @@ class Core:
 
     def step(self) -> list[Update]:
         """Let everybody get on by one step; returns what is new, nothing where there is nothing to do."""
-        return list(chain.from_iterable(self.parts()))
+        return list(chain.from_iterable(self.step_phases()))
 
-    def parts(self) -> Iterator[list[Update]]:
+    def step_phases(self) -> Iterator[list[Update]]:
         """A step in parts: what decoding brought, then what reading prompts brought. To be gone through to its end."""
         decoding = sum(sequence.computed >= sequence.to_read for sequence in self.scheduler.running)
         plan = self.scheduler.schedule(self._wanted_drafts(decoding))
@@ -218,25 +217,25 @@ class Core:
 
     def stats(self) -> Stats:
         """Counts and sizes, as they are now."""
-        blocks, latents_LMW = self.blocks, self.runner.cache.latents_LMW
+        pool, latents_LMW = self.pool, self.runner.cache.latents_LMW
         self._count_loads()
         return Stats(
             waiting=len(self.scheduler.waiting),
             running=len(self.scheduler.running),
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
-            cached_prompt_tokens=blocks.matched_tokens,
+            cached_prompt_tokens=pool.matched_tokens,
             generated_tokens=self._generated_tokens,
             drafted=self._drafted,
             accepted=self._accepted,
             preempted=self.scheduler.preemptions,
-            pages=blocks.pages,
-            pages_used=blocks.pages - blocks.free,
-            pages_reusable=blocks.idle,
-            page_size=blocks.page_size,
+            pages=pool.pages,
+            pages_used=pool.pages - pool.available,
+            pages_reusable=pool.evictable,
+            page_size=pool.page_size,
             bytes_per_token=latents_LMW[:, 0].numel() * latents_LMW.element_size(),
             cache_bytes=latents_LMW.numel() * latents_LMW.element_size(),
-            load_LE=self._load_LE.clone(),
+            tokens_per_expert_LE=self._load_LE.clone(),
             compile_seconds=self.runner.compile_seconds,
         )
 
@@ -271,13 +270,13 @@ class Core:
         caught_up = all(active.pending <= _MOST_DRAFTS + 1 for active in batch)
         began = time.perf_counter()
         self._draft(batch, drafts)
-        stretches = []
+        chunks = []
         for active in batch:
             tokens = active.sequence.tokens
-            stretches.append(Stretch([tokens[-1], *active.drafts], len(tokens) - 1, active.sequence.pages))
+            chunks.append(SequenceChunk([tokens[-1], *active.drafts], len(tokens) - 1, active.sequence.pages))
         fed = drafts + 1
-        output = self._main(stretches, range(fed * len(batch)))
-        decisions = choose(output.logits_NO, [active.row() for active in batch])
+        output = self._main(chunks, range(fed * len(batch)))
+        decisions = verify(output.logits_NO, [active.row() for active in batch])
         updates = []
         for place, (active, decision) in enumerate(zip(batch, decisions, strict=True)):
             self._count(active.generation, drafts, decision.accepted)
@@ -287,7 +286,7 @@ class Core:
         if self._keeps_up and self._fixed_drafts is None and (caught_up or not drafts):
             accepted_at = [sum(decision.accepted > place for decision in decisions) for place in range(drafts)]
             self.lengths.record(len(batch), drafts, len(batch), accepted_at, time.perf_counter() - began)
-            if drafts and self.lengths.hopeless(len(batch)):
+            if drafts and self.lengths.is_unprofitable(len(batch)):
                 self._sleep()
         return updates
 
@@ -299,30 +298,30 @@ class Core:
             self._catch_up([active for active in batch if active.pending >= _MOST_PENDING], 0)
             return
         self._catch_up([active for active in batch if active.pending > max(drafts, _MOST_DRAFTS) + 1], 1)
-        stretches = [active.unseen(0) for active in batch]
+        chunks = [active.unseen(0) for active in batch]
         ends = [end - 1 for end in accumulate(active.pending for active in batch)]
-        output = self.runner.draft(stretches, torch.cat([active.take_pending(0) for active in batch]), ends)
+        output = self.runner.draft(chunks, torch.cat([active.take_pending(0) for active in batch]), ends)
         h_BD = output.h_ND[ends]
         for place in range(drafts):
             ids = draft(output.logits_NO, [active.row() for active in batch])
             for active, token in zip(batch, ids, strict=True):
                 active.drafts.append(token)
             if place + 1 < drafts:
-                stretches = [
-                    Stretch(active.drafts[-1:], len(active.sequence.tokens) + place, active.sequence.pages)
+                chunks = [
+                    SequenceChunk(active.drafts[-1:], len(active.sequence.tokens) + place, active.sequence.pages)
                     for active in batch
                 ]
-                output = self.runner.draft(stretches, h_BD, range(len(batch)))
+                output = self.runner.draft(chunks, h_BD, range(len(batch)))
                 h_BD = output.h_ND
 
     def _catch_up(self, behind: list[_Active], left: int) -> None:
         """Have the module take in the pending pairs, all but the last `left` of each."""
         if behind:
-            stretches = [active.unseen(left) for active in behind]
-            self.runner.remember(stretches, torch.cat([active.take_pending(left) for active in behind]))
+            chunks = [active.unseen(left) for active in behind]
+            self.runner.write_mtp_kv_cache(chunks, torch.cat([active.take_pending(left) for active in behind]))
 
-    def _main(self, stretches: list[Stretch], wanted: Ordered[int]) -> Output:
-        output = self.runner.main(stretches, wanted)
+    def _main(self, chunks: list[SequenceChunk], logits_indices: Sequence[int]) -> Output:
+        output = self.runner.main(chunks, logits_indices)
         self._uncounted.append(output.routed.experts_LNK)
         if len(self._uncounted) == _MOST_UNCOUNTED:
             self._count_loads()
@@ -358,29 +357,28 @@ class Core:
 
     # ------------------------------------------------------------------------------------------- reading prompts
 
-    def _prefill(self, chunks: list[Chunk]) -> list[Update]:
-        wanted: list[int] = []
-        stretches, seen = [], 0
-        for chunk in chunks:
-            sequence, start, count, write_from = chunk
+    def _prefill(self, scheduled: list[PrefillChunk]) -> list[Update]:
+        logits_indices: list[int] = []
+        chunks, seen = [], 0
+        for sequence, start, count, write_from in scheduled:
             tokens = sequence.tokens[start : start + count]
-            stretches.append(Stretch(tokens, start, sequence.pages, write_from))
+            chunks.append(SequenceChunk(tokens, start, sequence.pages, write_from))
             seen += count
             generation = self._active[sequence].generation
             generation.started = generation.started or time.monotonic()
             if generation.params.prompt_logprobs is not None:
-                wanted += range(seen - count, seen)
+                logits_indices += range(seen - count, seen)
             elif start + count == len(sequence.tokens):
-                wanted.append(seen - 1)
+                logits_indices.append(seen - 1)
         self._prompt_tokens += seen
-        output = self._main(stretches, wanted)
-        return self._after_reading(chunks, output)
+        output = self._main(chunks, logits_indices)
+        return self._after_prefill(scheduled, output)
 
-    def _after_reading(self, chunks: list[Chunk], output: Output) -> list[Update]:
+    def _after_prefill(self, scheduled: list[PrefillChunk], output: Output) -> list[Update]:
         ended: list[tuple[_Active, Tensor]] = []
         last, seen, used = [], 0, 0
         module_stretches, module_h_ND = [], []
-        for sequence, start, count, _ in chunks:
+        for sequence, start, count, _ in scheduled:
             active = self._active[sequence]
             if sequence.computed == sequence.matched:
                 active.forget()
@@ -404,19 +402,19 @@ class Core:
                 pairs = count - 1 if whole else count
                 if pairs:
                     tokens = sequence.tokens[start + 1 : start + 1 + pairs]
-                    module_stretches.append(Stretch(tokens, start + 1, sequence.pages))
+                    module_stretches.append(SequenceChunk(tokens, start + 1, sequence.pages))
                     module_h_ND.append(h_ND[:pairs])
             sequence.ready = end
             if whole:
                 ended.append((active, h_ND[-1:]))
                 last.append(used - 1)
             else:
-                self.scheduler.publish(sequence)
+                self.scheduler.register_prefix(sequence)
         if module_stretches:
-            self.runner.remember(module_stretches, torch.cat(module_h_ND))
+            self.runner.write_mtp_kv_cache(module_stretches, torch.cat(module_h_ND))
         if not ended:
             return []
-        decisions = choose(output.logits_NO[last], [active.row() for active, _ in ended])
+        decisions = verify(output.logits_NO[last], [active.row() for active, _ in ended])
         return [
             self._take(active, decision, h_1D, 0) for (active, h_1D), decision in zip(ended, decisions, strict=True)
         ]
@@ -435,7 +433,7 @@ class Core:
 
     # ----------------------------------------------------------------------------------------------- what follows
 
-    def _take(self, active: _Active, decision: Decision, h_ND: Tensor, first: int) -> Update:
+    def _take(self, active: _Active, decision: SampledTokens, h_ND: Tensor, first: int) -> Update:
         """Append decided tokens, up to one that ends the request; they pair with the states of `h_ND` from `first`."""
         generation, sequence = active.generation, active.sequence
         active.drafts = []
@@ -467,7 +465,7 @@ class Core:
             active.pending_ND.append(h_ND[first : first + len(taken)])
             active.pending += len(taken)
         sequence.ready = len(sequence.tokens) - max(active.pending, 1)
-        self.scheduler.publish(sequence)
+        self.scheduler.register_prefix(sequence)
         if reason:
             self._end(active, reason)
         return Update(generation, taken)

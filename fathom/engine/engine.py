@@ -139,12 +139,12 @@ class Engine:
         """Let every request get on by one step; returns what is new."""
         return self.core.step()
 
-    def parts(self) -> Iterator[list[Update]]:
+    def step_phases(self) -> Iterator[list[Update]]:
         """The same in parts, each when it is there: what decoding brings need not wait for prompts to be read.
 
         Nothing else may be asked of the engine before the last of them.
         """
-        return self.core.parts()
+        return self.core.step_phases()
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -175,7 +175,7 @@ class Engine:
         if self.tokenizer is None:
             raise ValueError("the engine has no tokenizer, so it has no text to stream: use submit and step")
         handle = self.submit(Request(prompt, params or SamplingParams()))
-        text = TextStream(self.tokenizer)
+        text = IncrementalDetokenizer(self.tokenizer)
         try:
             while not handle.finished:
                 for update in self.step():
@@ -199,7 +199,7 @@ class Engine:
         return self.tokenizer.encode(prompt)
 
 
-class TextStream:
+class IncrementalDetokenizer:
     """Text from tokens that come one after another; a character of several tokens waits for its last one."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:

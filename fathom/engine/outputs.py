@@ -115,7 +115,7 @@ class Stats:
     """Of the latent cache, all layers together."""
     cache_bytes: int
     """Allocated for the cache."""
-    load_LE: Tensor
+    tokens_per_expert_LE: Tensor
     """How many tokens, rejected drafts included, each expert of each MoE layer of the main model has served, int64."""
     compile_seconds: float
     """Spent on compiling and recording steps for a GPU."""

@@ -5,8 +5,8 @@ that page is (PagedAttention, Kwon et al., arXiv 2309.06180). What a slot holds 
 before it, so a full page is named by the digest of (the previous page's digest, its own tokens), and a sequence that
 begins with the same tokens may hold the same page. Shared pages are full, and full pages are never written again.
 
-A page is *held* by one sequence or more, *idle* (held by none, its content kept in case it is asked for again) or
-*blank*. Idle pages are evicted only when no blank one is left, the one that was held longest ago first.
+A page is *held* by one sequence or more, *evictable* (held by none, its content kept in case it is asked for again) or
+*free*. Idle pages are evicted only when no free one is left, the one that was held longest ago first.
 """
 
 from array import array
@@ -23,7 +23,7 @@ def _digest(parent: bytes, tokens: Sequence[int]) -> bytes:
     return blake2b(parent + array("q", tokens).tobytes(), digest_size=16).digest()
 
 
-class BlockManager:
+class PagePool:
     """Hands out pages 0 … pages − 1, counts who holds them, and finds full ones by content."""
 
     def __init__(self, pages: int, page_size: int) -> None:
@@ -38,21 +38,21 @@ class BlockManager:
         self.evictions = 0
         """Idle pages that were given up for new content."""
         self._holders = [0] * pages
-        self._blank = list(range(pages))[::-1]
-        self._idle: OrderedDict[int, None] = OrderedDict()
+        self._free = list(range(pages))[::-1]
+        self._evictable: OrderedDict[int, None] = OrderedDict()
         self._digests = [_ROOT] * pages
         """What each page held when it was last published, whether that content is found under it or under another."""
         self._registered: dict[bytes, int] = {}
 
     @property
-    def free(self) -> int:
-        """Pages that can be handed out now: blank and idle ones."""
-        return len(self._blank) + len(self._idle)
+    def available(self) -> int:
+        """Pages that can be handed out now: free and evictable ones."""
+        return len(self._free) + len(self._evictable)
 
     @property
-    def idle(self) -> int:
+    def evictable(self) -> int:
         """Pages that nobody holds, kept in case their content is asked for again."""
-        return len(self._idle)
+        return len(self._evictable)
 
     @property
     def slots(self) -> int:
@@ -63,7 +63,7 @@ class BlockManager:
         """Pages that so many slots take."""
         return -(-slots // self.page_size)
 
-    def match(
+    def match_prefix(
         self, tokens: Sequence[int], most: int, total: int = 0, digests: list[bytes] | None = None
     ) -> list[int] | None:
         """Hold the pages of the longest cached prefix of full pages, of at most `most` tokens.
@@ -73,11 +73,11 @@ class BlockManager:
         """
         found = self._find(tokens, min(most, len(tokens)), [] if digests is None else digests)
         newly_held = sum(self._holders[page] == 0 for page in found)
-        if len(found) + self.free - newly_held < total:
+        if len(found) + self.available - newly_held < total:
             return None
         for page in found:
             if self._holders[page] == 0:
-                del self._idle[page]
+                del self._evictable[page]
             self._holders[page] += 1
         self.looked_up_tokens += most
         self.matched_tokens += len(found) * self.page_size
@@ -85,14 +85,14 @@ class BlockManager:
 
     def allocate(self, count: int) -> list[int] | None:
         """Hold `count` pages without content; None, and nothing taken, if fewer are free."""
-        if count > self.free:
+        if count > self.available:
             return None
-        taken = [self._blank.pop() if self._blank else self._evict() for _ in range(count)]
+        taken = [self._free.pop() if self._free else self._evict() for _ in range(count)]
         for page in taken:
             self._holders[page] = 1
         return taken
 
-    def publish(self, tokens: Sequence[int], pages: Sequence[int], done: int, ready: int) -> int:
+    def register_prefix(self, tokens: Sequence[int], pages: Sequence[int], done: int, ready: int) -> int:
         """Let `match` find a sequence's pages that are full and final, now that its slots before `ready` are.
 
         The first `done` pages were published before, or came from `match`; returns their new number. Content that
@@ -133,12 +133,12 @@ class BlockManager:
 
     def _put_back(self, page: int) -> None:
         if self._registered.get(self._digests[page]) == page:
-            self._idle[page] = None
+            self._evictable[page] = None
         else:
-            self._blank.append(page)
+            self._free.append(page)
 
     def _evict(self) -> int:
-        page, _ = self._idle.popitem(last=False)
+        page, _ = self._evictable.popitem(last=False)
         del self._registered[self._digests[page]]
         self.evictions += 1
         return page

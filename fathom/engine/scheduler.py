@@ -19,7 +19,7 @@ from bisect import bisect_left, insort
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from fathom.engine.page_pool import BlockManager
+from fathom.engine.page_pool import PagePool
 
 _IDLE_FACTOR = 4
 """A step in which nobody decodes, so that nobody's next token waits for it, reads so many times more."""
@@ -30,7 +30,7 @@ class QueueFull(RuntimeError):  # noqa: N818
 
 
 @dataclass(eq=False)
-class Sequence:
+class SequenceState:
     """One request's tokens, and where their latents lie."""
 
     tokens: list[int]
@@ -47,7 +47,7 @@ class Sequence:
     """Slots that are complete in every layer, a drafting module's included: only these are shared."""
     pages: list[int] = field(default_factory=list)
     """Slot t lies in pages[t // page_size]; empty while it waits."""
-    published: int = 0
+    registered: int = 0
     """Pages from the first on that other sequences can find."""
     matched: int = 0
     """Tokens that were found in the cache when it was last admitted."""
@@ -64,10 +64,10 @@ class Sequence:
         self.prompt_length = len(self.tokens)
 
 
-class Chunk(NamedTuple):
+class PrefillChunk(NamedTuple):
     """Known tokens for a sequence to read: those of the prompt and, after a preemption, generated ones."""
 
-    sequence: Sequence
+    sequence: SequenceState
     start: int
     """The first token fed."""
     count: int  # type: ignore[assignment]  # nobody misses the tuple's method of that name
@@ -78,15 +78,15 @@ class Chunk(NamedTuple):
 class Step(NamedTuple):
     """What to do next. All slots that it takes are held."""
 
-    decode: list[Sequence]
+    decode: list[SequenceState]
     """Those that have all but their last token computed: each feeds that and its drafts."""
     drafts: int
     """Drafts that each of them may feed."""
-    prefill: list[Chunk]
+    prefill: list[PrefillChunk]
     """The chunk that ends at a sequence's last token yields its next one."""
 
 
-def _order(sequence: Sequence) -> tuple[int, int]:
+def _order(sequence: SequenceState) -> tuple[int, int]:
     return -sequence.priority, sequence.arrival
 
 
@@ -95,7 +95,7 @@ class Scheduler:
 
     def __init__(
         self,
-        blocks: BlockManager,
+        pool: PagePool,
         max_batch: int,
         prefill_budget: int,
         overlap: bool,
@@ -112,19 +112,19 @@ class Scheduler:
             if value < lowest:
                 raise ValueError(f"{name} is {value}; it must be at least {lowest}")
         self.preemptions = 0
-        self._blocks, self._max_batch, self._max_waiting = blocks, max_batch, max_waiting
+        self._pool, self._max_batch, self._max_waiting = pool, max_batch, max_waiting
         self._prefill_budget, self._overlap = prefill_budget, int(overlap)
-        self._waiting: list[Sequence] = []
-        self._running: list[Sequence] = []
+        self._waiting: list[SequenceState] = []
+        self._running: list[SequenceState] = []
         self._arrivals = 0
 
     @property
-    def waiting(self) -> tuple[Sequence, ...]:
+    def waiting(self) -> tuple[SequenceState, ...]:
         """Those without pages, preempted ones among them, in order."""
         return tuple(self._waiting)
 
     @property
-    def running(self) -> tuple[Sequence, ...]:
+    def running(self) -> tuple[SequenceState, ...]:
         """Those that read or decode, in order."""
         return tuple(self._running)
 
@@ -133,7 +133,7 @@ class Scheduler:
         """Whether anybody waits or runs."""
         return bool(self._waiting or self._running)
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: SequenceState) -> None:
         """Let a new sequence wait for its turn.
 
         Raises QueueFull if `max_waiting` sequences wait already, and ValueError for one that could never finish.
@@ -145,10 +145,10 @@ class Scheduler:
             raise ValueError("tokens is empty; a sequence needs at least one token, such as the begin token")
         if limit <= length:
             raise ValueError(f"limit is {limit} for {length} tokens; it must leave room for at least one more")
-        if limit > self._blocks.slots:
+        if limit > self._pool.slots:
             raise ValueError(
-                f"limit is {limit}; it must be at most {self._blocks.slots}, as the cache has {self._blocks.pages} "
-                f"pages of {self._blocks.page_size} tokens"
+                f"limit is {limit}; it must be at most {self._pool.slots}, as the cache has {self._pool.pages} "
+                f"pages of {self._pool.page_size} tokens"
             )
         if self._max_waiting is not None and len(self._waiting) >= self._max_waiting:
             raise QueueFull(f"{len(self._waiting)} sequences are waiting; max_waiting is {self._max_waiting}")
@@ -171,11 +171,13 @@ class Scheduler:
             decode = [sequence for sequence in decode if sequence.pages]
         return Step(decode, drafts, prefill)
 
-    def publish(self, sequence: Sequence) -> None:
+    def register_prefix(self, sequence: SequenceState) -> None:
         """Let others find a sequence's full pages; to be called after its `ready` moved on."""
-        sequence.published = self._blocks.publish(sequence.tokens, sequence.pages, sequence.published, sequence.ready)
+        sequence.registered = self._pool.register_prefix(
+            sequence.tokens, sequence.pages, sequence.registered, sequence.ready
+        )
 
-    def finish(self, sequence: Sequence) -> None:
+    def finish(self, sequence: SequenceState) -> None:
         """A sequence leaves, done or cancelled, wherever it is; once it has left, this does nothing."""
         for group in (self._running, self._waiting):
             place = bisect_left(group, _order(sequence), key=_order)
@@ -183,11 +185,11 @@ class Scheduler:
                 del group[place]
         self._vacate(sequence)
 
-    def _decode(self, drafts: int) -> tuple[list[Sequence], int]:
+    def _decode(self, drafts: int) -> tuple[list[SequenceState], int]:
         """Hold the slots of all that decode; where pages lack, for fewer drafts, then for fewer sequences."""
         while True:
             decode = [sequence for sequence in self._running if sequence.computed >= sequence.to_read]
-            free = self._blocks.free
+            free = self._pool.available
             for count in range(drafts, -1, -1):
                 ahead = count + self._overlap
                 if sum(self._lacking(sequence, len(sequence.tokens) + ahead) for sequence in decode) <= free:
@@ -208,21 +210,21 @@ class Scheduler:
         while self._waiting and len(self._running) < self._max_batch and unread + self._overlap < budget:
             sequence = self._waiting[0]
             known = len(sequence.tokens)
-            total = self._blocks.pages_for(known + 1)
+            total = self._pool.pages_for(known + 1)
             # At least one token is computed: somebody has to say what follows.
             most = known - 1 if sequence.reuse else 0
-            pages = self._blocks.match(sequence.tokens, most, total + promised, sequence.digests)
+            pages = self._pool.match_prefix(sequence.tokens, most, total + promised, sequence.digests)
             if pages is None:
                 return
-            sequence.pages, sequence.published, sequence.to_read = pages, len(pages), known
-            sequence.computed = sequence.ready = sequence.matched = len(pages) * self._blocks.page_size
+            sequence.pages, sequence.registered, sequence.to_read = pages, len(pages), known
+            sequence.computed = sequence.ready = sequence.matched = len(pages) * self._pool.page_size
             insort(self._running, self._waiting.pop(0), key=_order)
             unread += known - sequence.computed
             promised += total - len(pages)
 
-    def _prefill(self, budget: int) -> list[Chunk]:
+    def _prefill(self, budget: int) -> list[PrefillChunk]:
         """Share the budget among those that have known tokens left to read."""
-        chunks: list[Chunk] = []
+        chunks: list[PrefillChunk] = []
         # Preemption takes from the end of this list, never one that was served before.
         for sequence in self._running:
             # The least that gets on is one token, and with overlap perhaps one that is read again.
@@ -238,30 +240,30 @@ class Scheduler:
                 budget -= chunk.count
         return chunks
 
-    def _chunk(self, sequence: Sequence, budget: int) -> Chunk | None:
+    def _chunk(self, sequence: SequenceState, budget: int) -> PrefillChunk | None:
         """What a sequence reads next, as far as budget and pages go; None if that is nothing new."""
         # The drafting module's first entry behind a shared prefix takes the state of the prefix's last token.
         repeated = self._overlap if 0 < sequence.computed == sequence.matched else 0
         start = sequence.computed - repeated
-        slots = (len(sequence.pages) + self._blocks.free) * self._blocks.page_size
+        slots = (len(sequence.pages) + self._pool.available) * self._pool.page_size
         end = min(sequence.to_read, start + budget, slots - self._overlap)
         if end <= sequence.computed:
             return None
         self._hold(sequence, end + self._overlap)
-        return Chunk(sequence, start, end - start, sequence.computed)
+        return PrefillChunk(sequence, start, end - start, sequence.computed)
 
-    def _lacking(self, sequence: Sequence, slots: int) -> int:
+    def _lacking(self, sequence: SequenceState, slots: int) -> int:
         """Pages that a sequence has to take to hold so many slots."""
-        return max(0, self._blocks.pages_for(slots) - len(sequence.pages))
+        return max(0, self._pool.pages_for(slots) - len(sequence.pages))
 
-    def _hold(self, sequence: Sequence, slots: int) -> None:
+    def _hold(self, sequence: SequenceState, slots: int) -> None:
         lacking = self._lacking(sequence, slots)
         if lacking:
-            pages = self._blocks.allocate(lacking)
+            pages = self._pool.allocate(lacking)
             assert pages is not None, "the caller saw that so many are free"
             sequence.pages += pages
 
-    def _preempt_last(self) -> Sequence:
+    def _preempt_last(self) -> SequenceState:
         """Send the last of the running sequences back to its place in the queue."""
         sequence = self._running.pop()
         self._vacate(sequence)
@@ -270,7 +272,7 @@ class Scheduler:
         insort(self._waiting, sequence, key=_order)
         return sequence
 
-    def _vacate(self, sequence: Sequence) -> None:
-        self._blocks.release(sequence.pages)
+    def _vacate(self, sequence: SequenceState) -> None:
+        self._pool.release(sequence.pages)
         sequence.pages = []
-        sequence.computed = sequence.ready = sequence.published = 0
+        sequence.computed = sequence.ready = sequence.registered = 0

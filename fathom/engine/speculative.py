@@ -79,7 +79,7 @@ class DraftLength:
     """How many drafts to make per step: most expected tokens per second from measured acceptance and measured costs.
 
     A step with n drafts per row yields 1 + Σ_{k≤n} Π_{i≤k} a_i tokens per row, a_i being the chance that the i-th
-    draft is accepted after the ones before. Lengths are measured upwards from 0 until one more does not pay. Later
+    draft is accepted after the ones before. SeqLens are measured upwards from 0 until one more does not pay. Later
     the neighbours of the best length, and 0, are tried again, for texts and costs change, and an engine's first steps
     are slow: one step each, at intervals that double while nothing comes of it; only a try that paid for itself is
     repeated at once. Everything is deterministic given what was recorded.
@@ -131,7 +131,7 @@ class DraftLength:
         else:
             costs.waited += 1
 
-    def hopeless(self, batch: int) -> bool:
+    def is_unprofitable(self, batch: int) -> bool:
         """Whether a draft has long cost steps of `batch` rows more than it could bring even if it were always accepted.
 
         So must it be for all other numbers of rows for which a draft's cost is known.

@@ -21,7 +21,7 @@ from torch import Tensor
 from fathom.data.dataset import PADDING_DOCUMENT, Batch, targets
 from fathom.model.balance import max_violation
 from fathom.model.layers import at_least_float32
-from fathom.model.transformer import Model, States
+from fathom.model.transformer import HiddenStates, Model
 from fathom.ops.loss import IGNORE
 
 _CHUNK_TOKENS = 1024
@@ -42,7 +42,7 @@ class Evaluation:
     """Each MTP module's loss over its own valid targets, nats per token."""
     mtp_agreement: tuple[float, ...]
     """For each module, the share of tokens of which it and the main model make the same first guess."""
-    loads_LE: Tensor
+    tokens_per_expert_LE: Tensor
     """Tokens each expert received, padding left out: MoE layers, then MTP modules (int64, CPU)."""
     max_vio_global: tuple[float, ...]
     """Each router's MaxVio of those summed loads."""
@@ -73,7 +73,7 @@ def evaluate(
     targets_H = torch.stack([part.targets_H for part in parts]).sum(0)
     agreed_M = torch.stack([part.agreed_M for part in parts]).sum(0)
     compared_M = torch.stack([part.compared_M for part in parts]).sum(0)
-    loads_NLE = torch.stack([part.loads_LE for part in parts])
+    loads_NLE = torch.stack([part.tokens_per_expert_LE for part in parts])
     losses = (nats_H / targets_H).tolist()
     return Evaluation(
         bits_per_byte=nats_H[0].item() / math.log(2) / total_bytes,
@@ -81,7 +81,7 @@ def evaluate(
         tokens=int(targets_H[0]),
         mtp_losses=tuple(losses[1:]),
         mtp_agreement=tuple((agreed_M.double() / compared_M).tolist()),
-        loads_LE=loads_NLE.sum(0),
+        tokens_per_expert_LE=loads_NLE.sum(0),
         max_vio_global=tuple(max_violation(loads_NLE.sum(0)).tolist()),
         # A batch in which a router saw no token says nothing of its balance: 0/0, left out of the mean.
         max_vio_batch=tuple(max_violation(loads_NLE).nanmean(0).tolist()),
@@ -96,7 +96,7 @@ class _Part:
     targets_H: Tensor
     agreed_M: Tensor
     compared_M: Tensor
-    loads_LE: Tensor
+    tokens_per_expert_LE: Tensor
 
 
 def _measure(model: Model, batch: Batch, compute_dtype: torch.dtype | None, mtp: bool) -> _Part:
@@ -108,7 +108,7 @@ def _measure(model: Model, batch: Batch, compute_dtype: torch.dtype | None, mtp:
             f"rows have {tokens_BW.shape[1]} tokens; a model with {modules} MTP modules needs at least "
             f"{modules + 2}: an input, its target, and one more per module"
         )
-    states = model.states(
+    states = model.forward_hidden(
         tokens_BW[:, :length],
         mtp=mtp and modules > 0,
         lookahead_BM=tokens_BW[:, length : length + modules],
@@ -125,7 +125,7 @@ def _measure(model: Model, batch: Batch, compute_dtype: torch.dtype | None, mtp:
         targets_H=_counts([targets_BS != IGNORE for targets_BS in wanted]),
         agreed_M=_counts(agreed),
         compared_M=_counts(compared),
-        loads_LE=_loads(model, states, batch.documents_BW),
+        tokens_per_expert_LE=_loads(model, states, batch.documents_BW),
     )
 
 
@@ -141,7 +141,7 @@ def score(model: Model, h_BSD: Tensor, targets_BS: Tensor, module: int = 0) -> t
     return nats, torch.cat(guesses).view_as(targets_BS)
 
 
-def _loads(model: Model, states: States, documents_BW: Tensor) -> Tensor:
+def _loads(model: Model, states: HiddenStates, documents_BW: Tensor) -> Tensor:
     """Tokens each expert received, (L, E) on the CPU. The model's own count would include padding."""
     length, experts = states.h_BSD.shape[1], model.config.n_routed_experts
     loads = []

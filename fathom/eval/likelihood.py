@@ -105,7 +105,7 @@ def _measure(model: Model, parts: Sequence[Continuation]) -> list[Likelihood]:
     device, longest = model.embed_tokens.weight.device, model.config.max_position_embeddings
     rows = [torch.tensor([*part.context, *part.ids][:-1][-longest:], device=device) for part in parts]
     # Padding comes last, where no token sees it.
-    h_BSD = model.states(pad_sequence(rows, batch_first=True)).h_BSD
+    h_BSD = model.forward_hidden(pad_sequence(rows, batch_first=True)).h_BSD
     return [_likelihood(model, h_SD[: len(row)], part.ids) for h_SD, row, part in zip(h_BSD, rows, parts, strict=True)]
 
 

@@ -13,13 +13,16 @@ from torch import Tensor
 from fathom.ops.moe.routing import select_experts
 
 
-def updated_bias(bias_E: Tensor, load_E: Tensor, speed: float) -> Tensor:
-    """b + γ·sign(mean load − load); `load_E` counts tokens per expert over the whole global batch of one step.
+def updated_bias(bias_E: Tensor, tokens_per_expert_E: Tensor, speed: float) -> Tensor:
+    """b + γ·sign(mean load − load); `tokens_per_expert_E` counts tokens per expert over the whole global batch of one
+    step.
 
     Works on (E) or, all layers at once, on (L, E).
     """
-    load_E = load_E.to(torch.float64)
-    return bias_E + speed * torch.sign(load_E.mean(-1, keepdim=True) - load_E).to(bias_E.dtype)
+    tokens_per_expert_E = tokens_per_expert_E.to(torch.float64)
+    return bias_E + speed * torch.sign(tokens_per_expert_E.mean(-1, keepdim=True) - tokens_per_expert_E).to(
+        bias_E.dtype
+    )
 
 
 def sequence_balance_loss(scores_BSE: Tensor, experts_per_token: int) -> Tensor:
@@ -37,7 +40,7 @@ def sequence_balance_loss(scores_BSE: Tensor, experts_per_token: int) -> Tensor:
     return (f_BE * p_BE).sum(-1).mean()
 
 
-def max_violation(load_E: Tensor) -> Tensor:
+def max_violation(tokens_per_expert_E: Tensor) -> Tensor:
     """MaxVio = max load / mean load − 1 over the last dimension: 0 is perfect balance (arXiv 2408.15664, section 4)."""
-    load_E = load_E.to(torch.float64)
-    return load_E.amax(-1) / load_E.mean(-1) - 1
+    tokens_per_expert_E = tokens_per_expert_E.to(torch.float64)
+    return tokens_per_expert_E.amax(-1) / tokens_per_expert_E.mean(-1) - 1

@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fathom.ops.attention import Lengths
+from fathom.ops.attention import SeqLens
 
 
 @dataclass(frozen=True)
-class Piece:
+class DecodeBatch:
     """B sequences that bring S tokens each. They attend in the absorbed form."""
 
     positions_BS: Tensor
@@ -32,7 +32,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class RaggedPiece:
+class VarlenBatch:
     """Sequences of any lengths, one after another. They attend in the expanded form, which pays for many new tokens.
 
     The new tokens are the last ones of each.
@@ -42,16 +42,16 @@ class RaggedPiece:
     """Where each new token stands in its sequence, (new tokens)."""
     slots_T: Tensor
     """Where the latents of every token of every sequence lie."""
-    lengths: Lengths
+    lengths: SeqLens
     """How many new tokens (queries), and tokens in all (keys), each sequence has."""
 
 
 @dataclass(frozen=True)
-class Batch:
+class CachedBatch:
     """What one pass brings, and where it finds and leaves its latents."""
 
-    pieces: tuple[Piece | RaggedPiece, ...]
-    writes_N: Tensor
+    sub_batches: tuple[DecodeBatch | VarlenBatch, ...]
+    slot_mapping_N: Tensor
     """The slot each new token's latent is written to, piece after piece, sequence after sequence."""
     cache_LMW: Tensor
     """One layer after another, those of the MTP modules last."""
@@ -59,11 +59,11 @@ class Batch:
     @property
     def positions(self) -> Tensor:
         """Positions of all new tokens, (1, N)."""
-        return torch.cat([piece.positions for piece in self.pieces])[None]
+        return torch.cat([piece.positions for piece in self.sub_batches])[None]
 
     def layer(self, index: int) -> "LayerCache":
         """What one layer's attention sees of it."""
-        return LayerCache(self.pieces, self.writes_N, self.cache_LMW[index])
+        return LayerCache(self.sub_batches, self.slot_mapping_N, self.cache_LMW[index])
 
 
 class Routed(NamedTuple):
@@ -76,12 +76,12 @@ class Routed(NamedTuple):
 class LayerCache(NamedTuple):
     """A layer's part of a batch."""
 
-    pieces: tuple[Piece | RaggedPiece, ...]
-    writes_N: Tensor
+    sub_batches: tuple[DecodeBatch | VarlenBatch, ...]
+    slot_mapping_N: Tensor
     latents_MW: Tensor
 
 
-def expanding_pays(queries: int, keys: int, nope: int, rope: int, value: int, latent: int) -> bool:
+def prefer_expanded(queries: int, keys: int, nope: int, rope: int, value: int, latent: int) -> bool:
     """Whether building `keys` keys and values per head costs less than `queries` queries against the latents.
 
     Multiplications per head: expanded, every latent is projected up, then narrow keys are attended; absorbed, every

@@ -14,12 +14,12 @@ C latent rank, Q query rank, W = C+R, X = P+R.
 import torch
 from torch import Tensor, nn
 
-from fathom.model.cached_batch import LayerCache, Piece, RaggedPiece
+from fathom.model.cached_batch import DecodeBatch, LayerCache, VarlenBatch
 from fathom.model.config import ModelConfig
 from fathom.model.layers import LATENT_NORM_EPS, Linear, RMSNorm
 from fathom.model.rope import softmax_scale
-from fathom.ops.attention import expanded_attention, latent_attention, ragged_attention
-from fathom.ops.attention.kv_cache import latents, write_latents
+from fathom.ops.attention import expanded_attention, latent_attention, varlen_attention
+from fathom.ops.attention.kv_cache import latents, write_kv_cache
 from fathom.ops.rope import Rope, apply_rope
 
 
@@ -48,41 +48,41 @@ class MultiHeadLatentAttention(nn.Module):
         if cache is None:
             heads_BSHV = self.expanded(q_BSHX, *self.latents(x_BSD, rope), rope)
         else:
-            self.remember(x_BSD, rope, cache)
+            self.write_kv_cache(x_BSD, rope, cache)
             heads_BSHV = self.cached(q_BSHX, rope, cache)
         out_BSD: Tensor = self.o_proj(heads_BSHV.flatten(2))
         return out_BSD
 
-    def remember(self, x_1ND: Tensor, rope: Rope, cache: LayerCache) -> None:
+    def write_kv_cache(self, x_1ND: Tensor, rope: Rope, cache: LayerCache) -> None:
         """Write the new tokens' latents, which is all that later ones see of them."""
         norm = self.kv_a_layernorm
         kv_1NW = self.kv_a_proj_with_mqa(x_1ND)
-        write_latents(kv_1NW[0], norm.weight, norm.eps, rope, cache.writes_N, cache.latents_MW)
+        write_kv_cache(kv_1NW[0], norm.weight, norm.eps, rope, cache.slot_mapping_N, cache.latents_MW)
 
     def cached(self, q_1NHX: Tensor, rope: Rope, cache: LayerCache) -> Tensor:
         """Each piece of the batch attends its own sequences' latents; (1, N, H, V)."""
         heads, first = [], 0
-        for piece in cache.pieces:
+        for piece in cache.sub_batches:
             here = slice(first, first + piece.positions.shape[0])
             first = here.stop
             q_NHX, piece_rope = q_1NHX[0, here], Rope(rope.cos[0, here], rope.sin[0, here])
-            if isinstance(piece, RaggedPiece):
+            if isinstance(piece, VarlenBatch):
                 heads.append(self._ragged(q_NHX, piece_rope, piece, cache.latents_MW))
             else:
                 heads.append(self._rectangular(q_NHX, piece_rope, piece, cache.latents_MW))
         return (heads[0] if len(heads) == 1 else torch.cat(heads))[None]
 
-    def _rectangular(self, q_NHX: Tensor, rope: Rope, piece: Piece, latents_MW: Tensor) -> Tensor:
+    def _rectangular(self, q_NHX: Tensor, rope: Rope, piece: DecodeBatch, latents_MW: Tensor) -> Tensor:
         shape = piece.positions_BS.shape
         here = Rope(rope.cos.unflatten(0, shape), rope.sin.unflatten(0, shape))
         latents_BTW = latents_MW[piece.slots_BT].to(q_NHX.dtype)
         return self.absorbed(q_NHX.unflatten(0, shape), latents_BTW, piece.positions_BS, here).flatten(0, 1)
 
-    def _ragged(self, q_NHX: Tensor, rope: Rope, piece: RaggedPiece, latents_MW: Tensor) -> Tensor:
+    def _ragged(self, q_NHX: Tensor, rope: Rope, piece: VarlenBatch, latents_MW: Tensor) -> Tensor:
         latents_TW = latents_MW.index_select(0, piece.slots_T).to(q_NHX.dtype)
         c_TC, k_rope_TR = latents_TW.split((self.config.kv_lora_rank, self.config.qk_rope_head_dim), dim=-1)
         kv_THY = self.kv_b_proj(c_TC).unflatten(-1, (self.config.num_attention_heads, -1))
-        return ragged_attention(q_NHX, kv_THY, k_rope_TR, rope, piece.lengths, self.scale)
+        return varlen_attention(q_NHX, kv_THY, k_rope_TR, rope, piece.lengths, self.scale)
 
     def queries(self, x_BSD: Tensor) -> Tensor:
         """Each head's query (B, S, H, X): P numbers without position, then R that are still to be rotated."""

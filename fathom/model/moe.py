@@ -25,7 +25,7 @@ class RouterFacts(NamedTuple):
     """Experts each token took."""
     weights_BSK: Tensor
     """With what weights."""
-    load_E: Tensor
+    tokens_per_expert_E: Tensor
     """Tokens each expert received, int64."""
     balance_loss: Tensor | None
     """Sequence-wise balance loss before α, mean over the batch's sequences; None where nobody trains."""
@@ -45,7 +45,7 @@ class Experts(nn.Module):
         # Each named once: a packed weight is widened anew whenever it is asked for.
         gate_up_EGD, down_EDF = self.gate_up_proj, self.down_proj
         order = dispatch(topk_ids_NK, gate_up_EGD.shape[0], x_ND.dtype)
-        return routed_experts(x_ND, order, weights_NK, gate_up_EGD, down_EDF), order.load_E
+        return routed_experts(x_ND, order, weights_NK, gate_up_EGD, down_EDF), order.tokens_per_expert_E
 
 
 class MoE(nn.Module):
@@ -60,11 +60,11 @@ class MoE(nn.Module):
     def forward(self, x_BSD: Tensor, trains: bool = True) -> tuple[Tensor, RouterFacts]:
         x_ND = x_BSD.flatten(0, 1)
         routing = self.gate(x_ND, trains)
-        routed_ND, load_E = self.experts(x_ND, routing.topk_ids_NK, routing.weights_NK)
+        routed_ND, tokens_per_expert_E = self.experts(x_ND, routing.topk_ids_NK, routing.weights_NK)
         out_BSD = self.shared_experts(x_BSD) + routed_ND.view_as(x_BSD)
         shape, choices = x_BSD.shape[:2], routing.topk_ids_NK.shape[1]
         balance = None
         if trains and routing.scores_NE is not None:
             balance = sequence_balance_loss(routing.scores_NE.unflatten(0, shape), choices)
         ids_BSK, weights_BSK = routing.topk_ids_NK.unflatten(0, shape), routing.weights_NK.unflatten(0, shape)
-        return out_BSD, RouterFacts(ids_BSK, weights_BSK, load_E, balance)
+        return out_BSD, RouterFacts(ids_BSK, weights_BSK, tokens_per_expert_E, balance)

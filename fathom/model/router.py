@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fathom.model.config import ModelConfig
 from fathom.ops import gpu
-from fathom.ops.linear.fp32 import wide_linear
+from fathom.ops.linear.fp32 import fp32_linear
 from fathom.ops.moe.routing import route, select_experts, select_experts_reference
 
 
@@ -54,7 +54,7 @@ class Router(nn.Module):
         return self
 
     def forward(self, x_ND: Tensor, trains: bool = True) -> Routing:
-        logits_NE = wide_linear(x_ND, self.weight)
+        logits_NE = fp32_linear(x_ND, self.weight)
         if not trains and not self.config.is_v2 and gpu.usable(logits_NE, self.e_score_correction_bias):
             config = self.config
             rule = config.num_experts_per_tok, (config.n_group, config.topk_group), config.norm_topk_prob

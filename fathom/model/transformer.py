@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fathom.model.block import Block
-from fathom.model.cached_batch import Batch, Routed
+from fathom.model.cached_batch import CachedBatch, Routed
 from fathom.model.config import ModelConfig
 from fathom.model.layers import Linear, RMSNorm
 from fathom.model.moe import Experts, RouterFacts
@@ -29,7 +29,7 @@ from fathom.ops.rope import Rope
 class RouterSummary:
     """Every router's facts, MoE layers in order, then the MTP modules that ran."""
 
-    loads_LE: Tensor
+    tokens_per_expert_LE: Tensor
     """Tokens each expert received, (MoE layers, E) int64; no rows in a model without MoE layers."""
     balance_loss: Tensor
     """Sequence-wise balance loss before α: mean over sequences, summed over layers (scalar)."""
@@ -38,7 +38,7 @@ class RouterSummary:
 
 
 @dataclass(frozen=True)
-class States:
+class HiddenStates:
     """What the layers computed, before the head."""
 
     h_BSD: Tensor
@@ -75,13 +75,13 @@ class Model(nn.Module):
 
     def forward(self, tokens_BS: Tensor, mtp: bool = False) -> ModelOutput:
         """Logits of every position; with `mtp` also those of the MTP modules."""
-        states = self.states(tokens_BS, mtp=mtp)
+        states = self.forward_hidden(tokens_BS, mtp=mtp)
         mtp_logits = tuple(self.logits(h, k) for k, h in enumerate(states.mtp_h_BSD, 1)) if mtp else None
         return ModelOutput(self.logits(states.h_BSD), states.router, mtp_logits)
 
     def hidden(self, tokens_BS: Tensor) -> Tensor:
         """The state after the final norm (B, S, D): what the head and the first MTP module read."""
-        return self.states(tokens_BS).h_BSD
+        return self.forward_hidden(tokens_BS).h_BSD
 
     def logits(self, h_BSD: Tensor, module: int = 0) -> Tensor:
         """The output head, of the main model or of an MTP module counted from 1: (…, D) → (…, O)."""
@@ -96,14 +96,14 @@ class Model(nn.Module):
         """The embedding of what the main model (0) or an MTP module (from 1) reads: the same one for all."""
         return self.embed_tokens
 
-    def states(
+    def forward_hidden(
         self,
         tokens_BS: Tensor,
         mtp: bool = False,
         lookahead_BM: Tensor | None = None,
         compute_dtype: torch.dtype | None = None,
         recompute: bool = False,
-    ) -> States:
+    ) -> HiddenStates:
         """Run the layers over whole sequences.
 
         With `mtp` the modules run too. `lookahead_BM` holds the M = num_nextn_predict_layers tokens that follow each
@@ -128,7 +128,7 @@ class Model(nn.Module):
             ahead_BT = tokens_BS if lookahead_BM is None else torch.cat((tokens_BS, lookahead_BM), dim=1)
             mtp_h_BSD, mtp_facts = self._run_mtp(ahead_BT, h_BSD, rope, compute_dtype)
             facts += mtp_facts
-        return States(h_BSD, tuple(mtp_h_BSD), self._summary(facts))
+        return HiddenStates(h_BSD, tuple(mtp_h_BSD), self._summary(facts))
 
     def _run_mtp(
         self, ahead_BT: Tensor, h_BSD: Tensor, rope: Rope, compute_dtype: torch.dtype | None
@@ -149,12 +149,13 @@ class Model(nn.Module):
 
     # ------------------------------------------------------------------------------------- with a latent cache
 
-    def cached_states(
-        self, tokens_N: Tensor, batch: Batch, compute_dtype: torch.dtype | None = None
+    def forward_with_cache(
+        self, tokens_N: Tensor, batch: CachedBatch, compute_dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Routed]:
         """Continue sequences: write the tokens' latents into the cache. Gives final states (N, D) and the routing.
 
-        Tokens come in the order of `batch.writes_N`. `compute_dtype` is the activations' type; None means the cache's.
+        Tokens come in the order of `batch.slot_mapping_N`. `compute_dtype` is the activations' type; None means the
+        cache's.
         """
         rope = rope_table(self.config, batch.positions)
         x_1ND = self._embed(tokens_N[None], compute_dtype or batch.cache_LMW.dtype)
@@ -166,7 +167,7 @@ class Model(nn.Module):
         h_1ND: Tensor = self.norm(x_1ND)
         return h_1ND[0], self._routed(facts, len(tokens_N))
 
-    def cached_mtp_states(self, module: int, tokens_N: Tensor, h_ND: Tensor, batch: Batch) -> Tensor:
+    def forward_mtp_with_cache(self, module: int, tokens_N: Tensor, h_ND: Tensor, batch: CachedBatch) -> Tensor:
         """Continue MTP module number `module` (from 0): token t_{i+1} with state h_i, at the slot of token i+1.
 
         The activations have the states' type.
@@ -180,12 +181,13 @@ class Model(nn.Module):
         out_1ND, _ = cast(MTPModule, self.mtp[module]).predict(embedded_1ND, h_ND[None], rope, cache)
         return out_1ND[0]
 
-    def remember_mtp(self, module: int, tokens_N: Tensor, h_ND: Tensor, batch: Batch) -> None:
-        """Write the latents that `cached_mtp_states` would, and compute nothing else: nobody asks for the states."""
+    def write_mtp_kv_cache(self, module: int, tokens_N: Tensor, h_ND: Tensor, batch: CachedBatch) -> None:
+        """Write the latents that `forward_mtp_with_cache` would, and compute nothing else: nobody asks for the
+        states."""
         block = cast(MTPModule, self.mtp[module])
         x_1ND = block.joined(self._embed(tokens_N[None], h_ND.dtype), h_ND[None])
         rope = rope_table(self.config, batch.positions)
-        block.self_attn.remember(block.input_layernorm(x_1ND), rope, batch.layer(len(self.layers) + module))
+        block.self_attn.write_kv_cache(block.input_layernorm(x_1ND), rope, batch.layer(len(self.layers) + module))
 
     # ---------------------------------------------------------------------------------------------------------
 
@@ -195,7 +197,7 @@ class Model(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
 
     def routers(self) -> list[Router]:
-        """Every router, in the order of `RouterSummary.loads_LE`."""
+        """Every router, in the order of `RouterSummary.tokens_per_expert_LE`."""
         return [module for module in self.modules() if isinstance(module, Router)]
 
     def _embed(self, tokens_BS: Tensor, compute_dtype: torch.dtype | None, module: int = 0) -> Tensor:
@@ -219,9 +221,9 @@ class Model(nn.Module):
         if not facts:
             empty_LE = torch.zeros(0, self.config.n_routed_experts, dtype=torch.int64, device=device)
             return RouterSummary(empty_LE, torch.zeros((), device=device), ())
-        loads_LE = torch.stack([f.load_E for f in facts])
+        tokens_per_expert_LE = torch.stack([f.tokens_per_expert_E for f in facts])
         balance = torch.stack([f.balance_loss for f in facts if f.balance_loss is not None]).sum()
-        return RouterSummary(loads_LE, balance, tuple(f.topk_ids_BSK for f in facts))
+        return RouterSummary(tokens_per_expert_LE, balance, tuple(f.topk_ids_BSK for f in facts))
 
 
 @torch.no_grad()

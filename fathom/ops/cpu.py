@@ -30,10 +30,10 @@ _PARAMETERS = {
     "attention_backward": "pppppppppppnnnnnnnnf",
     "routed_experts": "ppppppppnnnn",
     "routed_experts_backward": "ppppppppppppnnnn",
-    "sum_rows": "pppnnn",
+    "combine": "pppnnn",
     "linear": "pppnnn",
-    "linear_input_gradient": "pppnnn",
-    "linear_weight_gradient": "pppnnnn",
+    "linear_dgrad": "pppnnn",
+    "linear_wgrad": "pppnnnn",
     "select_experts": "ppnnnnn",
     "cross_entropy": "pppnnn",
     "decode": "ppn",
@@ -57,10 +57,10 @@ def available() -> bool:
     return isinstance(_library(), ctypes.CDLL)
 
 
-def own_products(dtype: torch.dtype) -> bool:
+def has_bf16_gemm(dtype: torch.dtype) -> bool:
     """Whether kernels multiply matrices of this type, and do it themselves (gemm.h) rather than ask torch."""
     used = _enabled and not torch.compiler.is_compiling()
-    return used and dtype == torch.bfloat16 and available() and bool(_loaded().own_products())
+    return used and dtype == torch.bfloat16 and available() and bool(_loaded().has_bf16_gemm())
 
 
 def missing() -> str | None:

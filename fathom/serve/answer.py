@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fathom.data.tokenizer import Tokenizer
-from fathom.engine.engine import TextStream
+from fathom.engine.engine import IncrementalDetokenizer
 from fathom.engine.outputs import Generation
 from fathom.engine.sampling.verify import TokenLogprob
 
@@ -41,7 +41,7 @@ class Choice:
         self._tokenizer = tokenizer
         self._stops = stops
         self._together = not each and not stops
-        self._text = TextStream(tokenizer)
+        self._text = IncrementalDetokenizer(tokenizer)
         self._seen = 0
         self._held: list[Piece] = []
         self._routed = 0

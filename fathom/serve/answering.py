@@ -19,7 +19,7 @@ _STREAM_HEADERS = [
 ]
 
 
-class Answers:
+class CompletionsEndpoint:
     """ASGI middleware: answers requests for text, and lets all others pass.
 
     Behind it FastAPI would lead each of them through a dozen layers, for half a millisecond of a processor that the
@@ -56,7 +56,7 @@ class Answers:
         """Whatever happens to the client or here, the reply is closed in the end."""
         reply = self._service.open(make)
         gone = asyncio.ensure_future(_gone(receive))
-        gone.add_done_callback(lambda _: reply.job.tell(_GoneError()))
+        gone.add_done_callback(lambda _: reply.job.notify(_GoneError()))
         try:
             # In a task of its own: each piece would wake all the layers that the request came through.
             await asyncio.ensure_future(self._send(reply, scope, receive, send))
@@ -65,7 +65,7 @@ class Answers:
             self._service.close(reply)
 
     async def _send(self, reply: Reply, scope: Scope, receive: Receive, send: Send) -> None:
-        events = await self._service.news(reply)
+        events = await self._service.next_events(reply)
         if reply.plan.body.stream:
             chunks = reply.chunks(events)
             await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
@@ -73,7 +73,7 @@ class Answers:
             return
         reply.collect(events)
         while not reply.over:
-            reply.collect(await self._service.news(reply))
+            reply.collect(await self._service.next_events(reply))
         await JSONResponse(reply.whole())(scope, receive, send)
 
     async def _stream(self, reply: Reply, chunks: list[str], send: Send) -> None:
@@ -82,7 +82,7 @@ class Answers:
             if chunks:
                 await send({"type": "http.response.body", "body": _events(chunks), "more_body": True})
             try:
-                chunks = reply.chunks(await self._service.news(reply))
+                chunks = reply.chunks(await self._service.next_events(reply))
             except ApiError as error:
                 chunks = [as_json(error.body())]
                 break

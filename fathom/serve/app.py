@@ -18,9 +18,9 @@ from starlette.responses import JSONResponse, Response
 
 import fathom
 from fathom.serve import metrics
-from fathom.serve.answering import Answers
+from fathom.serve.answering import CompletionsEndpoint
 from fathom.serve.errors import ApiError, wrong_body
-from fathom.serve.gate import Gate
+from fathom.serve.gate import AuthMiddleware
 from fathom.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from fathom.serve.service import Service
 from fathom.serve.status import now
@@ -74,8 +74,8 @@ def make_app(
     _add_inspector(app, inspector)
     _add_openapi(app)
     # The last one added is the first to see a request.
-    app.add_middleware(Answers, service=service)
-    app.add_middleware(Gate, keys=keys, largest_body=largest_body)
+    app.add_middleware(CompletionsEndpoint, service=service)
+    app.add_middleware(AuthMiddleware, keys=keys, largest_body=largest_body)
     if origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST"], allow_headers=["*"]

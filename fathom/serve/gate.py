@@ -18,7 +18,7 @@ _HEADERS = [
 ]
 
 
-class Gate:
+class AuthMiddleware:
     """ASGI middleware."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str], largest_body: int) -> None:

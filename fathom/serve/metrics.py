@@ -84,7 +84,7 @@ class _EngineCollector(Collector):
         for name, (count, help_) in counters.items():
             yield CounterMetricFamily(f"fathom_{name}", help_, value=count)
         load = CounterMetricFamily("fathom_expert_tokens", "Tokens an expert served", labels=["layer", "expert"])
-        for layer, row in enumerate(stats.load_LE.tolist()):
+        for layer, row in enumerate(stats.tokens_per_expert_LE.tolist()):
             for expert, count in enumerate(row):
                 load.add_metric([str(layer), str(expert)], count)
         yield load

@@ -13,7 +13,7 @@ from fathom.engine.engine import Request
 from fathom.serve.answer import Choice, Piece, chat_logprobs, completion_logprobs
 from fathom.serve.errors import ApiError
 from fathom.serve.protocol import Sampling
-from fathom.serve.tools import call_in
+from fathom.serve.tools import parse_tool_call
 from fathom.serve.worker import Event, Job
 
 _HOLE = "\x00text\x00"
@@ -123,7 +123,7 @@ class Reply:
         if held is not None and (held or text.startswith("{")):
             # It may be a call: that is known at its end.
             self._call[number] = text = held + text
-            call = call_in(text) if choice.finish_reason == "stop" else None
+            call = parse_tool_call(text) if choice.finish_reason == "stop" else None
             if call is not None:
                 chunks.append(as_json(self._chunk(number, {"tool_calls": [{"index": 0, **call}]}, "tool_calls")))
             if call is not None or choice.finish_reason is None:
@@ -156,7 +156,7 @@ class Reply:
             if plan.echo:
                 text = self._tokenizer.decode(choice.generation.prompt_ids) + text
             return shown | {"text": text} | extra
-        call = call_in(text) if plan.calls and reason == "stop" else None
+        call = parse_tool_call(text) if plan.calls and reason == "stop" else None
         if call is not None:
             said = {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None}
             return shown | {"message": said, "finish_reason": "tool_calls"} | extra

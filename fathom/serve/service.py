@@ -15,7 +15,7 @@ from fathom.serve.grammar import GrammarError, Grammars
 from fathom.serve.metrics import Metrics
 from fathom.serve.protocol import ChatRequest, CompletionRequest, Sampling
 from fathom.serve.reply import Plan, Reply
-from fathom.serve.tools import in_words
+from fathom.serve.tools import render_tools
 from fathom.serve.worker import EngineDiedError, Event, Worker
 
 _RETRY_SECONDS = 2
@@ -79,12 +79,12 @@ class Service:
         try:
             if self.template.knows_tools:
                 return self.template.encode(messages, tools or None)
-            return self.template.encode(in_words(messages, tools))
+            return self.template.encode(render_tools(messages, tools))
         except ChatError as error:
             raise ApiError(400, str(error), "messages") from error
 
     def open(self, make: Callable[[], Plan]) -> Reply:
-        """Have another thread make a plan and hand it to the engine; what comes of that, `news` brings.
+        """Have another thread make a plan and hand it to the engine; what comes of that, `next_events` brings.
 
         Call it, and what follows, in the event loop; each must be closed.
         """
@@ -96,13 +96,13 @@ class Service:
 
         reply.job = self.worker.open(prepare)
         late = ApiError(408, f"the answer was not complete after {self._deadline:g} s", code="deadline")
-        reply.alarm = asyncio.get_running_loop().call_later(self._deadline, reply.job.tell, late)
+        reply.alarm = asyncio.get_running_loop().call_later(self._deadline, reply.job.notify, late)
         return reply
 
-    async def news(self, reply: Reply) -> list[Event]:
+    async def next_events(self, reply: Reply) -> list[Event]:
         """Wait for what the engine brings. Raises ApiError for what cannot be served, and where it fails."""
         try:
-            return await reply.job.news()
+            return await reply.job.next_events()
         except QueueFull as error:
             message = "too many requests wait; try again later"
             raise ApiError(429, message, code="queue_full", retry_after=_RETRY_SECONDS) from error

@@ -52,6 +52,6 @@ def now(worker: Worker) -> dict[str, Any]:
         "pages_reusable": stats.pages_reusable,
         "page_size": stats.page_size,
         "cached_tokens": stats.pages_used * stats.page_size,
-        "load": stats.load_LE.tolist(),
+        "load": stats.tokens_per_expert_LE.tolist(),
         "uptime_s": round(time.monotonic() - worker.started, 1),
     }

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def in_words(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def render_tools(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The conversation for a template that knows only system, user and assistant messages."""
     told = [_plain(message) for message in messages]
     if not tools:
@@ -22,7 +22,7 @@ def in_words(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]
     return [{"role": "system", "content": text}, *told]
 
 
-def call_in(text: str) -> dict[str, Any] | None:
+def parse_tool_call(text: str) -> dict[str, Any] | None:
     """The call that an answer is, in OpenAI's form; None where it is none."""
     try:
         call = json.loads(text)

@@ -65,16 +65,16 @@ class Job:
     _failure: Exception | None = None
     _waiter: "asyncio.Future[None] | None" = None
 
-    def tell(self, news: Event | Exception) -> None:
-        """What came of it, or why nothing will come any more. In the event loop, as `news`."""
-        if isinstance(news, Exception):
-            self._failure = news
+    def notify(self, event: Event | Exception) -> None:
+        """What came of it, or why nothing will come any more. In the event loop, as `next_events`."""
+        if isinstance(event, Exception):
+            self._failure = event
         else:
-            self._events[news.choice] = news
+            self._events[event.choice] = event
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    async def news(self) -> list[Event]:
+    async def next_events(self) -> list[Event]:
         """Wait for what is new: of each choice the last event, which tells all that those before it told.
 
         Raises the exception that was told.
@@ -148,7 +148,7 @@ class Worker:
             self._open.add(job)
             self._preparing.submit(self._prepare, job, prepare)
         else:
-            job.tell(EngineDiedError("the engine has stopped"))
+            job.notify(EngineDiedError("the engine has stopped"))
         return job
 
     def close(self, job: Job) -> None:
@@ -169,17 +169,17 @@ class Worker:
     def _run(self) -> None:
         try:
             while not self._stopping:
-                self._obey()
+                self._run_commands()
                 if self._engine.has_work:
-                    for updates in self._engine.parts():
+                    for updates in self._engine.step_phases():
                         self._report(updates)
-                self._look(force=not self._engine.has_work)
+                self._update_stats(force=not self._engine.has_work)
         except BaseException as error:
             self.failure = error
             with contextlib.suppress(RuntimeError):  # the event loop may have ended
-                self._loop.call_soon_threadsafe(self._tell_death, error)
+                self._loop.call_soon_threadsafe(self._notify_death, error)
 
-    def _obey(self) -> None:
+    def _run_commands(self) -> None:
         """Do what others asked for; with nothing else to do, wait for it."""
         with contextlib.suppress(queue.Empty):
             if not self._engine.has_work:
@@ -189,7 +189,7 @@ class Worker:
 
     def _report(self, updates: Iterable[Update]) -> None:
         """Leave with the event loop what a part of a step brought."""
-        news: list[tuple[Job, Event]] = []
+        events: list[tuple[Job, Event]] = []
         now = time.monotonic()
         for update in updates:
             generation = update.generation
@@ -205,17 +205,17 @@ class Worker:
             event = Event(choice, made, generation.finished)
             if generation.finished or made == len(update.tokens):
                 self._held.pop((job, choice), None)
-                news.append((job, event))
+                events.append((job, event))
             else:
                 self._held[job, choice] = event
         if self._held and now - self._handed_on >= len(self._held) / _PIECES_PER_SECOND:
             self._handed_on = now
-            news += [(job, event) for (job, _), event in self._held.items()]
+            events += [(job, event) for (job, _), event in self._held.items()]
             self._held.clear()
-        if news:
-            self._loop.call_soon_threadsafe(_tell, news)
+        if events:
+            self._loop.call_soon_threadsafe(_notify, events)
 
-    def _look(self, force: bool) -> None:
+    def _update_stats(self, force: bool) -> None:
         now = time.monotonic()
         if force or now - self._snapshot_at >= _SNAPSHOT_SECONDS:
             self._snapshot_at = now
@@ -255,14 +255,14 @@ class Worker:
 
     def _fail(self, job: Job, error: Exception) -> None:
         with contextlib.suppress(RuntimeError):  # the event loop may have ended
-            self._loop.call_soon_threadsafe(job.tell, error)
+            self._loop.call_soon_threadsafe(job.notify, error)
 
-    def _tell_death(self, error: BaseException) -> None:
+    def _notify_death(self, error: BaseException) -> None:
         for job in self._open:
-            job.tell(EngineDiedError("the engine has stopped"))
+            job.notify(EngineDiedError("the engine has stopped"))
         self._died(error)
 
 
-def _tell(news: Iterable[tuple[Job, Event]]) -> None:
-    for job, event in news:
-        job.tell(event)
+def _notify(events: Iterable[tuple[Job, Event]]) -> None:
+    for job, event in events:
+        job.notify(event)

@@ -18,7 +18,7 @@ from fathom.model.transformer import Model
 from fathom.ops import gpu
 
 
-class NarrowCopy:
+class Bf16Weights:
     """A model that computes with bfloat16 matrices and leaves their gradients with the float32 originals.
 
     Embedding, norms, routers and all buffers are the original's own. Gradients are complete after `collect`.

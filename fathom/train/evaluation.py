@@ -9,7 +9,7 @@ import torch
 
 from fathom.config import atomic_write
 from fathom.data.dataset import Batch
-from fathom.data.tokenize import Prepared
+from fathom.data.tokenize import TokenizedCorpus
 from fathom.eval.acceptance import draft_acceptance
 from fathom.eval.bits import Evaluation, evaluate
 from fathom.model.transformer import Model
@@ -21,7 +21,7 @@ _PROMPTS, _NEW_TOKENS = 50, 256
 
 
 @dataclass(frozen=True)
-class Figures:
+class EvalResult:
     """One evaluation."""
 
     held_out: Evaluation
@@ -48,7 +48,7 @@ class Figures:
             "tokens": found.tokens,
             "mtp_losses": found.mtp_losses,
             "mtp_agreement": found.mtp_agreement,
-            "loads": found.loads_LE.tolist(),
+            "loads": found.tokens_per_expert_LE.tolist(),
             "max_vio_global": found.max_vio_global,
             "max_vio_batch": found.max_vio_batch,
             "mtp_acceptance": self.acceptance,
@@ -59,11 +59,11 @@ class Figures:
 class Validation:
     """Evaluations on the run's held-out split."""
 
-    def __init__(self, run: Run, prepared: Prepared) -> None:
+    def __init__(self, run: Run, prepared: TokenizedCorpus) -> None:
         self._run, self._prepared = run, prepared
         self._rows = rows_of(prepared, run, "valid")
 
-    def measure(self, model: Model, sequences: int | None = None) -> Figures:
+    def measure(self, model: Model, sequences: int | None = None) -> EvalResult:
         """Evaluate on `sequences` evenly spaced rows, or on every held-out token.
 
         Layers run eagerly: compiling them once more, without gradients, costs more than it saves.
@@ -78,8 +78,8 @@ class Validation:
             held_out = evaluate(model, batches, size, compute_dtype(self._run))
             drafts = draft_acceptance(model, self._prompts(sequences), self._new_tokens) if model.mtp else None
         if drafts is None:
-            return Figures(held_out, None, None)
-        return Figures(held_out, drafts.acceptance, drafts.tokens_per_forward)
+            return EvalResult(held_out, None, None)
+        return EvalResult(held_out, drafts.acceptance, drafts.tokens_per_forward)
 
     @property
     def _scored(self) -> slice:
@@ -110,6 +110,6 @@ class Validation:
         return [i * rows // min(count, rows) for i in range(min(count, rows))]
 
 
-def save_evaluation(figures: Figures, step: int, directory: Path) -> None:
+def save_evaluation(figures: EvalResult, step: int, directory: Path) -> None:
     """Write evaluation.json: the newest evaluation on the whole held-out split."""
     atomic_write(directory / "evaluation.json", json.dumps({"step": step, **figures.to_json()}, indent=2) + "\n")

@@ -25,7 +25,7 @@ class LossParts(NamedTuple):
     """Summed cross-entropy in nats: the main head, then each MTP module (1 + M)."""
     balance: Tensor
     """Balance loss before α, mean over the micro-batch's sequences."""
-    loads_LE: Tensor
+    tokens_per_expert_LE: Tensor
     """Tokens each expert of each router received."""
 
 
@@ -34,7 +34,7 @@ def target_counts(batch: Batch, modules: int) -> Tensor:
     return torch.stack([(targets(batch, k + 1, modules) != IGNORE).sum() for k in range(modules + 1)])
 
 
-class Objective(nn.Module):
+class PretrainLoss(nn.Module):
     """The loss as one forward pass, which is what data parallelism wraps."""
 
     def __init__(self, model: Model, balance_alpha: float, compute_dtype: torch.dtype, recompute: bool = False) -> None:
@@ -48,7 +48,7 @@ class Objective(nn.Module):
         """`counts_H` are the step's global target counts, `share` this micro-batch's part of its sequences."""
         modules = self.model.config.num_nextn_predict_layers
         length = batch.tokens_BW.shape[1] - 1 - modules
-        states = self.model.states(
+        states = self.model.forward_hidden(
             batch.tokens_BW[:, :length],
             mtp=modules > 0,
             lookahead_BM=batch.tokens_BW[:, length : length + modules],
@@ -64,4 +64,6 @@ class Objective(nn.Module):
         total = means_H[0] + self.balance_alpha * share * states.router.balance_loss
         if modules:
             total = total + mtp_weight * means_H[1:].mean()
-        return LossParts(total, sums_H.detach(), states.router.balance_loss.detach(), states.router.loads_LE)
+        return LossParts(
+            total, sums_H.detach(), states.router.balance_loss.detach(), states.router.tokens_per_expert_LE
+        )

@@ -132,7 +132,7 @@ def orthogonalize(x_EIO: Tensor) -> Tensor:
     return x_EIO
 
 
-class WeightAverage:
+class EMA:
     """Exponential moving average of the weights, kept aside (report, section 4.2)."""
 
     def __init__(self, model: Model, decay: float) -> None:

@@ -23,14 +23,14 @@ from torch import Tensor
 from fathom.checkpoint.training_state import checkpoints, save_checkpoint
 from fathom.config import ConfigError, load_json, save_json
 from fathom.data.dataset import Batch, TokenRows
-from fathom.data.tokenize import Prepared
+from fathom.data.tokenize import TokenizedCorpus
 from fathom.distributed.ranks import Ranks, accumulating
 from fathom.metrics import MetricsLog
 from fathom.model.balance import max_violation, updated_bias
 from fathom.ops import cpu
 from fathom.runtime.hardware import free_memory, keep_freed_memory, matmul_flops, missing_for_compile
 from fathom.train.estimate import estimate, memory_refusal
-from fathom.train.evaluation import Figures, Validation, save_evaluation
+from fathom.train.evaluation import EvalResult, Validation, save_evaluation
 from fathom.train.loss import target_counts
 from fathom.train.progress import Progress, duration
 from fathom.train.run import Run
@@ -55,7 +55,7 @@ class TrainingError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class StepFacts:
+class StepMetrics:
     """What one optimizer step saw, over the whole global batch."""
 
     loss: float
@@ -64,7 +64,7 @@ class StepFacts:
     grad_norm: float
     max_vio: float
     """The worst router's; 0 in a model without routers."""
-    loads_LE: Tensor
+    tokens_per_expert_LE: Tensor
     skipped: bool
 
 
@@ -81,9 +81,9 @@ def train(run: Run, directory: Path, ranks: Ranks, resume: bool = False, console
     sizes = batch_sizes(run.train)
     console = console or Console()
     peak = matmul_flops(compute_dtype(run), ranks.device) * ranks.world
-    with Progress(console, run.train.steps, visible=ranks.first) as progress:
+    with Progress(console, run.train.steps, visible=ranks.is_main) as progress:
         _announce(run, prepared, int(sizes.sum()), peak, no_arena, ranks, progress)
-        if ranks.first:
+        if ranks.is_main:
             save_json(run, directory / "run.json")
         found = checkpoints(directory) if resume else []
         state = restore_state(run, found[-1], ranks) if found else build_state(run, ranks)
@@ -95,7 +95,7 @@ def train(run: Run, directory: Path, ranks: Ranks, resume: bool = False, console
 def _loop(
     run: Run,
     state: TrainState,
-    prepared: Prepared,
+    prepared: TokenizedCorpus,
     sizes: np.ndarray,
     peak: float,
     directory: Path,
@@ -104,7 +104,7 @@ def _loop(
 ) -> bool:
     rows = rows_of(prepared, run, "train")
     validation = Validation(run, prepared)
-    log = RunLog(directory, run, state.step) if ranks.first else None
+    log = RunLog(directory, run, state.step) if ranks.is_main else None
     starts = np.concatenate(([0], np.cumsum(sizes)))
     flops = run.model.flops_per_token(run.train.sequence_length, mtp=True)
     with stop_signals() as stop_asked:
@@ -116,12 +116,12 @@ def _loop(
             speed = int(sizes[step]) * run.train.sequence_length / (time.perf_counter() - began)
             values = _metrics(facts, run, step, speed, speed * flops / peak)
             if log is not None:
-                log.stepped(state.step, values, facts.loads_LE)
+                log.stepped(state.step, values, facts.tokens_per_expert_LE)
             progress.stepped(state.step, values)
             _check_finite(state, run, directory, progress)
 
             done = state.step == run.train.steps
-            if ranks.first and (done or _due(state.step, run.train.eval_every)):
+            if ranks.is_main and (done or _due(state.step, run.train.eval_every)):
                 # The last evaluation is always on the whole held-out split.
                 figures = validation.measure(state.model, None if done else run.train.eval_sequences)
                 progress.evaluated(state.step, figures.metrics())
@@ -130,7 +130,7 @@ def _loop(
             stopping = ranks.any(stop_asked())
             # A run of bad steps must not push the last good checkpoint out.
             save = done or stopping or _due(state.step, run.train.save_every)
-            if save and ranks.first and not state.skipped_in_a_row:
+            if save and ranks.is_main and not state.skipped_in_a_row:
                 saved = _save(directory, run, state, prepared)
                 progress.say(f"saved {saved}")
             ranks.barrier()
@@ -140,7 +140,7 @@ def _loop(
     return True
 
 
-def optimizer_step(state: TrainState, batches: list[Batch], sequences: int, run: Run, ranks: Ranks) -> StepFacts:
+def optimizer_step(state: TrainState, batches: list[Batch], sequences: int, run: Run, ranks: Ranks) -> StepMetrics:
     """One step over `sequences` sequences, of which `batches` are this rank's micro-batches.
 
     A loss or gradient that is not finite leaves weights, moments and biases as they were. The host waits for a GPU
@@ -152,23 +152,23 @@ def optimizer_step(state: TrainState, batches: list[Batch], sequences: int, run:
     sums, balance, loads = [], [], []
     for i, batch in enumerate(batches):
         share = batch.tokens_BW.shape[0] / sequences
-        with accumulating(state.objective, last=i + 1 == len(batches)):
-            parts = state.objective(batch, counts_H, mtp_weight(run.schedule, step, steps), share)
+        with accumulating(state.loss, last=i + 1 == len(batches)):
+            parts = state.loss(batch, counts_H, mtp_weight(run.schedule, step, steps), share)
             # Replication averages gradients over ranks; the loss is already a share of the global sum.
             (parts.total * ranks.world).backward()
         sums.append(parts.sums_H)
         balance.append(parts.balance * share)
-        loads.append(parts.loads_LE)
-    if state.narrow is not None:
-        state.narrow.collect()
+        loads.append(parts.tokens_per_expert_LE)
+    if state.bf16_weights is not None:
+        state.bf16_weights.collect()
     sums_H = ranks.sum(torch.stack(sums).sum(0))
-    loads_LE = ranks.sum(torch.stack(loads).sum(0))
+    tokens_per_expert_LE = ranks.sum(torch.stack(loads).sum(0))
     weights = list(state.model.parameters())
     norm = torch.nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
     figures = (
         ranks.sum(torch.stack(balance).sum()),
         norm,
-        max_violation(loads_LE).max() if loads_LE.numel() else torch.zeros_like(norm),
+        max_violation(tokens_per_expert_LE).max() if tokens_per_expert_LE.numel() else torch.zeros_like(norm),
         *(sums_H / counts_H.clamp_min(1)),
     )
     balance_loss, grad_norm, max_vio, *means_H = torch.stack([figure.double() for figure in figures]).tolist()
@@ -177,32 +177,32 @@ def optimizer_step(state: TrainState, batches: list[Batch], sequences: int, run:
     if finite:
         if grad_norm > run.optimizer.clip:
             torch.nn.utils.clip_grads_with_norm_(weights, run.optimizer.clip, norm)
-        _apply(state, run, loads_LE)
+        _apply(state, run, tokens_per_expert_LE)
     state.skipped += not finite
     state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
     for optimizer in state.optimizers:
         optimizer.zero_grad()
     state.step += 1
     mtp_loss = sum(means_H[1:]) / modules if modules else None
-    return StepFacts(means_H[0], mtp_loss, balance_loss, grad_norm, max_vio, loads_LE, not finite)
+    return StepMetrics(means_H[0], mtp_loss, balance_loss, grad_norm, max_vio, tokens_per_expert_LE, not finite)
 
 
 @torch.no_grad()
-def _apply(state: TrainState, run: Run, loads_LE: Tensor) -> None:
+def _apply(state: TrainState, run: Run, tokens_per_expert_LE: Tensor) -> None:
     """Move weights, correction biases and the average."""
     rate = run.optimizer.learning_rate * learning_rate_factor(run.schedule, state.step, run.train.steps)
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
-    if state.narrow is not None:
-        state.narrow.refresh()
+    if state.bf16_weights is not None:
+        state.bf16_weights.refresh()
     speed = bias_speed(run.schedule, state.step, run.train.steps)
-    for router, load_E in zip(state.model.routers(), loads_LE, strict=True):
+    for router, tokens_per_expert_E in zip(state.model.routers(), tokens_per_expert_LE, strict=True):
         bias_E = router.e_score_correction_bias
-        bias_E.copy_(updated_bias(bias_E, load_E, speed))
-    if state.average is not None:
-        state.average.update(state.model)
+        bias_E.copy_(updated_bias(bias_E, tokens_per_expert_E, speed))
+    if state.ema is not None:
+        state.ema.update(state.model)
 
 
 def micro_batches(rows: TokenRows, first: int, sequences: int, run: Run, ranks: Ranks) -> list[Batch]:
@@ -253,14 +253,14 @@ class RunLog:
         kept = self._loads.read_text().splitlines() if step and self._loads.exists() else []
         self._loads.write_text("".join(line + "\n" for line in kept if json.loads(line)["step"] <= step))
 
-    def stepped(self, step: int, values: dict[str, Any], loads_LE: Tensor) -> None:
+    def stepped(self, step: int, values: dict[str, Any], tokens_per_expert_LE: Tensor) -> None:
         """Record a step; `step` counts from 1."""
         self._metrics.write(step, **values)
         if step == 1 or step % self._every == 0:
             with self._loads.open("a") as file:
-                file.write(json.dumps({"step": step, "loads": loads_LE.tolist()}) + "\n")
+                file.write(json.dumps({"step": step, "loads": tokens_per_expert_LE.tolist()}) + "\n")
 
-    def evaluated(self, step: int, figures: Figures) -> None:
+    def evaluated(self, step: int, figures: EvalResult) -> None:
         """Record an evaluation."""
         self._metrics.write(step, **figures.metrics())
         save_evaluation(figures, step, self._directory)
@@ -293,14 +293,14 @@ def _open_directory(run: Run, directory: Path, ranks: Ranks, resume: bool) -> Ru
         return load_json(Run, record)
     if record.exists():
         raise ConfigError(f"{directory} already holds a run: continue it with --resume, or choose another --out")
-    if ranks.first:
+    if ranks.is_main:
         directory.mkdir(parents=True, exist_ok=True)
     return with_initial_model(run)
 
 
 def _announce(
     run: Run,
-    prepared: Prepared,
+    prepared: TokenizedCorpus,
     sequences: int,
     peak: float,
     no_arena: str | None,
@@ -333,7 +333,7 @@ def _announce(
         progress.say(f"tensors have no arena, so holes between them take memory: {no_arena}")
 
 
-def _metrics(facts: StepFacts, run: Run, step: int, speed: float, mfu: float) -> dict[str, Any]:
+def _metrics(facts: StepMetrics, run: Run, step: int, speed: float, mfu: float) -> dict[str, Any]:
     rate = run.optimizer.learning_rate * learning_rate_factor(run.schedule, step, run.train.steps)
     mtp = {} if facts.mtp_loss is None else {"mtp_loss": facts.mtp_loss}
     return {
@@ -364,13 +364,13 @@ def _check_finite(state: TrainState, run: Run, directory: Path, progress: Progre
         )
 
 
-def _save(directory: Path, run: Run, state: TrainState, prepared: Prepared) -> Path:
+def _save(directory: Path, run: Run, state: TrainState, prepared: TokenizedCorpus) -> Path:
     saved = {
         "optimizers": [optimizer.state_dict() for optimizer in state.optimizers],
         "skipped": state.skipped,
         "skipped_in_a_row": state.skipped_in_a_row,
     }
-    average = None if state.average is None else state.average.weights
+    average = None if state.ema is None else state.ema.weights
     keep = run.train.keep_last
     return save_checkpoint(directory, state.step, state.model, prepared.tokenizer, saved, average, keep)
 

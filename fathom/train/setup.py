@@ -8,17 +8,17 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fathom.checkpoint.hf.model import load_config, load_model, model_directory
-from fathom.checkpoint.training_state import load_average, load_state, step_of
+from fathom.checkpoint.training_state import load_ema, load_state, step_of
 from fathom.config import ConfigError
 from fathom.data.dataset import TokenRows
-from fathom.data.tokenize import Prepared, open_prepared, prepare
+from fathom.data.tokenize import TokenizedCorpus, open_tokenized, tokenize_corpus
 from fathom.distributed.ranks import Ranks
 from fathom.model.config import ModelConfig
 from fathom.model.transformer import Model
 from fathom.runtime.hardware import faster_dtype
-from fathom.train.bf16_weights import NarrowCopy
-from fathom.train.loss import Objective
-from fathom.train.optim import WeightAverage, build_optimizers
+from fathom.train.bf16_weights import Bf16Weights
+from fathom.train.loss import PretrainLoss
+from fathom.train.optim import EMA, build_optimizers
 from fathom.train.run import Run
 
 
@@ -27,11 +27,11 @@ class TrainState:
     """All that a training step changes."""
 
     model: Model
-    objective: nn.Module
+    loss: nn.Module
     """The loss around the model, replicated over the ranks."""
     optimizers: list[Optimizer]
-    average: WeightAverage | None
-    narrow: NarrowCopy | None = None
+    ema: EMA | None
+    bf16_weights: Bf16Weights | None = None
     """On a GPU: what the objective computes with, to be refreshed after every change of the weights."""
     step: int = 0
     """Optimizer steps done, skipped ones included."""
@@ -40,12 +40,12 @@ class TrainState:
     skipped_in_a_row: int = 0
 
 
-def prepare_data(run: Run, directory: Path, ranks: Ranks) -> Prepared:
+def prepare_data(run: Run, directory: Path, ranks: Ranks) -> TokenizedCorpus:
     """Tokenise once, on the first rank."""
-    if ranks.first:
-        prepare(run.data, run.model.vocab_size, directory, run.train.seed)
+    if ranks.is_main:
+        tokenize_corpus(run.data, run.model.vocab_size, directory, run.train.seed)
     ranks.barrier()
-    return open_prepared(directory)
+    return open_tokenized(directory)
 
 
 def with_initial_model(run: Run) -> Run:
@@ -61,7 +61,7 @@ def with_initial_model(run: Run) -> Run:
     return replace(run, model=replace(config, num_nextn_predict_layers=modules), data=data)
 
 
-def resolve(run: Run, prepared: Prepared, ranks: Ranks) -> Run:
+def resolve(run: Run, prepared: TokenizedCorpus, ranks: Ranks) -> Run:
     """Replace every «auto» by what it means here, and the token ids by the tokenizer's: the run to be recorded."""
     tokenizer = prepared.tokenizer
     if tokenizer.vocab_size > run.model.vocab_size:
@@ -73,7 +73,7 @@ def resolve(run: Run, prepared: Prepared, ranks: Ranks) -> Run:
     train = run.train
     # Timings differ from rank to rank; all take the first one's choices.
     if train.compute == "auto":
-        choice = ranks.from_first(str(faster_dtype(ranks.device)).removeprefix("torch."))
+        choice = ranks.broadcast(str(faster_dtype(ranks.device)).removeprefix("torch."))
         train = replace(train, compute="bfloat16" if choice == "bfloat16" else "float32")
     if train.compile == "auto":
         # On a CPU the kernels of fathom/ops are as fast and need no minute of compiling (docs/log.md).
@@ -102,14 +102,14 @@ def restore_state(run: Run, checkpoint: Path, ranks: Ranks) -> TrainState:
     saved = load_state(checkpoint)
     for optimizer, content in zip(state.optimizers, saved["optimizers"], strict=True):
         optimizer.load_state_dict(content)
-    if state.average is not None:
-        state.average.weights = load_average(checkpoint, ranks.device)
+    if state.ema is not None:
+        state.ema.weights = load_ema(checkpoint, ranks.device)
     state.step, state.skipped = step_of(checkpoint), saved["skipped"]
     state.skipped_in_a_row = saved["skipped_in_a_row"]
     return state
 
 
-def rows_of(prepared: Prepared, run: Run, split: str) -> TokenRows:
+def rows_of(prepared: TokenizedCorpus, run: Run, split: str) -> TokenRows:
     """The rows of the `train` or `valid` split."""
     path = prepared.train_path if split == "train" else prepared.valid_path
     modules = run.model.num_nextn_predict_layers
@@ -121,16 +121,16 @@ def state_around(model: Model, run: Run, ranks: Ranks) -> TrainState:
     """`model`, on its device, with the objective and fresh optimizers that `run` asks for."""
     # The replicas of several ranks exchange the gradients of what they compute with, so they keep one width.
     narrows = ranks.device.type == "cuda" and compute_dtype(run) == torch.bfloat16 and ranks.world == 1
-    narrow = NarrowCopy(model) if narrows else None
+    narrow = Bf16Weights(model) if narrows else None
     computing = model if narrow is None else narrow.model
     if run.train.compile == "on":
         # Layers of one kind share one compilation; the whole model would be compiled layer by layer.
         for block in (*computing.layers, *computing.mtp):
             # Shapes stay symbols where one changes, unless told: slower kernels, which torch 2.11 has failed to trace.
             block.compile(dynamic=False)
-    objective = Objective(computing, run.train.balance_alpha, compute_dtype(run), run.train.recompute)
+    objective = PretrainLoss(computing, run.train.balance_alpha, compute_dtype(run), run.train.recompute)
     decay = run.optimizer.ema_decay
-    average = WeightAverage(model, decay) if decay else None
+    average = EMA(model, decay) if decay else None
     return TrainState(model, ranks.replicate(objective), build_optimizers(model, run.optimizer), average, narrow)
 
 

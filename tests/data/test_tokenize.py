@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 from fathom.data import tokenize as pack
 from fathom.data.corpus import DataConfig, is_heldout, read_corpus
-from fathom.data.tokenize import Prepared, choose_fim, fim_segments, open_prepared, prepare
+from fathom.data.tokenize import TokenizedCorpus, choose_fim, fim_segments, open_tokenized, tokenize_corpus
 from fathom.data.tokenizer import Tokenizer, save_tokenizer
 
 VOCABULARY = 400
 
 
-def documents_of(path: Path, prepared: Prepared) -> Iterator[list[int]]:
+def documents_of(path: Path, prepared: TokenizedCorpus) -> Iterator[list[int]]:
     """The documents of a token file, without their begin and end tokens."""
     document: list[int] = []
     for token in np.fromfile(path, dtype=prepared.token_dtype).tolist():
@@ -38,7 +38,7 @@ def config(corpus: Path) -> DataConfig:
 
 
 def test_files_hold_the_corpus(config: DataConfig, tmp_path: Path) -> None:
-    prepared = prepare(config, VOCABULARY, tmp_path / "prepared")
+    prepared = tokenize_corpus(config, VOCABULARY, tmp_path / "prepared")
     decode = prepared.tokenizer.decode
     splits: dict[bool, list[str]] = {True: [], False: []}
     for document in read_corpus(config):
@@ -55,7 +55,7 @@ def test_files_hold_the_corpus(config: DataConfig, tmp_path: Path) -> None:
 
 
 def test_meta_json_stands_alone(config: DataConfig, tmp_path: Path) -> None:
-    prepared = prepare(config, VOCABULARY, tmp_path / "prepared", seed=3)
+    prepared = tokenize_corpus(config, VOCABULARY, tmp_path / "prepared", seed=3)
     meta = json.loads((tmp_path / "prepared" / "meta.json").read_text())
     assert meta["config"] == asdict(config)
     assert (meta["seed"], meta["requested_vocab_size"]) == (3, VOCABULARY)
@@ -68,21 +68,21 @@ def test_tokenizer_learns_from_training_documents_only(corpus: Path, tmp_path: P
     for path in corpus.rglob("*.txt"):
         if is_heldout(path.relative_to(corpus).as_posix(), config.heldout):
             path.write_text("zyzzyva " * 100)
-    tokenizer = prepare(config, VOCABULARY, tmp_path / "prepared").tokenizer
+    tokenizer = tokenize_corpus(config, VOCABULARY, tmp_path / "prepared").tokenizer
     assert len(tokenizer.encode("zyzzyva", bos=False)) >= 6
 
 
 def test_small_writes_give_the_same_files(config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(config, fim_rate=0.5)
-    whole = prepare(config, VOCABULARY, tmp_path / "whole")
+    whole = tokenize_corpus(config, VOCABULARY, tmp_path / "whole")
     monkeypatch.setattr(pack, "CHARACTERS_PER_WRITE", 50)
-    pieces = prepare(config, VOCABULARY, tmp_path / "pieces")
+    pieces = tokenize_corpus(config, VOCABULARY, tmp_path / "pieces")
     assert pieces.train_path.read_bytes() == whole.train_path.read_bytes()
 
 
 def test_progress_ends_at_one(config: DataConfig, tmp_path: Path) -> None:
     heard: dict[str, list[float]] = {}
-    prepare(
+    tokenize_corpus(
         config,
         VOCABULARY,
         tmp_path / "p",
@@ -98,22 +98,22 @@ def test_progress_ends_at_one(config: DataConfig, tmp_path: Path) -> None:
 def retokenised(config: DataConfig, vocab_size: int, directory: Path, seed: int = 0) -> bool:
     """Prepares, and tells whether that took more than opening what was there."""
     stages = set()
-    prepare(config, vocab_size, directory, seed, progress=lambda stage, done: stages.add(stage))
+    tokenize_corpus(config, vocab_size, directory, seed, progress=lambda stage, done: stages.add(stage))
     return "tokenising" in stages
 
 
 def test_reused_only_while_nothing_changed(config: DataConfig, corpus: Path, tmp_path: Path) -> None:
     directory = tmp_path / "prepared"
-    first = prepare(config, VOCABULARY, directory)
+    first = tokenize_corpus(config, VOCABULARY, directory)
     assert not retokenised(config, VOCABULARY, directory)
     assert retokenised(config, 300, directory)
-    assert open_prepared(directory).vocab_size == 300
+    assert open_tokenized(directory).vocab_size == 300
     assert retokenised(config, 300, directory, seed=1)
     assert retokenised(replace(config, heldout=0.3), 300, directory, seed=1)
     assert retokenised(config, 300, directory, seed=1)
     (corpus / "new.txt").write_text("a new file\n")
     assert retokenised(config, 300, directory, seed=1)
-    changed = open_prepared(directory)
+    changed = open_tokenized(directory)
     assert changed.corpus_hash != first.corpus_hash
     assert changed.train_documents + changed.valid_documents == 61
 
@@ -130,7 +130,7 @@ def test_remote_data_sets_are_not_read_again(tmp_path: Path, monkeypatch: pytest
 
 def test_same_call_gives_the_same_bytes(config: DataConfig, tmp_path: Path) -> None:
     config = replace(config, fim_rate=0.5)
-    first, second = (prepare(config, VOCABULARY, tmp_path / name) for name in ("first", "second"))
+    first, second = (tokenize_corpus(config, VOCABULARY, tmp_path / name) for name in ("first", "second"))
     for name in pack.FILES:
         assert (first.directory / name).read_bytes() == (second.directory / name).read_bytes()
 
@@ -138,21 +138,21 @@ def test_same_call_gives_the_same_bytes(config: DataConfig, tmp_path: Path) -> N
 def test_interrupted_leaves_nothing_and_killed_is_cleaned_up(
     config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = prepare(config, VOCABULARY, tmp_path / "prepared")
+    before = tokenize_corpus(config, VOCABULARY, tmp_path / "prepared")
 
     def interrupt(stage: str, done: float) -> None:
         if done > 0.5 and stage == "tokenising":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare(config, VOCABULARY, tmp_path / "prepared", seed=1, progress=interrupt)
-    assert open_prepared(tmp_path / "prepared").seed == before.seed
+        tokenize_corpus(config, VOCABULARY, tmp_path / "prepared", seed=1, progress=interrupt)
+    assert open_tokenized(tmp_path / "prepared").seed == before.seed
     partial = tmp_path / ".prepared.partial"
     assert not partial.exists()
     # What a killed process leaves behind.
     partial.mkdir()
     (partial / "train.bin").write_bytes(b"half")
-    assert prepare(config, VOCABULARY, tmp_path / "prepared", seed=1).seed == 1
+    assert tokenize_corpus(config, VOCABULARY, tmp_path / "prepared", seed=1).seed == 1
     assert not partial.exists()
 
 
@@ -160,27 +160,27 @@ def test_bad_requests_are_refused_and_other_files_kept(config: DataConfig, tmp_p
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match=r"holds other files: thesis.tex"):
-        prepare(config, VOCABULARY, tmp_path / "mine")
+        tokenize_corpus(config, VOCABULARY, tmp_path / "mine")
     with pytest.raises(ValueError, match="is a file"):
-        prepare(config, VOCABULARY, tmp_path / "mine" / "thesis.tex")
+        tokenize_corpus(config, VOCABULARY, tmp_path / "mine" / "thesis.tex")
     with pytest.raises(ValueError, match="seed is -1"):
-        prepare(config, VOCABULARY, tmp_path / "prepared", seed=-1)
+        tokenize_corpus(config, VOCABULARY, tmp_path / "prepared", seed=-1)
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
 
 
 def test_damage_is_noticed(config: DataConfig, tmp_path: Path) -> None:
     directory = tmp_path / "prepared"
     with pytest.raises(FileNotFoundError, match=r"meta.json is missing"):
-        open_prepared(directory)
-    prepared = prepare(config, VOCABULARY, directory)
+        open_tokenized(directory)
+    prepared = tokenize_corpus(config, VOCABULARY, directory)
     prepared.train_path.write_bytes(prepared.train_path.read_bytes()[:-2])
     with pytest.raises(ValueError, match=r"train.bin has \d+ bytes, not the \d+ of meta.json"):
-        open_prepared(directory)
-    prepare(config, VOCABULARY, directory)
+        open_tokenized(directory)
+    tokenize_corpus(config, VOCABULARY, directory)
     (directory / "valid.bin").unlink()
     with pytest.raises(FileNotFoundError, match=r"valid.bin is missing"):
-        open_prepared(directory)
-    prepare(config, VOCABULARY, directory)
+        open_tokenized(directory)
+    tokenize_corpus(config, VOCABULARY, directory)
     meta = json.loads((directory / "meta.json").read_text())
     for content, message in (
         ("{", "is damaged"),
@@ -189,7 +189,7 @@ def test_damage_is_noticed(config: DataConfig, tmp_path: Path) -> None:
     ):
         (directory / "meta.json").write_text(content)
         with pytest.raises(ValueError, match=message):
-            open_prepared(directory)
+            open_tokenized(directory)
 
 
 # --- small corpora and other tokenizers
@@ -198,7 +198,7 @@ def test_damage_is_noticed(config: DataConfig, tmp_path: Path) -> None:
 def test_single_file(tmp_path: Path) -> None:
     text = "".join(f"{n} green bottles\n" for n in range(500))
     (tmp_path / "song.txt").write_text(text)
-    prepared = prepare(DataConfig(corpus=str(tmp_path / "song.txt")), VOCABULARY, tmp_path / "prepared")
+    prepared = tokenize_corpus(DataConfig(corpus=str(tmp_path / "song.txt")), VOCABULARY, tmp_path / "prepared")
     (train,), (valid,) = (
         [prepared.tokenizer.decode(ids) for ids in documents_of(path, prepared)]
         for path in (prepared.train_path, prepared.valid_path)
@@ -210,7 +210,7 @@ def test_single_file(tmp_path: Path) -> None:
 def test_too_small_to_split(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(ValueError, match="too small to hold anything out: 1 bytes"):
-        prepare(DataConfig(corpus=str(tmp_path / "a.txt")), VOCABULARY, tmp_path / "prepared")
+        tokenize_corpus(DataConfig(corpus=str(tmp_path / "a.txt")), VOCABULARY, tmp_path / "prepared")
     assert not (tmp_path / "prepared").exists()
 
 
@@ -218,16 +218,16 @@ def test_given_tokenizer_is_used(
     config: DataConfig, tokenizer: Tokenizer, released_style: Path, tmp_path: Path
 ) -> None:
     config = replace(config, tokenizer=str(released_style))
-    prepared = prepare(config, 1 << 17, tmp_path / "prepared")
+    prepared = tokenize_corpus(config, 1 << 17, tmp_path / "prepared")
     assert prepared.tokenizer.encode("width") == tokenizer.encode("width")
     assert not retokenised(config, 1 << 17, tmp_path / "prepared")
     with pytest.raises(ValueError, match="vocab_size is 300, but the tokenizer in"):
-        prepare(config, 300, tmp_path / "prepared")
+        tokenize_corpus(config, 300, tmp_path / "prepared")
     with pytest.raises(ValueError, match="lacks fill-in-the-middle tokens"):
-        prepare(replace(config, fim_rate=0.1), 1 << 17, tmp_path / "prepared")
+        tokenize_corpus(replace(config, fim_rate=0.1), 1 << 17, tmp_path / "prepared")
     # Another tokenizer in the same place.
     save_tokenizer(tokenizer, released_style)
-    assert prepare(config, 1 << 17, tmp_path / "prepared").tokenizer.pad_id == tokenizer.pad_id
+    assert tokenize_corpus(config, 1 << 17, tmp_path / "prepared").tokenizer.pad_id == tokenizer.pad_id
 
 
 # --- fill in the middle
@@ -258,7 +258,7 @@ def test_fim_rate_is_kept() -> None:
 
 
 def test_fim_touches_training_documents_only(config: DataConfig, tmp_path: Path) -> None:
-    prepared = prepare(replace(config, fim_rate=1.0), VOCABULARY, tmp_path / "prepared")
+    prepared = tokenize_corpus(replace(config, fim_rate=1.0), VOCABULARY, tmp_path / "prepared")
     fim_id = prepared.tokenizer.fim_prefix_id
     assert all(ids[0] == fim_id for ids in documents_of(prepared.train_path, prepared))
     assert not any(fim_id in ids for ids in documents_of(prepared.valid_path, prepared))

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from fathom.data.tokenizer import Tokenizer, train_tokenizer
-from fathom.engine.backends.eager import Runner, Stretch
+from fathom.engine.backends.eager import Runner, SequenceChunk
 from fathom.engine.core import Core
-from fathom.engine.engine import Engine, Request, TextStream, generate
+from fathom.engine.engine import Engine, IncrementalDetokenizer, Request, generate
 from fathom.engine.outputs import Generation
 from fathom.engine.sampling.sampler import SamplingParams
 from fathom.engine.speculative import DraftLength
@@ -72,7 +72,7 @@ def run(core: Core, prompts: list[list[int]], params: SamplingParams) -> list[Ge
     found = [core.submit(prompt, params, stream=place) for place, prompt in enumerate(prompts)]
     while core.has_work:
         core.step()
-    assert core.blocks.free == core.blocks.pages, "a page was leaked"
+    assert core.pool.available == core.pool.pages, "a page was leaked"
     return found
 
 
@@ -93,7 +93,7 @@ def test_greedy_decoding_is_argmax_of_the_whole_model(changes: dict[str, Any], e
             found = run(core, prompts, greedy(24))
             assert [generation.token_ids for generation in found] == expected
             assert all(generation.finish_reason == "length" for generation in found)
-            assert core.blocks.matched_tokens > 0, "equal beginnings must be found again"
+            assert core.pool.matched_tokens > 0, "equal beginnings must be found again"
             if cache_tokens:
                 assert core.scheduler.preemptions > 0, "so small a cache must preempt"
             if speculative in (1, 3):
@@ -150,7 +150,7 @@ def test_hopeless_drafting_is_given_up_and_tried_again(monkeypatch: pytest.Monke
     plain = [run(Core(model, False, page_size=4), [prompt], greedy(40))[0].token_ids for prompt in prompts]
     core = Core(model, page_size=4)
     monkeypatch.setattr("fathom.engine.core._SLEEP_STEPS", 30)
-    monkeypatch.setattr(DraftLength, "hopeless", lambda self, batch: True)
+    monkeypatch.setattr(DraftLength, "is_unprofitable", lambda self, batch: True)
     [first] = run(core, [prompts[0]], greedy(40))
     assert first.token_ids == plain[0] and 0 < first.drafted <= 4
     module_MW = core.runner.cache.latents_LMW[-1]
@@ -168,14 +168,15 @@ def test_hopeless_drafting_is_given_up_and_tried_again(monkeypatch: pytest.Monke
 def test_a_token_is_the_same_bits_alone_and_in_company() -> None:
     model = lively_model(small_vocabulary(vocab_size=61), seed=2)
     rng = random.Random(0)
-    stretches = [
-        Stretch([rng.randrange(61) for _ in range(length)], 0, [place]) for place, length in enumerate((1, 7, 3, 8, 5))
+    chunks = [
+        SequenceChunk([rng.randrange(61) for _ in range(length)], 0, [place])
+        for place, length in enumerate((1, 7, 3, 8, 5))
     ]
-    together = Runner(model, 8, 8, 64).main(stretches, range(24))
+    together = Runner(model, 8, 8, 64).main(chunks, range(24))
     first = 0
-    for stretch in stretches:
-        count = len(stretch.tokens)
-        alone = Runner(model, 8, 8, 64).main([stretch], range(count))
+    for chunk in chunks:
+        count = len(chunk.tokens)
+        alone = Runner(model, 8, 8, 64).main([chunk], range(count))
         assert torch.equal(alone.logits_NO, together.logits_NO[first : first + count])
         assert torch.equal(alone.h_ND, together.h_ND[first : first + count])
         first += count
@@ -185,7 +186,7 @@ def test_a_token_is_the_same_bits_alone_and_in_company() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("seed", range(6))
 def test_the_compiled_step_is_the_model(seed: int, dtype: torch.dtype) -> None:
-    """Random stretches of random sequences, behind one another in scattered pages, through module and model, against
+    """Random chunks of random sequences, behind one another in scattered pages, through module and model, against
     plain torch in float32 with the same weights."""
     rng = random.Random(seed)
     changes = list(CONFIGS.values())[seed % 3]
@@ -196,16 +197,16 @@ def test_the_compiled_step_is_the_model(seed: int, dtype: torch.dtype) -> None:
     held = [pages[i * 100 : (i + 1) * 100] for i in range(3)]
     errors: list[float] = []
     for _ in range(8):
-        stretches = []
+        chunks = []
         for row in range(3):
             count = min(rng.randint(1, 12), 99 - lengths[row])
-            stretches.append(Stretch([rng.randrange(words) for _ in range(count)], lengths[row], held[row]))
+            chunks.append(SequenceChunk([rng.randrange(words) for _ in range(count)], lengths[row], held[row]))
             lengths[row] += count
-        wanted = rng.sample(range(sum(len(s.tokens) for s in stretches)), 2)
-        ours, theirs = (runner.main(stretches, wanted) for runner in runners)
+        logits_indices = rng.sample(range(sum(len(s.tokens) for s in chunks)), 2)
+        ours, theirs = (runner.main(chunks, logits_indices) for runner in runners)
         errors += _token_errors(ours.h_ND, theirs.h_ND) + _token_errors(ours.logits_NO, theirs.logits_NO)
-        later = [stretch._replace(start=stretch.start + 1) for stretch in stretches]
-        ours, theirs = (runner.draft(later, theirs.h_ND, wanted) for runner in runners)
+        later = [chunk._replace(start=chunk.start + 1) for chunk in chunks]
+        ours, theirs = (runner.draft(later, theirs.h_ND, logits_indices) for runner in runners)
         errors += _token_errors(ours.h_ND, theirs.h_ND) + _token_errors(ours.logits_NO, theirs.logits_NO)
     if dtype == torch.float32:
         assert max(errors) <= 2e-5
@@ -231,8 +232,8 @@ def test_long_pasts_are_attended_in_parts(dtype: torch.dtype, heads: int, latent
     past_LMW = torch.randn(runners[0].cache.latents_LMW.shape, generator=torch.Generator().manual_seed(1))
     for runner in runners:
         runner.cache.latents_LMW.copy_(past_LMW)
-    stretches = [Stretch([1, 2, 3], length - 3, range(length // page_size + 1)), Stretch([4], 130, range(200))]
-    ours, theirs = (runner.main(stretches, range(4)) for runner in runners)
+    chunks = [SequenceChunk([1, 2, 3], length - 3, range(length // page_size + 1)), SequenceChunk([4], 130, range(200))]
+    ours, theirs = (runner.main(chunks, range(4)) for runner in runners)
     tolerance = 2e-5 if dtype == torch.float32 else 0.03
     for found, expected in zip(ours[:2], theirs[:2], strict=True):
         assert (found - expected).norm() <= tolerance * expected.norm()
@@ -242,10 +243,10 @@ def test_long_pasts_are_attended_in_parts(dtype: torch.dtype, heads: int, latent
 def test_what_a_module_remembers_is_what_drafting_writes(eager: bool) -> None:
     model = lively_model(small_vocabulary(), seed=3)
     runners = [Runner(model, 40, 4, 100, eager) for _ in range(2)]
-    stretches = [Stretch([1, 2, 3, 2, 1], 1, range(5)), Stretch([0, 3], 1, range(20, 25))]
+    chunks = [SequenceChunk([1, 2, 3, 2, 1], 1, range(5)), SequenceChunk([0, 3], 1, range(20, 25))]
     h_ND = torch.randn(7, model.config.hidden_size)
-    runners[0].draft(stretches, h_ND, [4])
-    runners[1].remember(stretches, h_ND)
+    runners[0].draft(chunks, h_ND, [4])
+    runners[1].write_mtp_kv_cache(chunks, h_ND)
     drafted, remembered = (runner.cache.latents_LMW for runner in runners)
     assert remembered[-1].any() and not remembered[:-1].any()
     assert torch.equal(drafted, remembered)
@@ -294,7 +295,7 @@ def test_cancelling_frees_everything() -> None:
     for handle in handles:
         core.cancel(handle)
         core.cancel(handle)
-    assert not core.has_work and core.blocks.free == core.blocks.pages
+    assert not core.has_work and core.pool.available == core.pool.pages
     assert all(handle.finish_reason == "cancelled" for handle in handles)
     assert core.step() == []
 
@@ -358,10 +359,10 @@ def test_text_goes_in_and_comes_out(tokenizer: Tokenizer) -> None:
 
 def test_streams_hold_back_half_characters(tokenizer: Tokenizer) -> None:
     for text in ("the cat é日本語 sat", "🙂é", "plain"):
-        ids, stream = tokenizer.encode(text, bos=False), TextStream(tokenizer)
-        pieces = [stream.add([token]) for token in ids]
-        assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
-    stream = TextStream(tokenizer)
+        ids, stream = tokenizer.encode(text, bos=False), IncrementalDetokenizer(tokenizer)
+        sub_batches = [stream.add([token]) for token in ids]
+        assert "".join(sub_batches) == text and not any("\ufffd" in piece for piece in sub_batches)
+    stream = IncrementalDetokenizer(tokenizer)
     assert stream.add(tokenizer.encode("🙂", bos=False)[:1]) == "" and stream.rest() == "\ufffd"
 
 
@@ -369,12 +370,12 @@ def test_streams_come_to_the_text_however_the_tokens_are_cut(tokenizer: Tokenize
     rng = random.Random(0)
     for _ in range(200):
         ids = [rng.randrange(tokenizer.vocab_size) for _ in range(rng.randint(1, 40))]
-        stream, pieces, left = TextStream(tokenizer), [], list(ids)
+        stream, sub_batches, left = IncrementalDetokenizer(tokenizer), [], list(ids)
         while left:
             count = rng.randint(1, 5)
-            pieces.append(stream.add(left[:count]))
+            sub_batches.append(stream.add(left[:count]))
             left = left[count:]
-        assert "".join(pieces) + stream.rest() == tokenizer.decode(ids)
+        assert "".join(sub_batches) + stream.rest() == tokenizer.decode(ids)
 
 
 def test_what_decoding_brings_does_not_wait_for_prompts(tokenizer: Tokenizer) -> None:
@@ -382,7 +383,7 @@ def test_what_decoding_brings_does_not_wait_for_prompts(tokenizer: Tokenizer) ->
     first = engine.submit(Request("the cat", SamplingParams(max_tokens=8, ignore_eos=True)))
     engine.step()
     second = engine.submit(Request("sat on the mat", SamplingParams(max_tokens=8, ignore_eos=True)))
-    parts = engine.parts()
+    parts = engine.step_phases()
     assert [update.generation for update in next(parts)] == [first] and not second.token_ids
     assert [update.generation for update in next(parts)] == [second] and len(second.token_ids) == 1
     assert next(parts, None) is None

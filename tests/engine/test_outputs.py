@@ -24,7 +24,7 @@ def config() -> ModelConfig:
 def finish(core: Core) -> None:
     while core.has_work:
         core.step()
-    assert core.blocks.free == core.blocks.pages
+    assert core.pool.available == core.pool.pages
 
 
 @ways
@@ -52,7 +52,7 @@ def test_routing_is_that_of_the_whole_model(eager: bool, speculative: bool | int
         tokens = handle.prompt_ids + handle.token_ids
         assert handle.routing is not None and len(handle.routing) == len(tokens) - 1
         with torch.no_grad():
-            expected = model.states(torch.tensor([tokens])).router.topk_ids_LBSK
+            expected = model.forward_hidden(torch.tensor([tokens])).router.topk_ids_LBSK
         for place, found in enumerate(handle.routing):
             assert found is not None, "nothing was found in the cache"
             assert [sorted(ids) for ids in found.experts] == [sorted(layer[0, place].tolist()) for layer in expected]
@@ -105,7 +105,9 @@ def test_counts_add_up(eager: bool) -> None:
     assert stats.drafted == sum(handle.drafted for handle in found)
     assert stats.accepted == sum(handle.accepted for handle in found)
     read = 16 + stats.drafted + sum(handle.forwards for handle in found)
-    assert (stats.load_LE.sum(1) == read * model.config.num_experts_per_tok).all() and len(stats.load_LE) == 2
+    assert (stats.tokens_per_expert_LE.sum(1) == read * model.config.num_experts_per_tok).all() and len(
+        stats.tokens_per_expert_LE
+    ) == 2
     assert stats.pages_used == 0 and stats.pages_reusable > 0 and stats.running == stats.waiting == 0
     cfg = model.config
     assert stats.bytes_per_token == (cfg.num_hidden_layers + 1) * (cfg.kv_lora_rank + cfg.qk_rope_head_dim) * 4

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fathom.engine.page_pool import BlockManager
+from fathom.engine.page_pool import PagePool
 
 
-def cached(blocks: BlockManager, tokens: list[int]) -> list[int]:
+def cached(blocks: PagePool, tokens: list[int]) -> list[int]:
     """Pages for all these tokens, published and released; one sequence that came and went."""
     pages = blocks.allocate(blocks.pages_for(len(tokens)))
     assert pages is not None
-    blocks.publish(tokens, pages, 0, len(tokens))
+    blocks.register_prefix(tokens, pages, 0, len(tokens))
     blocks.release(pages)
     return pages
 
@@ -22,12 +22,12 @@ def cached(blocks: BlockManager, tokens: list[int]) -> list[int]:
 @pytest.mark.parametrize(("pages", "page_size", "words"), [(0, 4, "pages is 0"), (4, 0, "page_size is 0")])
 def test_empty_caches_are_refused(pages: int, page_size: int, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        BlockManager(pages, page_size)
+        PagePool(pages, page_size)
 
 
 def test_allocation_is_all_or_nothing() -> None:
-    blocks = BlockManager(3, 4)
-    assert blocks.allocate(4) is None and blocks.free == 3
+    blocks = PagePool(3, 4)
+    assert blocks.allocate(4) is None and blocks.available == 3
     pages = blocks.allocate(3)
     assert pages is not None and sorted(pages) == [0, 1, 2]
     assert blocks.allocate(1) is None and blocks.allocate(0) == []
@@ -36,105 +36,105 @@ def test_allocation_is_all_or_nothing() -> None:
 
 
 def test_full_pages_alone_are_found() -> None:
-    blocks = BlockManager(4, 2)
+    blocks = PagePool(4, 2)
     pages = cached(blocks, [1, 2, 3, 4, 5])
-    assert blocks.match([1, 2, 3, 4, 5, 6], 6) == pages[:2]
-    assert blocks.match([1, 2, 3, 4], 3) == pages[:1], "at most three tokens: one page"
+    assert blocks.match_prefix([1, 2, 3, 4, 5, 6], 6) == pages[:2]
+    assert blocks.match_prefix([1, 2, 3, 4], 3) == pages[:1], "at most three tokens: one page"
     digests: list[bytes] = []
-    assert blocks.match([1, 2, 3], 9, digests=digests) == pages[:1], "there are no more tokens than given"
+    assert blocks.match_prefix([1, 2, 3], 9, digests=digests) == pages[:1], "there are no more tokens than given"
     assert len(digests) == 1, "a page that is not full has no name yet"
-    assert blocks.match([1, 2], 1) == []
-    assert blocks.match([3, 4], 2) == [], "the same tokens behind another beginning"
-    assert blocks.match([2, 1, 3, 4], 4) == []
+    assert blocks.match_prefix([1, 2], 1) == []
+    assert blocks.match_prefix([3, 4], 2) == [], "the same tokens behind another beginning"
+    assert blocks.match_prefix([2, 1, 3, 4], 4) == []
     assert (blocks.matched_tokens, blocks.looked_up_tokens) == (8, 6 + 3 + 9 + 1 + 2 + 4)
 
 
 def test_page_boundaries_and_large_tokens_do_not_blur() -> None:
     """Numbers that share digits or low bytes stay apart."""
-    blocks = BlockManager(8, 2)
+    blocks = PagePool(8, 2)
     cached(blocks, [1, 2**32])
     for other in ([1, 0], [1 + 2**32, 0], [2**32, 1], [1, 2**33], [1, -(2**32)]):
-        assert blocks.match(other, 2) == []
+        assert blocks.match_prefix(other, 2) == []
 
 
 def test_publishing_goes_on_where_it_stopped() -> None:
-    blocks = BlockManager(4, 2)
+    blocks = PagePool(4, 2)
     tokens = [7, 8, 9, 10, 11]
     pages = blocks.allocate(3)
     assert pages is not None
-    assert blocks.publish(tokens, pages, 0, 1) == 0
-    assert blocks.match(tokens, 5) == []
-    done = blocks.publish(tokens, pages, 0, 3)
-    assert done == 1 and blocks.match(tokens, 5) == pages[:1]
-    assert blocks.publish(tokens, pages, done, 3) == 1
-    assert blocks.publish(tokens, pages, done, 5) == 2 and blocks.match(tokens, 5) == pages[:2]
-    assert blocks.publish(tokens, pages, 2, 1) == 2, "what is published stays so"
+    assert blocks.register_prefix(tokens, pages, 0, 1) == 0
+    assert blocks.match_prefix(tokens, 5) == []
+    done = blocks.register_prefix(tokens, pages, 0, 3)
+    assert done == 1 and blocks.match_prefix(tokens, 5) == pages[:1]
+    assert blocks.register_prefix(tokens, pages, done, 3) == 1
+    assert blocks.register_prefix(tokens, pages, done, 5) == 2 and blocks.match_prefix(tokens, 5) == pages[:2]
+    assert blocks.register_prefix(tokens, pages, 2, 1) == 2, "what is published stays so"
 
 
 def test_the_first_registration_stays() -> None:
     """Two sequences computed the same; the second's page is nobody's when it leaves, but its chain goes on."""
-    blocks = BlockManager(4, 2)
+    blocks = PagePool(4, 2)
     first, second = blocks.allocate(1), blocks.allocate(2)
     assert first is not None and second is not None
-    blocks.publish([1, 2], first, 0, 2)
-    assert blocks.publish([1, 2, 3, 4], second, 0, 4) == 2
-    assert blocks.match([1, 2, 3, 4], 4) == [first[0], second[1]]
+    blocks.register_prefix([1, 2], first, 0, 2)
+    assert blocks.register_prefix([1, 2, 3, 4], second, 0, 4) == 2
+    assert blocks.match_prefix([1, 2, 3, 4], 4) == [first[0], second[1]]
     blocks.release([first[0], second[1]])
     blocks.release(second)
-    assert blocks.match([1, 2, 3, 4], 4) == [first[0], second[1]]
+    assert blocks.match_prefix([1, 2, 3, 4], 4) == [first[0], second[1]]
     # Fresh pages are three: the one never used, the second's own first page, and nothing that is held.
     rest = blocks.allocate(2)
-    assert rest is not None and second[0] in rest and blocks.evictions == 0 and blocks.free == 0
+    assert rest is not None and second[0] in rest and blocks.evictions == 0 and blocks.available == 0
 
 
 def test_held_pages_are_never_evicted_and_the_last_go_first() -> None:
-    blocks = BlockManager(6, 1)
+    blocks = PagePool(6, 1)
     old, new = cached(blocks, [1, 2, 3]), cached(blocks, [4, 5])
-    assert blocks.free == 6 and blocks.evictions == 0
-    held = blocks.match([4], 1)
-    assert held == new[:1] and blocks.free == 5
+    assert blocks.available == 6 and blocks.evictions == 0
+    held = blocks.match_prefix([4], 1)
+    assert held == new[:1] and blocks.available == 5
     taken = blocks.allocate(3)
     assert taken is not None and set(taken[1:]) == set(old[1:]), "one blank page, then the old one's last"
     assert blocks.evictions == 2
-    assert blocks.match([1, 2, 3], 3) == old[:1], "its first page is still there"
+    assert blocks.match_prefix([1, 2, 3], 3) == old[:1], "its first page is still there"
     assert blocks.allocate(1) == new[1:], "of the other all but the held page"
     assert blocks.allocate(1) is None
-    assert blocks.match([4, 5], 2) == held
+    assert blocks.match_prefix([4, 5], 2) == held
 
 
 def test_a_match_makes_a_page_recent() -> None:
-    blocks = BlockManager(2, 1)
+    blocks = PagePool(2, 1)
     first, second = cached(blocks, [1]), cached(blocks, [2])
-    assert blocks.match([1], 1) == first
+    assert blocks.match_prefix([1], 1) == first
     blocks.release(first)
     assert blocks.allocate(1) == second
 
 
 def test_evicted_content_is_forgotten() -> None:
-    blocks = BlockManager(1, 1)
+    blocks = PagePool(1, 1)
     cached(blocks, [1])
     page = blocks.allocate(1)
-    assert page is not None and blocks.match([1], 1) == []
+    assert page is not None and blocks.match_prefix([1], 1) == []
     blocks.release(page)
-    assert blocks.match([1], 1) == [] and blocks.allocate(1) == page and blocks.evictions == 1
+    assert blocks.match_prefix([1], 1) == [] and blocks.allocate(1) == page and blocks.evictions == 1
 
 
 def test_a_match_may_ask_for_room() -> None:
     """Idle pages that are matched are no longer free for the rest; held ones cost nothing."""
-    blocks = BlockManager(4, 1)
+    blocks = PagePool(4, 1)
     pages = cached(blocks, [1, 2])
     digests: list[bytes] = []
-    assert blocks.match([1, 2, 3, 4, 5], 4, total=5, digests=digests) is None
-    assert blocks.free == 4 and blocks.looked_up_tokens == blocks.matched_tokens == 0
-    assert blocks.match([1, 2, 3, 4], 3, total=4, digests=list(digests)) == pages
-    assert blocks.free == 2
-    assert blocks.match([1, 2, 3, 4, 5], 4, total=5, digests=digests) is None
-    assert blocks.match([1, 2, 3, 4, 5], 4, total=4, digests=digests) == pages
-    assert blocks.free == 2 and len(digests) == 3
+    assert blocks.match_prefix([1, 2, 3, 4, 5], 4, total=5, digests=digests) is None
+    assert blocks.available == 4 and blocks.looked_up_tokens == blocks.matched_tokens == 0
+    assert blocks.match_prefix([1, 2, 3, 4], 3, total=4, digests=list(digests)) == pages
+    assert blocks.available == 2
+    assert blocks.match_prefix([1, 2, 3, 4, 5], 4, total=5, digests=digests) is None
+    assert blocks.match_prefix([1, 2, 3, 4, 5], 4, total=4, digests=digests) == pages
+    assert blocks.available == 2 and len(digests) == 3
 
 
 def test_releasing_too_often_is_an_error() -> None:
-    blocks = BlockManager(2, 1)
+    blocks = PagePool(2, 1)
     pages = blocks.allocate(1)
     assert pages is not None
     blocks.release(pages)
@@ -196,7 +196,7 @@ class PlainBlocks:
 @settings(max_examples=150, deadline=None)
 @given(st.randoms(use_true_random=False), st.integers(1, 14), st.integers(1, 3))
 def test_random_use_against_the_plain_manager(rng: random.Random, pages: int, size: int) -> None:
-    blocks, plain = BlockManager(pages, size), PlainBlocks(pages, size)
+    blocks, plain = PagePool(pages, size), PlainBlocks(pages, size)
     held: list[list[int]] = []
     for _ in range(60):
         if held and rng.random() < 0.4:
@@ -207,7 +207,7 @@ def test_random_use_against_the_plain_manager(rng: random.Random, pages: int, si
             # Two tokens make prefixes meet often.
             tokens = [rng.randrange(2) for _ in range(rng.randrange(1, 5 * size))]
             most = rng.randrange(len(tokens) + 2)
-            mine = blocks.match(tokens, most) or []
+            mine = blocks.match_prefix(tokens, most) or []
             assert mine == plain.match(tokens, most)
             count = blocks.pages_for(len(tokens)) - len(mine)
             evicted, room = plain.expected_evictions(count), plain.free()
@@ -218,11 +218,11 @@ def test_random_use_against_the_plain_manager(rng: random.Random, pages: int, si
                 plain.take(fresh)
                 mine = mine + fresh
                 ready = rng.randrange(len(mine) * size - count * size, len(tokens) + 1)
-                done = blocks.publish(tokens, mine, len(mine) - count, ready)
+                done = blocks.register_prefix(tokens, mine, len(mine) - count, ready)
                 assert done == max(len(mine) - count, ready // size)
                 plain.publish(tokens, mine, ready)
             held.append(mine)
-        assert blocks.free == plain.free() and blocks.evictions == plain.evictions
+        assert blocks.available == plain.free() and blocks.evictions == plain.evictions
     for mine in held:
         blocks.release(mine)
-    assert blocks.free == pages
+    assert blocks.available == pages

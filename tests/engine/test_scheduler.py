@@ -14,8 +14,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fathom.engine.page_pool import BlockManager
-from fathom.engine.scheduler import QueueFull, Scheduler, Sequence, Step
+from fathom.engine.page_pool import PagePool
+from fathom.engine.scheduler import QueueFull, Scheduler, SequenceState, Step
 
 VOCABULARY = 3
 """Few tokens, so that prompts often begin alike."""
@@ -46,25 +46,25 @@ class Core:
     def __init__(
         self, pages: int, page_size: int, max_batch: int, budget: int, overlap: bool, rng: random.Random | None = None
     ) -> None:
-        self.blocks = BlockManager(pages, page_size)
-        self.scheduler = Scheduler(self.blocks, max_batch, budget, overlap)
+        self.pool = PagePool(pages, page_size)
+        self.scheduler = Scheduler(self.pool, max_batch, budget, overlap)
         self.max_batch, self.budget, self.overlap = max_batch, budget, overlap
         self.rng = rng or random.Random(0)
         self.main: dict[tuple[int, int], int] = {}
         self.module: dict[tuple[int, int], int] = {}
-        self.paired: dict[Sequence, int] = {}
+        self.paired: dict[SequenceState, int] = {}
         self.most_drafts = 0
-        self.expected: dict[Sequence, list[int]] = {}
-        self.finished: list[Sequence] = []
+        self.expected: dict[SequenceState, list[int]] = {}
+        self.finished: list[SequenceState] = []
         self.seen: Counter[str] = Counter()
 
-    def add(self, prompt: list[int], new: int, priority: int = 0) -> Sequence:
-        sequence = Sequence(list(prompt), len(prompt) + new, priority)
+    def add(self, prompt: list[int], new: int, priority: int = 0) -> SequenceState:
+        sequence = SequenceState(list(prompt), len(prompt) + new, priority)
         self.scheduler.add(sequence)
         self.expected[sequence] = lone_run(prompt, sequence.limit)
         return sequence
 
-    def cancel(self, sequence: Sequence) -> None:
+    def cancel(self, sequence: SequenceState) -> None:
         self.scheduler.finish(sequence)
         self.expected.pop(sequence, None)
 
@@ -83,17 +83,17 @@ class Core:
             if len(sequence.tokens) == sequence.limit:
                 self._finish(sequence)
             else:
-                self.scheduler.publish(sequence)
+                self.scheduler.register_prefix(sequence)
         return step
 
     def run(self, drafts: int = 0) -> None:
         while self.scheduler.has_work:
             self.step(drafts)
-        assert self.blocks.free == self.blocks.pages, "a page leaked"
-        assert not any(self.blocks._holders)
+        assert self.pool.available == self.pool.pages, "a page leaked"
+        assert not any(self.pool._holders)
 
-    def _check_order(self, waiting: tuple[Sequence, ...], running: tuple[Sequence, ...]) -> None:
-        def order(sequence: Sequence) -> tuple[int, int]:
+    def _check_order(self, waiting: tuple[SequenceState, ...], running: tuple[SequenceState, ...]) -> None:
+        def order(sequence: SequenceState) -> tuple[int, int]:
             return -sequence.priority, sequence.arrival
 
         now = self.scheduler
@@ -121,11 +121,11 @@ class Core:
         assert reading == [sequence for sequence in running if sequence in reading], "out of order or twice"
         assert running[0] in (step.decode + reading), "the first in order must get on"
         for sequence in running:
-            assert len(sequence.pages) <= self.blocks.pages_for(sequence.limit + self.most_drafts)
+            assert len(sequence.pages) <= self.pool.pages_for(sequence.limit + self.most_drafts)
         self.seen["fewer drafts"] += step.drafts < drafts
         self.seen["shared steps"] += len(reading) > 1
 
-    def _decode(self, sequence: Sequence, drafts: int) -> None:
+    def _decode(self, sequence: SequenceState, drafts: int) -> None:
         """Feed the last token and drafts, right ones and wrong ones; keep those that the model would have said."""
         last = len(sequence.tokens) - 1
         fed = sequence.tokens[last:]
@@ -146,11 +146,11 @@ class Core:
         sequence.computed = len(sequence.tokens) - 1
         sequence.ready = min(sequence.computed, self.paired[sequence]) if self.overlap else sequence.computed
 
-    def _read(self, sequence: Sequence, start: int, end: int, write_from: int) -> None:
+    def _read(self, sequence: SequenceState, start: int, end: int, write_from: int) -> None:
         assert write_from == sequence.computed < end <= len(sequence.tokens) == sequence.to_read
         hit = self.overlap and 0 < sequence.computed == sequence.matched
         assert start == write_from - hit
-        assert sequence.published * self.blocks.page_size >= sequence.matched
+        assert sequence.registered * self.pool.page_size >= sequence.matched
         self.seen["hits"] += 0 < sequence.computed == sequence.matched
         self.seen["chunked"] += end < len(sequence.tokens)
         states = states_of(sequence.tokens[:end])
@@ -164,7 +164,7 @@ class Core:
             self._pair(sequence, end + 1, end + 1)
         sequence.computed = sequence.ready = end
 
-    def _feed(self, sequence: Sequence, states: list[int], places: range, write_from: int) -> None:
+    def _feed(self, sequence: SequenceState, states: list[int], places: range, write_from: int) -> None:
         """The main model: the tokens at these places attend to all slots before them and their own."""
         for place in places:
             if place >= write_from:
@@ -172,7 +172,7 @@ class Core:
             for earlier in range(place + 1):
                 assert self.main.get(self._slot(sequence, earlier)) == states[earlier]
 
-    def _pair(self, sequence: Sequence, known: int, end: int) -> None:
+    def _pair(self, sequence: SequenceState, known: int, end: int) -> None:
         """The module: entries of (state i, token i + 1) at the slots i + 1 < known, attending to all from slot 1 on;
         in the slots from there to `end` whatever a rectangular batch is filled up with."""
         states = states_of(sequence.tokens)
@@ -185,19 +185,19 @@ class Core:
             self._write(self.module, sequence, place, -1)
         self.paired[sequence] = known
 
-    def _slot(self, sequence: Sequence, place: int) -> tuple[int, int]:
-        return sequence.pages[place // self.blocks.page_size], place % self.blocks.page_size
+    def _slot(self, sequence: SequenceState, place: int) -> tuple[int, int]:
+        return sequence.pages[place // self.pool.page_size], place % self.pool.page_size
 
-    def _write(self, layer: dict[tuple[int, int], int], sequence: Sequence, place: int, value: int) -> None:
+    def _write(self, layer: dict[tuple[int, int], int], sequence: SequenceState, place: int, value: int) -> None:
         page = self._slot(sequence, place)[0]
         holders = sum(other.pages.count(page) for other in self.scheduler.running)
-        assert holders == 1 == self.blocks._holders[page], "a shared page is written"
-        assert place >= sequence.published * self.blocks.page_size, "a published page is written"
+        assert holders == 1 == self.pool._holders[page], "a shared page is written"
+        assert place >= sequence.registered * self.pool.page_size, "a registered page is written"
         layer[self._slot(sequence, place)] = value
 
-    def _finish(self, sequence: Sequence) -> None:
+    def _finish(self, sequence: SequenceState) -> None:
         assert sequence.tokens == self.expected.pop(sequence), "not what a lone run gives"
-        self.scheduler.publish(sequence)
+        self.scheduler.register_prefix(sequence)
         self.scheduler.finish(sequence)
         self.finished.append(sequence)
 
@@ -225,7 +225,7 @@ def random_run(seed: int) -> Core:
     core.run(most_drafts)
     assert not core.expected, "somebody was forgotten"
     assert core.seen["preempted"] == core.scheduler.preemptions
-    core.seen["evictions"] += core.blocks.evictions
+    core.seen["evictions"] += core.pool.evictions
     return core
 
 
@@ -239,7 +239,7 @@ def test_random_runs() -> None:
         assert seen[what] > 50, (what, seen)
 
 
-def running_pair(pages: int) -> tuple[Core, Sequence, Sequence]:
+def running_pair(pages: int) -> tuple[Core, SequenceState, SequenceState]:
     """Two sequences of three prompt tokens that decode, on pages of two tokens."""
     core = Core(pages, 2, 4, 16, overlap=False)
     first, second = core.add([0, 1, 2], 5), core.add([1, 1, 1], 5)
@@ -257,18 +257,18 @@ def running_pair(pages: int) -> tuple[Core, Sequence, Sequence]:
     ],
 )
 def test_what_could_never_run_is_refused(tokens: list[int], limit: int, words: str) -> None:
-    scheduler = Scheduler(BlockManager(4, 2), 2, 4, True)
+    scheduler = Scheduler(PagePool(4, 2), 2, 4, True)
     with pytest.raises(ValueError, match=words):
-        scheduler.add(Sequence(tokens, limit))
+        scheduler.add(SequenceState(tokens, limit))
     assert not scheduler.has_work
-    scheduler.add(sequence := Sequence([1, 2], 8))
+    scheduler.add(sequence := SequenceState([1, 2], 8))
     with pytest.raises(ValueError, match="added before"):
         scheduler.add(sequence)
 
 
 @pytest.mark.parametrize("overlap", [True, False])
 def test_settings_are_checked(overlap: bool) -> None:
-    blocks, least = BlockManager(4, 2), 1 + overlap
+    blocks, least = PagePool(4, 2), 1 + overlap
     for name, settings_ in (
         ("max_batch", (0, least, overlap)),
         ("prefill_budget", (1, least - 1, overlap)),
@@ -291,15 +291,15 @@ def test_a_sequence_may_fill_the_whole_cache(overlap: bool) -> None:
 
 
 def test_the_queue_has_an_end() -> None:
-    scheduler = Scheduler(BlockManager(8, 2), 1, 4, False, max_waiting=2)
-    first, second = (Sequence([1], 4) for _ in range(2))
+    scheduler = Scheduler(PagePool(8, 2), 1, 4, False, max_waiting=2)
+    first, second = (SequenceState([1], 4) for _ in range(2))
     scheduler.add(first)
     scheduler.add(second)
     with pytest.raises(QueueFull, match="max_waiting is 2"):
-        scheduler.add(Sequence([1], 4))
+        scheduler.add(SequenceState([1], 4))
     scheduler.schedule()
     assert scheduler.waiting == (second,) and scheduler.running == (first,)
-    scheduler.add(third := Sequence([1], 4))
+    scheduler.add(third := SequenceState([1], 4))
     assert scheduler.waiting == (second, third)
 
 
@@ -347,7 +347,7 @@ def test_who_does_not_reuse_reads_everything() -> None:
     core = Core(32, 2, 4, 32, overlap=True)
     core.add([0, 1, 2, 0], 4)
     core.step()
-    alone = Sequence([0, 1, 2, 0, 1], 8, reuse=False)
+    alone = SequenceState([0, 1, 2, 0, 1], 8, reuse=False)
     core.scheduler.add(alone)
     core.expected[alone] = lone_run(alone.tokens, 8)
     assert [chunk[1:] for chunk in core.step().prefill] == [(0, 5, 0)]
@@ -357,7 +357,7 @@ def test_who_does_not_reuse_reads_everything() -> None:
 def test_fewer_drafts_before_anybody_goes() -> None:
     core, first, second = running_pair(5)
     # Four tokens each, in two pages each, and one page free: one of them may have it, both may not.
-    assert core.blocks.free == 1
+    assert core.pool.available == 1
     assert core.step(drafts=3).drafts == 0
     assert core.scheduler.preemptions == 0 and core.scheduler.running == (first, second)
 
@@ -369,7 +369,7 @@ def test_the_last_goes_and_comes_back() -> None:
         step = core.step()
     assert step.decode == [first] and not step.prefill, "nobody is let in by a step that preempts"
     assert core.scheduler.waiting == (second, third) and second.preemptions == 1
-    assert second.pages == [] and second.computed == second.ready == second.published == 0
+    assert second.pages == [] and second.computed == second.ready == second.registered == 0
     core.run()
     assert core.finished[0] is first and len(core.finished) == 3
 
@@ -391,7 +391,7 @@ def test_nobody_overtakes_a_head_that_lacks_pages() -> None:
     core, _, _ = running_pair(8)
     large, small = core.add([2] * 9, 2), core.add([2], 1)
     core.step()
-    assert core.scheduler.waiting == (large, small) and core.blocks.free > 1
+    assert core.scheduler.waiting == (large, small) and core.pool.available > 1
     core.run()
 
 
@@ -414,13 +414,13 @@ def test_leaving_in_any_state() -> None:
     core.step()
     waiting = core.add([2] * 4, 3)
     core.step()
-    never_added = Sequence([1], 3)
+    never_added = SequenceState([1], 3)
     assert core.scheduler.waiting == (waiting,) and reading.computed < 30 and len(decoding.tokens) > 2
     for sequence in (reading, waiting, decoding, never_added, decoding, waiting):
         core.cancel(sequence)
-        core.scheduler.publish(sequence)
+        core.scheduler.register_prefix(sequence)
         assert sequence not in (*core.scheduler.running, *core.scheduler.waiting) and not sequence.pages
-    assert not core.scheduler.has_work and core.blocks.free == 32
+    assert not core.scheduler.has_work and core.pool.available == 32
     assert core.scheduler.schedule(2).prefill == []
 
 
@@ -447,7 +447,7 @@ class Requests(RuleBasedStateMachine):
         priority=st.integers(0, 1),
     )
     def add(self, tokens: list[int], new: int, priority: int) -> None:
-        if len(tokens) + new <= self.core.blocks.slots:
+        if len(tokens) + new <= self.core.pool.slots:
             self.core.add(tokens, new, priority)
         else:
             with pytest.raises(ValueError, match="limit"):
@@ -469,8 +469,8 @@ class Requests(RuleBasedStateMachine):
     def every_page_is_held_as_often_as_it_is_listed(self) -> None:
         if hasattr(self, "core"):
             listed = Counter(page for sequence in self.core.scheduler.running for page in sequence.pages)
-            held = {page: count for page, count in enumerate(self.core.blocks._holders) if count}
-            assert held == listed and self.core.blocks.free == self.core.blocks.pages - len(listed)
+            held = {page: count for page, count in enumerate(self.core.pool._holders) if count}
+            assert held == listed and self.core.pool.available == self.core.pool.pages - len(listed)
 
     def teardown(self) -> None:
         if hasattr(self, "core"):

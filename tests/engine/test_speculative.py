@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fathom.engine.sampling.sampler import draw, race
+from fathom.engine.sampling.sampler import draw, exponential_noise
 from fathom.engine.speculative import DraftLength, accept
 
 
@@ -27,7 +27,7 @@ def distributions(size: int = 5) -> st.SearchStrategy[Tensor]:
 def test_drafter_and_model_mostly_draw_the_same(q_O: Tensor, p_O: Tensor, seed: int) -> None:
     """At least as often as the bound that the module's first lines give."""
     rows = 3000
-    numbers_BO = torch.stack([race(seed, 0, position, len(p_O)) for position in range(rows)])
+    numbers_BO = torch.stack([exponential_noise(seed, 0, position, len(p_O)) for position in range(rows)])
     agreed = (draw(q_O.expand(rows, -1), numbers_BO) == draw(p_O.expand(rows, -1), numbers_BO)).float().mean().item()
     distance = (p_O - q_O).abs().sum().item() / 2
     assert agreed >= (1 - distance) / (1 + distance) - 4 * (0.25 / rows) ** 0.5
@@ -123,16 +123,16 @@ def test_drafting_stops_and_returns_with_acceptance(batch: int) -> None:
 def test_only_costs_make_drafting_hopeless_and_only_after_long() -> None:
     dear = Workload(2, 1, seed=3)
     dear.run(50, (1.0, 2.4, 3.9), (0.9, 0.9))
-    assert not dear.length.hopeless(1)  # tried a few times
+    assert not dear.length.is_unprofitable(1)  # tried a few times
     dear.run(1500, (1.0, 2.4, 3.9), (0.9, 0.9))
-    assert dear.length.hopeless(1)
+    assert dear.length.is_unprofitable(1)
     rejected = Workload(2, 1, seed=3)
     rejected.run(1500, (1.0, 1.7, 2.6), (0.1, 0.1))
-    assert not rejected.length.hopeless(1)  # another text may be easier to draft
+    assert not rejected.length.is_unprofitable(1)  # another text may be easier to draft
     dear.batch = 8
     dear.run(1500, (1.0, 1.3, 1.7), (0.8, 0.8))
-    assert not dear.length.hopeless(1)  # with eight rows it pays
-    assert not DraftLength(0).hopeless(1)
+    assert not dear.length.is_unprofitable(1)  # with eight rows it pays
+    assert not DraftLength(0).is_unprofitable(1)
 
 
 def test_costs_that_change_are_noticed() -> None:

@@ -45,7 +45,7 @@ def direct(model: Model, batches: list[Batch], modules: int) -> dict[str, Any]:
     agreed: list[list[bool]] = [[] for _ in range(modules)]
     for tokens_BW, documents_BW in batches:
         length = tokens_BW.shape[1] - 1 - modules
-        states = model.states(tokens_BW[:, :length], mtp=modules > 0, lookahead_BM=tokens_BW[:, length:-1])
+        states = model.forward_hidden(tokens_BW[:, :length], mtp=modules > 0, lookahead_BM=tokens_BW[:, length:-1])
         heads = [model.logits(h_BSD) for h_BSD in (states.h_BSD, *states.mtp_h_BSD)]
         for b in range(tokens_BW.shape[0]):
             for k, logits_BSO in enumerate(heads):
@@ -88,10 +88,10 @@ def test_balance_counts_every_real_token_once() -> None:
     found = evaluate(model, batches, total_bytes=1)
     # Of the padded row, six tokens are real: inputs 0 to 5 of the main layers, tokens k to 5 of module k.
     real = [3 * 9 + 2 * 9 + 6] * config.num_moe_layers + [45 + 5, 45 + 4]
-    assert found.loads_LE.sum(1).tolist() == [count * config.num_experts_per_tok for count in real]
+    assert found.tokens_per_expert_LE.sum(1).tolist() == [count * config.num_experts_per_tok for count in real]
     whole = evaluate(model, batches[:2], total_bytes=1)
     loads_NLE = torch.stack([model_loads(model, batch) for batch in batches[:2]])
-    assert torch.equal(whole.loads_LE, loads_NLE.sum(0))
+    assert torch.equal(whole.tokens_per_expert_LE, loads_NLE.sum(0))
     vio_NL = loads_NLE.amax(-1) / loads_NLE.double().mean(-1) - 1
     assert whole.max_vio_batch == pytest.approx(vio_NL.mean(0).tolist())
     summed_LE = loads_NLE.sum(0).double()
@@ -102,7 +102,7 @@ def test_balance_counts_every_real_token_once() -> None:
 def model_loads(model: Model, batch: Batch) -> Tensor:
     modules = model.config.num_nextn_predict_layers
     tokens_BS, ahead_BM = batch.tokens_BW[:, : -1 - modules], batch.tokens_BW[:, -1 - modules : -1]
-    return model.states(tokens_BS, mtp=True, lookahead_BM=ahead_BM).router.loads_LE
+    return model.forward_hidden(tokens_BS, mtp=True, lookahead_BM=ahead_BM).router.tokens_per_expert_LE
 
 
 def test_modules_may_be_left_out() -> None:
@@ -111,7 +111,7 @@ def test_modules_may_be_left_out() -> None:
     whole, main = evaluate(model, batches, 9), evaluate(model, batches, 9, mtp=False)
     assert main.bits_per_byte == whole.bits_per_byte
     assert (main.mtp_losses, main.mtp_agreement) == ((), ())
-    assert torch.equal(main.loads_LE, whole.loads_LE[: config.num_moe_layers])
+    assert torch.equal(main.tokens_per_expert_LE, whole.tokens_per_expert_LE[: config.num_moe_layers])
 
 
 def test_batches_of_any_size_give_the_same_figures() -> None:
@@ -122,7 +122,7 @@ def test_batches_of_any_size_give_the_same_figures() -> None:
     assert single.bits_per_byte == pytest.approx(whole.bits_per_byte, rel=1e-12)
     assert single.mtp_losses == pytest.approx(whole.mtp_losses, rel=1e-12)
     assert single.mtp_agreement == whole.mtp_agreement
-    assert torch.equal(single.loads_LE, whole.loads_LE)
+    assert torch.equal(single.tokens_per_expert_LE, whole.tokens_per_expert_LE)
     assert single.max_vio_global == whole.max_vio_global
 
 
@@ -157,7 +157,7 @@ def test_a_router_without_tokens_in_a_batch_is_left_out_of_its_mean() -> None:
 def test_a_model_of_dense_layers_has_no_balance() -> None:
     config = tiny(first_k_dense_replace=3)
     found: Evaluation = evaluate(lively_model(config), make_batches(config), 9)
-    assert found.loads_LE.shape == (0, config.n_routed_experts)
+    assert found.tokens_per_expert_LE.shape == (0, config.n_routed_experts)
     assert found.max_vio_global == found.max_vio_batch == ()
 
 

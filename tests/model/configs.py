@@ -7,10 +7,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fathom.model.cached_batch import Batch, Piece, RaggedPiece
+from fathom.model.cached_batch import CachedBatch, DecodeBatch, VarlenBatch
 from fathom.model.config import ModelConfig, YarnScaling
 from fathom.model.transformer import Model
-from fathom.ops.attention import Lengths
+from fathom.ops.attention import SeqLens
 
 TINY = ModelConfig(
     vocab_size=61,
@@ -125,14 +125,14 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 def rows_of_a_cache(
     positions_BS: Tensor, cache_LBTW: Tensor, visible: int | None = None, expand: bool = False
-) -> Batch:
+) -> CachedBatch:
     """Sequences that each have a row of slots to themselves, of which the first `visible` are seen."""
     layers, rows, slots, width = cache_LBTW.shape
     firsts_B1 = torch.arange(rows)[:, None] * slots
     slots_BT = firsts_B1 + torch.arange(visible or slots)
-    writes_N = (firsts_B1 + positions_BS).flatten()
-    piece: Piece | RaggedPiece = Piece(positions_BS, slots_BT)
+    slot_mapping_N = (firsts_B1 + positions_BS).flatten()
+    piece: DecodeBatch | VarlenBatch = DecodeBatch(positions_BS, slots_BT)
     if expand:
-        lengths = Lengths.of([positions_BS.shape[1]] * rows, [slots_BT.shape[1]] * rows, positions_BS.device)
-        piece = RaggedPiece(positions_BS.flatten(), slots_BT.flatten(), lengths)
-    return Batch((piece,), writes_N, cache_LBTW.view(layers, rows * slots, width))
+        lengths = SeqLens.of([positions_BS.shape[1]] * rows, [slots_BT.shape[1]] * rows, positions_BS.device)
+        piece = VarlenBatch(positions_BS.flatten(), slots_BT.flatten(), lengths)
+    return CachedBatch((piece,), slot_mapping_N, cache_LBTW.view(layers, rows * slots, width))

@@ -18,8 +18,8 @@ def test_the_bias_rises_where_load_is_low_and_rests_where_it_is_the_mean() -> No
 
 
 def test_all_layers_are_updated_at_once_each_by_its_own_mean() -> None:
-    loads_LE = torch.tensor([[0, 10], [300, 100], [7, 7]])
-    moved_LE = updated_bias(torch.zeros(3, 2), loads_LE, 0.5)
+    tokens_per_expert_LE = torch.tensor([[0, 10], [300, 100], [7, 7]])
+    moved_LE = updated_bias(torch.zeros(3, 2), tokens_per_expert_LE, 0.5)
     assert moved_LE.tolist() == [[0.5, -0.5], [-0.5, 0.5], [0.0, 0.0]]
 
 
@@ -30,8 +30,8 @@ def test_speed_zero_freezes_the_bias() -> None:
 
 def test_loads_beyond_float32_are_compared_exactly() -> None:
     """2^24 + 1 tokens are no float32; one token too many must still count."""
-    load_E = torch.tensor([2**24 + 1, 2**24, 2**24, 2**24 - 1])
-    assert updated_bias(torch.zeros(4), load_E, 1.0).tolist() == [-1.0, 0.0, 0.0, 1.0]
+    tokens_per_expert_E = torch.tensor([2**24 + 1, 2**24, 2**24, 2**24 - 1])
+    assert updated_bias(torch.zeros(4), tokens_per_expert_E, 1.0).tolist() == [-1.0, 0.0, 0.0, 1.0]
 
 
 @torch.no_grad()
@@ -41,8 +41,8 @@ def test_micro_batches_together_move_the_bias_as_one_batch() -> None:
     for router in model.routers():
         router.e_score_correction_bias.zero_()
     tokens_BS = random_tokens(config, 8, 9)
-    whole_LE = model(tokens_BS, mtp=True).router.loads_LE
-    parts = [model(part_BS, mtp=True).router.loads_LE for part_BS in tokens_BS.split(2)]
+    whole_LE = model(tokens_BS, mtp=True).router.tokens_per_expert_LE
+    parts = [model(part_BS, mtp=True).router.tokens_per_expert_LE for part_BS in tokens_BS.split(2)]
     assert torch.equal(torch.stack(parts).sum(0), whole_LE)
     biases_LE = torch.stack([router.e_score_correction_bias for router in model.routers()])
     assert biases_LE.shape == whole_LE.shape
@@ -52,8 +52,8 @@ def test_micro_batches_together_move_the_bias_as_one_batch() -> None:
 
 
 def test_max_violation_by_hand() -> None:
-    loads_LE = torch.tensor([[2, 2, 2, 2], [8, 0, 0, 0], [3, 1, 2, 2]])
-    assert max_violation(loads_LE).tolist() == [0.0, 3.0, 0.5]
+    tokens_per_expert_LE = torch.tensor([[2, 2, 2, 2], [8, 0, 0, 0], [3, 1, 2, 2]])
+    assert max_violation(tokens_per_expert_LE).tolist() == [0.0, 3.0, 0.5]
 
 
 @settings(max_examples=50, deadline=None)

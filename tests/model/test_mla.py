@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fathom.model.cached_batch import expanding_pays
+from fathom.model.cached_batch import prefer_expanded
 from fathom.model.config import ModelConfig, YarnScaling
 from fathom.model.mla import MultiHeadLatentAttention
 from fathom.model.rope import rope_table
@@ -93,7 +93,7 @@ def test_cached_chunks_equal_one_pass(config: ModelConfig, batch: int, chunks: l
         expand = batch == 1 and number % 2 == 0
         seen = start + size if expand else visible
         rows = rows_of_a_cache(positions_BS, cache_LBTW, seen, expand)
-        found.append(model.cached_states(chunk_BS.flatten(), rows)[0].unflatten(0, (batch, size)))
+        found.append(model.forward_with_cache(chunk_BS.flatten(), rows)[0].unflatten(0, (batch, size)))
         start += size
     assert relative_error(torch.cat(found, dim=1), model.hidden(tokens_BS)) <= 1e-9
 
@@ -107,11 +107,13 @@ def test_rows_of_a_batch_may_stand_at_different_positions() -> None:
     for row, length in enumerate(used):
         positions_BS = torch.arange(length)[None]
         own = rows_of_a_cache(positions_BS, cache_LBTW[:, row : row + 1].contiguous())
-        model.cached_states(tokens_BS[row, :length], own)
+        model.forward_with_cache(tokens_BS[row, :length], own)
         cache_LBTW[:, row : row + 1] = own.cache_LMW.unflatten(1, (1, 9))
     positions_BS = torch.tensor(used)[:, None] + torch.arange(2)
     new_BS = tokens_BS.gather(1, positions_BS)
-    found_BSD = model.cached_states(new_BS.flatten(), rows_of_a_cache(positions_BS, cache_LBTW))[0].unflatten(0, (3, 2))
+    found_BSD = model.forward_with_cache(new_BS.flatten(), rows_of_a_cache(positions_BS, cache_LBTW))[0].unflatten(
+        0, (3, 2)
+    )
     whole_BSD = model.hidden(tokens_BS)
     expected_BSD = torch.stack([whole_BSD[row, start : start + 2] for row, start in enumerate(used)])
     assert relative_error(found_BSD, expected_BSD) <= 1e-9
@@ -124,11 +126,11 @@ def test_a_rejected_draft_leaves_no_trace() -> None:
     tokens_BS = random_tokens(config, 1, 6)
     cache_LBTW = poisoned_cache(config, 1, 8)
     positions_BS = torch.arange(8)[None]
-    model.cached_states(tokens_BS[0, :4], rows_of_a_cache(positions_BS[:, :4], cache_LBTW, 4))
+    model.forward_with_cache(tokens_BS[0, :4], rows_of_a_cache(positions_BS[:, :4], cache_LBTW, 4))
     draft_BS = (tokens_BS[:, 4:] + 1) % config.vocab_size
-    model.cached_states(draft_BS[0], rows_of_a_cache(positions_BS[:, 4:6], cache_LBTW, 6))
+    model.forward_with_cache(draft_BS[0], rows_of_a_cache(positions_BS[:, 4:6], cache_LBTW, 6))
     # The draft's second token still lies in slot 5, which the view includes.
-    found_ND = model.cached_states(tokens_BS[0, 4:5], rows_of_a_cache(positions_BS[:, 4:5], cache_LBTW, 6))[0]
+    found_ND = model.forward_with_cache(tokens_BS[0, 4:5], rows_of_a_cache(positions_BS[:, 4:5], cache_LBTW, 6))[0]
     assert relative_error(found_ND, model.hidden(tokens_BS)[0, 4:5]) <= 1e-9
 
 
@@ -139,14 +141,14 @@ def test_mtp_modules_decode_from_their_cache(module: int) -> None:
     config = tiny(num_nextn_predict_layers=2)
     model = lively_model(config, dtype=torch.float64)
     tokens_BS = random_tokens(config, 2, 8)
-    states = model.states(tokens_BS, mtp=True)
+    states = model.forward_hidden(tokens_BS, mtp=True)
     before_BSD = (states.h_BSD, *states.mtp_h_BSD)[module]
     expected_BSD, ahead = states.mtp_h_BSD[module], module + 1
     # Slots count from the module's own first entry: positions are relative.
     slots_BS = torch.arange(8 - ahead).expand(2, -1)
     cache_LBTW = poisoned_cache(config, 2, 8 - ahead, layers=config.num_hidden_layers + 2)
     found = [
-        model.cached_mtp_states(
+        model.forward_mtp_with_cache(
             module, tokens_BS[:, i + ahead], before_BSD[:, i], rows_of_a_cache(slots_BS[:, i, None], cache_LBTW)
         )
         for i in range(8 - ahead)
@@ -179,10 +181,10 @@ def test_decoding_never_expands_the_cache(monkeypatch: pytest.MonkeyPatch) -> No
     model: Model = lively_model(config)
     cache_LBTW = torch.zeros(config.num_hidden_layers, 1, 8, config.cache_width)
     tokens_BS = random_tokens(config, 1, 8)
-    model.cached_states(tokens_BS[0, :7], rows_of_a_cache(torch.arange(7)[None], cache_LBTW, 7, expand=True))
+    model.forward_with_cache(tokens_BS[0, :7], rows_of_a_cache(torch.arange(7)[None], cache_LBTW, 7, expand=True))
     # Taking the expanded form would now be an AttributeError.
     monkeypatch.delattr(MultiHeadLatentAttention, "_ragged")
-    h_ND = model.cached_states(tokens_BS[0, 7:], rows_of_a_cache(torch.tensor([[7]]), cache_LBTW))[0]
+    h_ND = model.forward_with_cache(tokens_BS[0, 7:], rows_of_a_cache(torch.tensor([[7]]), cache_LBTW))[0]
     monkeypatch.undo()
     torch.testing.assert_close(h_ND, model.hidden(tokens_BS)[0, 7:], rtol=1e-4, atol=1e-5)
 
@@ -190,8 +192,8 @@ def test_decoding_never_expands_the_cache(monkeypatch: pytest.MonkeyPatch) -> No
 def test_expanding_pays_for_many_queries_alone() -> None:
     """A prompt is read in the expanded form, a long cache never expanded for one token."""
     widths = (64, 32, 64, 256)
-    assert expanding_pays(512, 512, *widths) and expanding_pays(512, 2048, *widths)
-    assert not any(expanding_pays(1, keys, *widths) for keys in (2, 64, 16384))
+    assert prefer_expanded(512, 512, *widths) and prefer_expanded(512, 2048, *widths)
+    assert not any(prefer_expanded(1, keys, *widths) for keys in (2, 64, 16384))
 
 
 def poisoned_cache(config: ModelConfig, batch: int, slots: int, layers: int | None = None) -> Tensor:

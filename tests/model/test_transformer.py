@@ -20,7 +20,7 @@ def training_loss(model: Model, tokens_BT: Tensor) -> Tensor:
     """Cross-entropy of the next token, of MTP's, and the balance loss: all that training differentiates."""
     modules = model.config.num_nextn_predict_layers
     length = tokens_BT.shape[1] - 1 - modules
-    states = model.states(tokens_BT[:, :length], mtp=True, lookahead_BM=tokens_BT[:, length : length + modules])
+    states = model.forward_hidden(tokens_BT[:, :length], mtp=True, lookahead_BM=tokens_BT[:, length : length + modules])
     loss = 0.1 * states.router.balance_loss
     for ahead, h_BSD in enumerate((states.h_BSD, *states.mtp_h_BSD), start=1):
         targets_BS = tokens_BT[:, ahead : ahead + length]
@@ -72,7 +72,7 @@ def test_hidden_and_logits_compose_the_call(config: ModelConfig, seed: int) -> N
     assert out.mtp_logits is None
     assert out.logits_BSO.shape == (2, 5, config.vocab_size)
     assert torch.equal(out.logits_BSO, model.logits(model.hidden(tokens_BS)))
-    states, with_mtp = model.states(tokens_BS, mtp=True), model(tokens_BS, mtp=True)
+    states, with_mtp = model.forward_hidden(tokens_BS, mtp=True), model(tokens_BS, mtp=True)
     assert torch.equal(with_mtp.logits_BSO, out.logits_BSO)
     assert with_mtp.mtp_logits is not None
     assert len(with_mtp.mtp_logits) == len(states.mtp_h_BSD) == config.num_nextn_predict_layers
@@ -89,10 +89,10 @@ def test_lookahead_covers_every_position_and_changes_none(config: ModelConfig, s
     tokens_BT = random_tokens(config, 2, length + modules, seed)
     tokens_BS, lookahead_BM = tokens_BT.split((length, modules), dim=1)
     known, cut = (
-        model.states(tokens_BS, mtp=True, lookahead_BM=lookahead_BM),
-        model.states(tokens_BS, mtp=True),
+        model.forward_hidden(tokens_BS, mtp=True, lookahead_BM=lookahead_BM),
+        model.forward_hidden(tokens_BS, mtp=True),
     )
-    whole = model.states(tokens_BT, mtp=True)
+    whole = model.forward_hidden(tokens_BT, mtp=True)
     assert torch.equal(known.h_BSD, cut.h_BSD)
     for ahead, h_BSD in enumerate(known.mtp_h_BSD, start=1):
         assert h_BSD.shape[1] == length
@@ -139,11 +139,11 @@ def test_no_token_is_dropped(config: ModelConfig, batch: int, length: int, seed:
     router = model(random_tokens(config, batch, length, seed), mtp=True).router
     layers, modules = config.num_moe_layers, config.num_nextn_predict_layers
     tokens = [batch * length] * layers + [batch * (length - k) for k in range(1, modules + 1)]
-    assert router.loads_LE.shape == (layers + modules, config.n_routed_experts)
-    assert router.loads_LE.dtype == torch.int64
-    assert router.loads_LE.sum(1).tolist() == [count * config.num_experts_per_tok for count in tokens]
-    for load_E, ids_BSK in zip(router.loads_LE, router.topk_ids_LBSK, strict=True):
-        assert torch.equal(ids_BSK.flatten().bincount(minlength=config.n_routed_experts), load_E)
+    assert router.tokens_per_expert_LE.shape == (layers + modules, config.n_routed_experts)
+    assert router.tokens_per_expert_LE.dtype == torch.int64
+    assert router.tokens_per_expert_LE.sum(1).tolist() == [count * config.num_experts_per_tok for count in tokens]
+    for tokens_per_expert_E, ids_BSK in zip(router.tokens_per_expert_LE, router.topk_ids_LBSK, strict=True):
+        assert torch.equal(ids_BSK.flatten().bincount(minlength=config.n_routed_experts), tokens_per_expert_E)
         assert all(len(set(ids)) == config.num_experts_per_tok for ids in ids_BSK.flatten(0, 1).tolist())
     assert len(model.routers()) == layers + modules
 
@@ -152,9 +152,9 @@ def test_no_token_is_dropped(config: ModelConfig, batch: int, length: int, seed:
 def test_compute_type_is_that_of_the_activations() -> None:
     config = tiny(num_nextn_predict_layers=1)
     model, tokens_BS = lively_model(config), random_tokens(config, 2, 6)
-    states = model.states(tokens_BS, mtp=True, compute_dtype=torch.bfloat16)
+    states = model.forward_hidden(tokens_BS, mtp=True, compute_dtype=torch.bfloat16)
     assert states.h_BSD.dtype == states.mtp_h_BSD[0].dtype == torch.bfloat16
-    exact = model.states(tokens_BS, mtp=True)
+    exact = model.forward_hidden(tokens_BS, mtp=True)
     assert exact.h_BSD.dtype == torch.float32
     assert relative_error(states.h_BSD.float(), exact.h_BSD) < 0.1
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fathom.ops import cpu
-from fathom.ops.moe.experts import sum_rows
+from fathom.ops.moe.experts import combine
 from fathom.ops.norm import rms_norm, rms_norm_reference
 from fathom.ops.swiglu import swiglu
 from tests.ops.errors import scale_free_error
@@ -89,11 +89,11 @@ def test_bfloat16_is_as_exact_as_plain_torch(case: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1, 16, 45])
 def test_rows_are_added_up(size: int, dtype: torch.dtype) -> None:
-    y_RD, row_NK = random(7, size, seed=3, dtype=dtype), torch.tensor([[0, 2, 4], [6, 0, 3]])
-    expected_ND = y_RD.double()[row_NK].sum(1)
-    assert torch.allclose(sum_rows(y_RD, row_NK).double(), expected_ND, rtol=2**-8, atol=1e-6)
+    y_RD, inverse_indices_NK = random(7, size, seed=3, dtype=dtype), torch.tensor([[0, 2, 4], [6, 0, 3]])
+    expected_ND = y_RD.double()[inverse_indices_NK].sum(1)
+    assert torch.allclose(combine(y_RD, inverse_indices_NK).double(), expected_ND, rtol=2**-8, atol=1e-6)
     with cpu.disabled():
-        assert torch.allclose(sum_rows(y_RD, row_NK).double(), expected_ND, rtol=2**-7, atol=1e-2)
+        assert torch.allclose(combine(y_RD, inverse_indices_NK).double(), expected_ND, rtol=2**-7, atol=1e-2)
 
 
 def test_extreme_numbers_keep_their_meaning() -> None:
@@ -109,4 +109,4 @@ def test_extreme_numbers_keep_their_meaning() -> None:
 def test_rounding_to_bfloat16_is_torchs(pairs: list[tuple[float, float]]) -> None:
     """Sums of two numbers are exact enough in float32 that only the last rounding is seen."""
     x = torch.tensor(pairs).bfloat16().T.contiguous()
-    assert torch.equal(sum_rows(x, torch.tensor([[0, 1]]))[0], (x[0].float() + x[1].float()).bfloat16())
+    assert torch.equal(combine(x, torch.tensor([[0, 1]]))[0], (x[0].float() + x[1].float()).bfloat16())

@@ -7,15 +7,15 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fathom.engine.backends.eager import Runner, Stretch
+from fathom.engine.backends.eager import Runner, SequenceChunk
 from fathom.model.layers import RMSNorm
 from fathom.ops import cpu, gpu
-from fathom.ops.attention import Lengths, heads_reference, ragged_attention
+from fathom.ops.attention import SeqLens, heads_reference, varlen_attention
 from fathom.ops.attention import expanded_attention_reference as expanded_reference
-from fathom.ops.attention.kv_cache import write_latents, write_latents_reference
+from fathom.ops.attention.kv_cache import write_kv_cache, write_kv_cache_reference
 from fathom.ops.attention.triton_heads import heads
 from fathom.ops.moe import triton_permute as rows
-from fathom.ops.moe.experts import dispatch, routed_experts, routed_experts_reference, sum_rows
+from fathom.ops.moe.experts import combine, dispatch, routed_experts, routed_experts_reference
 from fathom.ops.rope import Rope
 from fathom.ops.swiglu import swiglu
 from tests.engine.backends.test_cuda_graph import token_errors
@@ -54,26 +54,38 @@ def test_pairs_are_sorted_as_by_torch(tokens: int, choices: int, experts: int, m
     monkeypatch.setattr(rows, "_PAIRS", 256)
     draw = torch.Generator().manual_seed(tokens)
     ids_NK = torch.rand(tokens, max(experts - 1, 1), generator=draw).argsort(1)[:, :choices].contiguous()
-    pair_R, row_NK, ends_E, load_E = (t.cpu() for t in rows.dispatch(ids_NK.to(DEVICE), experts))
+    sort_indices_R, inverse_indices_NK, ends_E, tokens_per_expert_E = (
+        t.cpu() for t in rows.dispatch(ids_NK.to(DEVICE), experts)
+    )
     ids_P, pair_P = ids_NK.flatten().sort(stable=True)
-    assert torch.equal(pair_R, pair_P) and torch.equal(pair_R[row_NK].flatten(), torch.arange(ids_P.numel()))
-    assert torch.equal(load_E, ids_P.bincount(minlength=experts)) and torch.equal(ends_E, load_E.cumsum(0).int())
+    assert torch.equal(sort_indices_R, pair_P) and torch.equal(
+        sort_indices_R[inverse_indices_NK].flatten(), torch.arange(ids_P.numel())
+    )
+    assert torch.equal(tokens_per_expert_E, ids_P.bincount(minlength=experts)) and torch.equal(
+        ends_E, tokens_per_expert_E.cumsum(0).int()
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [3, 64, 1030])
 def test_rows_are_moved_activated_and_summed(width: int, dtype: torch.dtype) -> None:
-    x_ND, pair_R = random(5, width, seed=1, dtype=dtype), torch.tensor([4, 0, 9, 3, 7, 5, 1, 2, 6, 8], device=DEVICE)
-    assert torch.equal(rows.gather(x_ND, pair_R, 2), x_ND[pair_R // 2])
+    x_ND, sort_indices_R = (
+        random(5, width, seed=1, dtype=dtype),
+        torch.tensor([4, 0, 9, 3, 7, 5, 1, 2, 6, 8], device=DEVICE),
+    )
+    assert torch.equal(rows.gather(x_ND, sort_indices_R, 2), x_ND[sort_indices_R // 2])
     gate, up = random(2, 3, width, seed=2, dtype=dtype), random(2, 3, width, seed=3, dtype=dtype)
     expected = F.silu(gate.double()) * up.double()
     assert scale_free_error(rows.swiglu(gate, up), expected) < EXACT[dtype]
     gate_up_RG, weights_NK = random(10, 2 * width, seed=4, dtype=dtype), random(5, 2, seed=5).sigmoid()
     gate_RF, up_RF = gate_up_RG.double().chunk(2, dim=1)
-    expected = F.silu(gate_RF) * up_RF * weights_NK.flatten()[pair_R, None].double()
-    assert scale_free_error(rows.weighted_swiglu(gate_up_RG, pair_R, weights_NK), expected) < EXACT[dtype]
-    y_RD, row_NK = random(10, width, seed=6, dtype=dtype), pair_R.argsort().view(5, 2)
-    assert scale_free_error(rows.sum_rows(y_RD, row_NK), y_RD.double()[row_NK].sum(1)) < EXACT[dtype]
+    expected = F.silu(gate_RF) * up_RF * weights_NK.flatten()[sort_indices_R, None].double()
+    assert scale_free_error(rows.weighted_swiglu(gate_up_RG, sort_indices_R, weights_NK), expected) < EXACT[dtype]
+    y_RD, inverse_indices_NK = random(10, width, seed=6, dtype=dtype), sort_indices_R.argsort().view(5, 2)
+    assert (
+        scale_free_error(rows.combine(y_RD, inverse_indices_NK), y_RD.double()[inverse_indices_NK].sum(1))
+        < EXACT[dtype]
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -96,12 +108,12 @@ def test_heads_are_the_references(count: int, nope: int, rotated: int, value: in
 @pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=str)
 def test_latents_are_written_to_their_slots(dtype: torch.dtype) -> None:
-    slots_N = torch.tensor([4, 0, 6], device=DEVICE)
+    slot_mapping_N = torch.tensor([4, 0, 6], device=DEVICE)
     caches = [torch.zeros(9, 14 + 6, device=DEVICE, dtype=dtype) for _ in range(2)]
     norm_C = 1 + 0.1 * random(14, seed=2, dtype=dtype)
-    inputs = random(3, 20, seed=1, dtype=dtype), norm_C, 1e-6, rope(1, 3, 3), slots_N
-    write_latents(*inputs, caches[0])
-    write_latents_reference(*inputs, caches[1])
+    inputs = random(3, 20, seed=1, dtype=dtype), norm_C, 1e-6, rope(1, 3, 3), slot_mapping_N
+    write_kv_cache(*inputs, caches[0])
+    write_kv_cache_reference(*inputs, caches[1])
     assert scale_free_error(*caches) < EXACT[dtype]
 
 
@@ -113,7 +125,7 @@ def test_sequences_attend_by_themselves(lengths: tuple[tuple[int, ...], tuple[in
     q_NHX = random(sum(queries), 3, 16 + 8, seed=1, dtype=dtype)
     kv_THY, k_rope_TR = random(sum(keys), 3, 16 + 12, seed=2, dtype=dtype), random(sum(keys), 8, seed=3, dtype=dtype)
     turns = rope(sum(queries), 4)
-    found = ragged_attention(q_NHX, kv_THY, k_rope_TR, turns, Lengths.of(queries, keys, DEVICE), 0.3)
+    found = varlen_attention(q_NHX, kv_THY, k_rope_TR, turns, SeqLens.of(queries, keys, DEVICE), 0.3)
     for q, cos, sin, kv, k_rope, out in zip(
         *(t.split(queries) for t in (q_NHX, *turns)),
         *(t.split(keys) for t in (kv_THY, k_rope_TR)),
@@ -140,7 +152,7 @@ def test_without_gradients_the_result_is_the_same(dtype: torch.dtype) -> None:
     norm = RMSNorm(32, 1e-6).to(DEVICE, dtype).requires_grad_(False)
     assert scale_free_error(norm(x_ND), F.rms_norm(x_ND.double(), (32,), eps=1e-6)) < EXACT[dtype]
     assert scale_free_error(swiglu(x_ND, x_ND), F.silu(x_ND.double()) * x_ND.double()) < EXACT[dtype]
-    assert scale_free_error(sum_rows(x_ND, ids_NK), x_ND.double()[ids_NK].sum(1)) < EXACT[dtype]
+    assert scale_free_error(combine(x_ND, ids_NK), x_ND.double()[ids_NK].sum(1)) < EXACT[dtype]
 
 
 @pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=str)
@@ -164,7 +176,7 @@ def test_prompts_are_read_as_by_plain_torch(
         found = []
         for start in (0, 70):
             stretches = [
-                Stretch(
+                SequenceChunk(
                     [token % 61 for token in range(length if start == 0 else 8 - row)], start and length, pages[row]
                 )
                 for row, length in enumerate(lengths)

@@ -95,7 +95,7 @@ def test_its_checkpoints_give_the_same_logits_there_and_back(
                 Path(folder, "ours"), dtype=torch.float32, output_loading_info=True, **PLAIN
             )
     with torch.no_grad():
-        states = ours.states(tokens_BS)
+        states = ours.forward_hidden(tokens_BS)
         found_BSO = ours.logits(states.h_BSD)
     assert len(choices) == len(states.router.topk_ids_LBSK)
     for ids_BSK, ids_NK in zip(states.router.topk_ids_LBSK, choices, strict=True):

@@ -222,7 +222,7 @@ def test_drafts_are_equal(tmp_path: Path, yarn: YarnScaling | None, tied: bool) 
     model = lively_model(config, seed=3)
     tokens_BS = random_tokens(config, 1, 12)
     with torch.no_grad():
-        states = model.states(tokens_BS, mtp=True)
+        states = model.forward_hidden(tokens_BS, mtp=True)
         expected_BSO = model.logits(states.mtp_h_BSD[0])
     tokens = tokens_BS[0].tolist()
     with drafting_contexts(saved(model, tmp_path)) as (main, draft):

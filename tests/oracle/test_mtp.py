@@ -101,7 +101,7 @@ def greedy(model: Model, prompt_BS: Tensor, count: int) -> Tensor:
     for _ in range(count):
         used = tokens_BS.shape[1]
         positions_BS = torch.arange(used - new_BS.shape[1], used)[None]
-        h_ND = model.cached_states(new_BS[0], rows_of_a_cache(positions_BS, cache_LBTW, used))[0]
+        h_ND = model.forward_with_cache(new_BS[0], rows_of_a_cache(positions_BS, cache_LBTW, used))[0]
         new_BS = model.logits(h_ND[-1:]).argmax(-1)[None]
         tokens_BS = torch.cat((tokens_BS, new_BS), dim=1)
     return tokens_BS

@@ -91,7 +91,7 @@ def lift_out_of_the_file(model: torch.nn.Module) -> None:
 
 def assert_same(ours: Model, tokens_BS: Tensor, logits_BSO: Tensor, choices: list[Choice]) -> None:
     with torch.no_grad():
-        states = ours.states(tokens_BS)
+        states = ours.forward_hidden(tokens_BS)
         found_BSO = ours.logits(states.h_BSD)
     assert len(states.router.topk_ids_LBSK) == len(choices)
     for ids_BSK, choice in zip(states.router.topk_ids_LBSK, choices, strict=True):

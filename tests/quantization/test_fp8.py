@@ -13,7 +13,7 @@ from fathom.checkpoint.convert import convert
 from fathom.checkpoint.hf.model import save_model
 from fathom.checkpoint.hf.safetensors_io import StoredTensor
 from fathom.checkpoint.hf.save import Storage
-from fathom.checkpoint.hf.weights import bands
+from fathom.checkpoint.hf.weights import row_chunks
 from fathom.quantization import fp8
 from tests.model.configs import lively_model, tiny
 
@@ -64,7 +64,7 @@ def test_numbers_that_are_not_finite_are_refused(value: float) -> None:
 
 @pytest.mark.parametrize("shape", [(1,), (5000,), (1, 1), (300, 70), (129_280, 7168), (128, 10**7), (3 * 10**6,)])
 def test_bands_cover_a_tensor_and_end_between_blocks(shape: tuple[int, ...]) -> None:
-    found = list(bands(shape))
+    found = list(row_chunks(shape))
     assert found[0][0] == 0 and found[-1][1] == shape[0]
     for (_, end), (begin, _) in itertools.pairwise(found):
         assert begin == end and begin % 128 == 0

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from fathom.engine.backends.eager import Runner, Stretch
+from fathom.engine.backends.eager import Runner, SequenceChunk
 from fathom.engine.core import Core
 from fathom.engine.kv_cache import LatentCache
 from fathom.engine.sampling.sampler import SamplingParams
@@ -39,13 +39,13 @@ def test_a_packed_model_is_the_model_it_stands_for(precision: Precision, dtype: 
     expected = Runner(widened(packed, model), 4, 8, 64, eager)
     found = Runner(packed, 4, 8, 64, eager)
     assert (found.few is None) == eager
-    stretches = [Stretch([3, 1, 4, 1, 5], 0, [0, 1]), Stretch([9, 2], 0, [2])]
+    stretches = [SequenceChunk([3, 1, 4, 1, 5], 0, [0, 1]), SequenceChunk([9, 2], 0, [2])]
     theirs, ours = (runner.main(stretches, range(7)) for runner in (expected, found))
     # int8 applies a row's scale to the sum, plain torch to every number, which bfloat16 then rounds.
     tolerance = 2e-5 if dtype == torch.float32 else 0.03
     scale = theirs.logits_NO.abs().max()
     assert (ours.logits_NO - theirs.logits_NO).abs().max() < tolerance * scale
-    modules = [Stretch([1, 4, 1, 5], 1, [0, 1])]
+    modules = [SequenceChunk([1, 4, 1, 5], 1, [0, 1])]
     drafted, ours_drafted = (runner.draft(modules, theirs.h_ND[:4], [3]) for runner in (expected, found))
     assert (ours_drafted.logits_NO - drafted.logits_NO).abs().max() < tolerance * drafted.logits_NO.abs().max()
 

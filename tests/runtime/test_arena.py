@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="th
 BEGIN = """
 import json, os, random, threading
 import torch
-from fathom.runtime.arena.install import install, told
+from fathom.runtime.arena.install import arena_stats, install
 """
 
 CHURN = """
@@ -42,14 +42,14 @@ for thread in threads:
 held = churn(300, SEED)
 spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t, _ in held)
 overlap = any(end > begin for (_, end), (begin, _) in zip(spans, spans[1:]))
-in_use = told().in_use
+in_use = arena_stats().in_use
 live = sum(t.nbytes for t, _ in held if t.nbytes >= 1024)
 del held
-before = told().reached
+before = arena_stats().reached
 whole = torch.empty(before, dtype=torch.int8)  # all that was freed has joined again: no more is reached for so much
 print(json.dumps(dict(
-    faults=faults[:3], overlap=overlap, in_use=in_use, live=live, whole=whole.nbytes, left=told().in_use, before=before,
-    reached=told().reached,
+    faults=faults[:3], overlap=overlap, in_use=in_use, live=live, whole=whole.nbytes,
+    left=arena_stats().in_use, before=before, reached=arena_stats().reached,
 )))
 """
 
@@ -67,22 +67,22 @@ for step in range(4):
     gradients = []
     for layer in range(8):
         passing = tensor(4 * mebibyte)
-        most = max(most, told().in_use)
+        most = max(most, arena_stats().in_use)
         gradients.append(tensor(6 * mebibyte))
         kept.pop()
         del passing
     del gradients
-print(json.dumps(dict(most=most, reached=told().reached)))
+print(json.dumps(dict(most=most, reached=arena_stats().reached)))
 """
 
 FULL = """
 assert not install(8 << 20)
 small = [torch.ones(1 << 16) for _ in range(64)]  # twice what the stretch of small ones holds
 large = torch.ones(1 << 24)
-inside = told().in_use
+inside = arena_stats().in_use
 total = sum(float(each.sum()) for each in small) + float(large.sum())
 del small, large
-print(json.dumps(dict(total=total, inside=inside, left=told().in_use)))
+print(json.dumps(dict(total=total, inside=inside, left=arena_stats().in_use)))
 """
 
 CHILD = """

@@ -13,15 +13,15 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from fathom.serve.gate import Gate
+from fathom.serve.gate import AuthMiddleware
 
 
 async def inside(request: Any) -> PlainTextResponse:
     return PlainTextResponse(f"{len(await request.body())}")
 
 
-def gate(keys: list[str], largest: int = 100) -> Gate:
-    return Gate(Starlette(routes=[Route("/in", inside, methods=["POST"])]), keys, largest)
+def gate(keys: list[str], largest: int = 100) -> AuthMiddleware:
+    return AuthMiddleware(Starlette(routes=[Route("/in", inside, methods=["POST"])]), keys, largest)
 
 
 def ask(app: Any, **options: Any) -> httpx.Response:

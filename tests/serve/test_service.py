@@ -40,7 +40,7 @@ def engine(model: Path) -> Engine:
 
 async def ended(job: Job) -> None:
     while not job.handles or not all(handle.finished for handle in job.handles):
-        await asyncio.wait_for(job.news(), 30)
+        await asyncio.wait_for(job.next_events(), 30)
 
 
 class Breaks:
@@ -97,7 +97,7 @@ def test_a_cancelled_request_gives_its_pages_back_within_one_step(engine: Engine
         worker = Worker(engine)
         worker.start()
         job = worker.open(lambda: [Request("f", SamplingParams(max_tokens=400, ignore_eos=True))])
-        await job.news()
+        await job.next_events()
         assert engine.core.stats().pages_used > 0
         worker.close(job)
         before = len(steps)
@@ -121,9 +121,9 @@ def test_many_tokens_a_second_are_handed_on_in_few_pieces(engine: Engine, monkey
         jobs = [worker.open(lambda place=place: [Request("f", params, stream=place)]) for place in range(3)]
 
         async def told(job: Job) -> list[int]:
-            events = await job.news()
+            events = await job.next_events()
             while not events[-1].finished:
-                events += await asyncio.wait_for(job.news(), 30)
+                events += await asyncio.wait_for(job.next_events(), 30)
             return [event.tokens for event in events]
 
         tokens = await asyncio.gather(*map(told, jobs))

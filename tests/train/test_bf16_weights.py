@@ -6,26 +6,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from fathom.data.tokenize import Prepared
+from fathom.data.tokenize import TokenizedCorpus
 from fathom.distributed.ranks import Ranks
 from fathom.model.transformer import Model
 from fathom.ops import cpu
-from fathom.train.bf16_weights import NarrowCopy
-from fathom.train.loss import Objective, target_counts
+from fathom.train.bf16_weights import Bf16Weights
+from fathom.train.loss import PretrainLoss, target_counts
 from fathom.train.pretrain import micro_batches, optimizer_step
 from fathom.train.run import Run
 from fathom.train.setup import build_state, prepare_data, resolve, rows_of
 
 
 @pytest.fixture
-def prepared(tiny_run: Run, one_rank: Ranks, tmp_path: Path) -> Prepared:
+def prepared(tiny_run: Run, one_rank: Ranks, tmp_path: Path) -> TokenizedCorpus:
     return prepare_data(tiny_run, tmp_path / "data", one_rank)
 
 
 @pytest.mark.parametrize("times", [1, 2, 3])
 @pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
 def test_gradients_are_those_of_narrowing_at_every_use(
-    tied: bool, times: int, tiny_run: Run, prepared: Prepared, one_rank: Ranks
+    tied: bool, times: int, tiny_run: Run, prepared: TokenizedCorpus, one_rank: Ranks
 ) -> None:
     run = _narrow_run(tiny_run, prepared, one_rank, tied)
     plain, narrow = (build_state(run, one_rank).model for _ in range(2))
@@ -34,9 +34,9 @@ def test_gradients_are_those_of_narrowing_at_every_use(
     assert len(batches) == times
     counts_H = torch.stack([target_counts(batch, 1) for batch in batches]).sum(0)
     with cpu.disabled():  # the kernels add gradients up in float32 where plain torch rounds them
-        copy = NarrowCopy(narrow)
+        copy = Bf16Weights(narrow)
         for computing in (plain, copy.model):
-            objective = Objective(computing, run.train.balance_alpha, torch.bfloat16)
+            objective = PretrainLoss(computing, run.train.balance_alpha, torch.bfloat16)
             for batch in batches:
                 objective(batch, counts_H, 0.3, 0.5).total.backward()
         copy.collect()
@@ -48,29 +48,29 @@ def test_gradients_are_those_of_narrowing_at_every_use(
         torch.testing.assert_close(found.grad, expected.grad, rtol=0, atol=tolerance, msg=name)
 
 
-def test_a_step_refreshes_the_copies(tiny_run: Run, prepared: Prepared, one_rank: Ranks) -> None:
+def test_a_step_refreshes_the_copies(tiny_run: Run, prepared: TokenizedCorpus, one_rank: Ranks) -> None:
     run = _narrow_run(tiny_run, prepared, one_rank, tied=False)
     state = build_state(run, one_rank)
-    state.narrow = NarrowCopy(state.model)
-    state.objective = Objective(state.narrow.model, run.train.balance_alpha, torch.bfloat16)
+    state.bf16_weights = Bf16Weights(state.model)
+    state.loss = PretrainLoss(state.bf16_weights.model, run.train.balance_alpha, torch.bfloat16)
     before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
     facts = optimizer_step(state, micro_batches(rows_of(prepared, run, "train"), 0, 8, run, one_rank), 8, run, one_rank)
     assert not facts.skipped
-    copies = dict(state.narrow.model.named_parameters())
+    copies = dict(state.bf16_weights.model.named_parameters())
     for name, master in state.model.named_parameters():
         assert not torch.equal(master, before[name]), name
         assert copies[name] is master or torch.equal(copies[name], master.bfloat16()), name
         assert master.grad is None and copies[name].grad is None, name
 
 
-def _narrow_run(run: Run, prepared: Prepared, ranks: Ranks, tied: bool) -> Run:
+def _narrow_run(run: Run, prepared: TokenizedCorpus, ranks: Ranks, tied: bool) -> Run:
     model = replace(run.model, tie_word_embeddings=tied)
     return resolve(replace(run, model=model, train=replace(run.train, compute="bfloat16")), prepared, ranks)
 
 
 def test_what_is_not_multiplied_narrow_is_shared(tiny_run: Run) -> None:
     model = Model(tiny_run.model)
-    narrow = NarrowCopy(model).model
+    narrow = Bf16Weights(model).model
     own = {name for name, p in narrow.named_parameters() if p is not dict(model.named_parameters())[name]}
     wide = {"embed_tokens.weight"} | {
         n for n, _ in model.named_parameters() if "norm" in n or n.endswith("mlp.gate.weight")

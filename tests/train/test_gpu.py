@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from fathom.distributed.ranks import Ranks
-from fathom.train.pretrain import StepFacts, micro_batches, optimizer_step
+from fathom.train.pretrain import StepMetrics, micro_batches, optimizer_step
 from fathom.train.run import Run
 from fathom.train.setup import build_state, prepare_data, resolve, rows_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
 
 
-def _steps(run: Run, directory: Path, device: torch.device, steps: int) -> tuple[list[StepFacts], list[str]]:
+def _steps(run: Run, directory: Path, device: torch.device, steps: int) -> tuple[list[StepMetrics], list[str]]:
     """The steps' facts, and where the host waited for the GPU in the last one."""
     ranks = Ranks(0, 1, device)
     prepared = prepare_data(run, directory, ranks)

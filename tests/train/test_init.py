@@ -8,7 +8,7 @@ import torch
 
 from fathom import Model, load_model, save_model
 from fathom.checkpoint.training_state import checkpoints
-from fathom.data.tokenize import open_prepared
+from fathom.data.tokenize import open_tokenized
 from fathom.distributed.ranks import Ranks
 from fathom.train.pretrain import train
 from fathom.train.run import Run
@@ -39,7 +39,7 @@ def test_training_goes_on_with_its_tokenizer(tiny_run: Run, one_rank: Ranks, tmp
     run = replace(tiny_run, init=str(source), train=replace(tiny_run.train, steps=2))
     train(run, tmp_path / "second", one_rank)
     assert load_model(tmp_path / "second" / "model").config.num_nextn_predict_layers == 1
-    tokenizers = [open_prepared(tmp_path / name / "data").tokenizer.tokenizer_json for name in ("first", "second")]
+    tokenizers = [open_tokenized(tmp_path / name / "data").tokenizer.tokenizer_json for name in ("first", "second")]
     assert tokenizers[0] == tokenizers[1]
 
 

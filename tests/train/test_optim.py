@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fathom.model.transformer import Model
-from fathom.train.optim import BatchedMuon, WeightAverage, build_optimizers
+from fathom.train.optim import EMA, BatchedMuon, build_optimizers
 from fathom.train.run import Run
 
 
@@ -95,7 +95,7 @@ def test_matrices_of_one_shape_share_a_batch_and_nothing_else() -> None:
 
 def test_average_follows_its_formula(tiny_run: Run) -> None:
     model = Model(tiny_run.model)
-    average = WeightAverage(model, decay=0.75)
+    average = EMA(model, decay=0.75)
     before = model.norm.weight.detach().clone()
     with torch.no_grad():
         model.norm.weight += 4.0

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fathom.data.tokenize import Prepared
+from fathom.data.tokenize import TokenizedCorpus
 from fathom.distributed.ranks import Ranks
 from fathom.model.balance import updated_bias
 from fathom.train.pretrain import TrainingError, micro_batches, optimizer_step, train
@@ -15,11 +15,11 @@ from fathom.train.setup import TrainState, build_state, prepare_data, resolve, r
 
 
 @pytest.fixture
-def prepared(tiny_run: Run, one_rank: Ranks, tmp_path: Path) -> Prepared:
+def prepared(tiny_run: Run, one_rank: Ranks, tmp_path: Path) -> TokenizedCorpus:
     return prepare_data(tiny_run, tmp_path / "data", one_rank)
 
 
-def _after_two_steps(run: Run, prepared: Prepared, ranks: Ranks) -> TrainState:
+def _after_two_steps(run: Run, prepared: TokenizedCorpus, ranks: Ranks) -> TrainState:
     run = resolve(run, prepared, ranks)
     state = build_state(run, ranks)
     rows = rows_of(prepared, run, "train")
@@ -29,7 +29,7 @@ def _after_two_steps(run: Run, prepared: Prepared, ranks: Ranks) -> TrainState:
     return state
 
 
-def test_four_micro_batches_equal_one_batch(tiny_run: Run, prepared: Prepared, one_rank: Ranks) -> None:
+def test_four_micro_batches_equal_one_batch(tiny_run: Run, prepared: TokenizedCorpus, one_rank: Ranks) -> None:
     """Rows differ in how many MTP targets cross a document, so a mean of means would differ."""
     adamw = replace(tiny_run, optimizer=replace(tiny_run.optimizer, kind="adamw"))
     whole = _after_two_steps(replace(adamw, train=replace(adamw.train, micro_batch_size=8)), prepared, one_rank)
@@ -40,27 +40,33 @@ def test_four_micro_batches_equal_one_batch(tiny_run: Run, prepared: Prepared, o
         assert torch.equal(a.e_score_correction_bias, b.e_score_correction_bias)
 
 
-def test_recomputing_the_layers_changes_nothing(tiny_run: Run, prepared: Prepared, one_rank: Ranks) -> None:
+def test_recomputing_the_layers_changes_nothing(tiny_run: Run, prepared: TokenizedCorpus, one_rank: Ranks) -> None:
     again = replace(tiny_run, train=replace(tiny_run.train, recompute=True))
     kept, remade = (_after_two_steps(run, prepared, one_rank) for run in (tiny_run, again))
     for (name, a), (_, b) in zip(kept.model.named_parameters(), remade.model.named_parameters(), strict=True):
         assert torch.equal(a, b), name
 
 
-def test_biases_follow_the_rule_from_the_steps_own_loads(tiny_run: Run, prepared: Prepared, one_rank: Ranks) -> None:
+def test_biases_follow_the_rule_from_the_steps_own_loads(
+    tiny_run: Run, prepared: TokenizedCorpus, one_rank: Ranks
+) -> None:
     run = resolve(tiny_run, prepared, one_rank)
     state = build_state(run, one_rank)
     batches = micro_batches(rows_of(prepared, run, "train"), 0, 8, run, one_rank)
     facts = optimizer_step(state, batches, 8, run, one_rank)
     tokens = 8 * run.train.sequence_length
-    assert facts.loads_LE.sum(-1).tolist() == [tokens * run.model.num_experts_per_tok] * 3
-    for router, load_E in zip(state.model.routers(), facts.loads_LE, strict=True):
-        expected = updated_bias(torch.zeros_like(router.e_score_correction_bias), load_E, run.schedule.bias_speed)
+    assert facts.tokens_per_expert_LE.sum(-1).tolist() == [tokens * run.model.num_experts_per_tok] * 3
+    for router, tokens_per_expert_E in zip(state.model.routers(), facts.tokens_per_expert_LE, strict=True):
+        expected = updated_bias(
+            torch.zeros_like(router.e_score_correction_bias), tokens_per_expert_E, run.schedule.bias_speed
+        )
         assert torch.equal(router.e_score_correction_bias, expected)
         assert expected.abs().max() > 0
 
 
-def test_a_step_with_an_infinite_loss_changes_nothing(tiny_run: Run, prepared: Prepared, one_rank: Ranks) -> None:
+def test_a_step_with_an_infinite_loss_changes_nothing(
+    tiny_run: Run, prepared: TokenizedCorpus, one_rank: Ranks
+) -> None:
     run = resolve(tiny_run, prepared, one_rank)
     state = build_state(run, one_rank)
     with torch.no_grad():

@@ -16,16 +16,16 @@ from torch import Tensor
 
 from fathom.checkpoint.fp8_layers import fill_blocks, keep_blocks
 from fathom.checkpoint.hf.directory import INDEX, load_config, model_directory
-from fathom.checkpoint.hf.name_mapping import layer_of, place
+from fathom.checkpoint.hf.name_mapping import layer_of, locate
 from fathom.checkpoint.hf.safetensors_io import CheckpointError, sync
 from fathom.checkpoint.hf.save import SHARD_BYTES, Storage, plan, write_json, write_tensors
 from fathom.checkpoint.hf.weights import (
     ModelWeights,
     StoredWeights,
     Weights,
-    bands,
     blank_model,
     parameters_and_buffers,
+    row_chunks,
 )
 from fathom.data.tokenizer import Tokenizer, save_tokenizer
 from fathom.model.config import ModelConfig
@@ -62,7 +62,7 @@ def _fill(model: Model, weights: StoredWeights, kept: frozenset[str]) -> None:
     """Copy every tensor to its place; those of the names in `kept` as FP8 blocks."""
     targets = parameters_and_buffers(model)
     for name, shape, _ in weights.entries():
-        where = place(name, model.config)
+        where = locate(name, model.config)
         if where is None:  # an MTP layer's copy of embedding or head
             continue
         if name in kept:
@@ -72,7 +72,7 @@ def _fill(model: Model, weights: StoredWeights, kept: frozenset[str]) -> None:
 
 
 def _copy(weights: Weights, name: str, shape: tuple[int, ...], target: Tensor) -> None:
-    for first, last in bands(shape):
+    for first, last in row_chunks(shape):
         target[first:last].copy_(weights.rows(name, first, last).view_as(target[first:last]))
 
 
@@ -97,7 +97,7 @@ def load_part(
     _check_range("experts", experts, config.n_routed_experts)
     part: dict[str, Tensor] = {}
     for name, shape, _ in weights.entries():
-        where = place(name, config)
+        where = locate(name, config)
         if where is None or (layers is not None and layer_of(name) not in layers):
             continue
         if where.expert is not None and experts is not None:

@@ -17,7 +17,7 @@ _EXPERT = re.compile(r"mlp\.experts\.(0|[1-9]\d*)\.(gate|up|down)_proj\.weight")
 _SHARED_COPIES = ("embed_tokens.weight", "shared_head.head.weight")
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """Where a checkpoint tensor goes: a whole parameter, or rows of one expert's slice of a stacked one."""
 
     parameter: str
@@ -29,14 +29,14 @@ class Place(NamedTuple):
         return parameter if self.expert is None else parameter[self.expert][self.rows]
 
 
-def place(name: str, config: ModelConfig) -> Place | None:
+def locate(name: str, config: ModelConfig) -> Location | None:
     """Where checkpoint tensor `name` belongs; None for the MTP layers' copies of the shared embedding and head.
 
     Names that are no part of this architecture come back as a place that no model has.
     """
     match = _LAYER.fullmatch(name)
     if match is None:
-        return Place(name.removeprefix("model."))
+        return Location(name.removeprefix("model."))
     layer, rest = int(match[1]), match[2]
     module = layer - config.num_hidden_layers
     if module >= 0 and rest in _SHARED_COPIES:
@@ -44,14 +44,14 @@ def place(name: str, config: ModelConfig) -> Place | None:
     prefix = f"layers.{layer}." if module < 0 else f"mtp.{module}."
     expert = _EXPERT.fullmatch(rest)
     if expert is None:
-        return Place(prefix + rest)
+        return Location(prefix + rest)
     number, kind, width = int(expert[1]), expert[2], config.moe_intermediate_size
     if number >= config.n_routed_experts:
-        return Place(name)
+        return Location(name)
     if kind == "down":
-        return Place(prefix + "mlp.experts.down_proj", number)
+        return Location(prefix + "mlp.experts.down_proj", number)
     rows = slice(0, width) if kind == "gate" else slice(width, 2 * width)
-    return Place(prefix + "mlp.experts.gate_up_proj", number, rows)
+    return Location(prefix + "mlp.experts.gate_up_proj", number, rows)
 
 
 def layer_of(name: str) -> int | None:

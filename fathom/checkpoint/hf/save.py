@@ -12,7 +12,7 @@ import torch
 
 from fathom.checkpoint.hf.directory import INDEX, SINGLE
 from fathom.checkpoint.hf.safetensors_io import CheckpointError, ShardWriter
-from fathom.checkpoint.hf.weights import Entry, Weights, bands
+from fathom.checkpoint.hf.weights import Entry, Weights, row_chunks
 from fathom.config import atomic_write
 from fathom.quantization import fp8
 
@@ -104,7 +104,7 @@ def write_tensors(weights: Weights, planned: Sequence[Planned], directory: Path,
 
 def _write(weights: Weights, planned: Planned, writer: ShardWriter) -> None:
     name, shape, _ = planned.entry
-    for first, last in bands(shape):
+    for first, last in row_chunks(shape):
         rows = weights.rows(name, first, last)
         if planned.dtype != torch.float8_e4m3fn:
             writer.write(name, first, rows.to(planned.dtype))

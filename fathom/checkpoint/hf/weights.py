@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fathom.checkpoint.hf.directory import load_config, stored_tensors
-from fathom.checkpoint.hf.name_mapping import Place, place, released_tensors
+from fathom.checkpoint.hf.name_mapping import Location, locate, released_tensors
 from fathom.checkpoint.hf.safetensors_io import DTYPES, CheckpointError, StoredTensor
 from fathom.model.config import ModelConfig
 from fathom.model.transformer import Model
@@ -48,7 +48,7 @@ class Weights(Protocol):
         ...
 
 
-def bands(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+def row_chunks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     """First and last row of pieces of about a million numbers; inside a matrix they end between FP8 blocks."""
     rows = shape[0]
     width = shape[1] if len(shape) > 1 else 1
@@ -167,7 +167,7 @@ class StoredWeights:
         targets = parameters_and_buffers(self._model)
         homes: dict[tuple[str, int | None, int], StoredTensor] = {}
         for name, stored in self._stored.items():
-            where = None if name.endswith(fp8.SCALE) else place(name, self.config)
+            where = None if name.endswith(fp8.SCALE) else locate(name, self.config)
             if where is None:
                 continue
             if where.parameter not in targets:
@@ -189,7 +189,7 @@ class StoredWeights:
         return homes
 
     def _find(self, name: str, homes: dict[tuple[str, int | None, int], StoredTensor]) -> _Source | None:
-        where = place(name, self.config)
+        where = locate(name, self.config)
         assert where is not None
         if (stored := homes.get(_key(where))) is not None:
             return _Source(stored)
@@ -227,7 +227,7 @@ class StoredWeights:
         head, embedding = self._sources[_HEAD], self._sources[_EMBEDDING]
         if not self.config.tie_word_embeddings or head == embedding:
             return
-        for first, last in bands(embedding.stored.shape):
+        for first, last in row_chunks(embedding.stored.shape):
             if not torch.equal(self.rows(_HEAD, first, last), self.rows(_EMBEDDING, first, last)):
                 raise CheckpointError(
                     f"{head.stored.file}: tensor {_HEAD} differs from {_EMBEDDING}, but config.json ties them"
@@ -236,12 +236,12 @@ class StoredWeights:
     def _check_copies(self) -> None:
         """An MTP layer's own embedding or head would be another model than the one that is loaded."""
         for name, stored in self._stored.items():
-            if name.endswith(fp8.SCALE) or place(name, self.config) is not None:
+            if name.endswith(fp8.SCALE) or locate(name, self.config) is not None:
                 continue
             original = _original(name, self.config)
             expected = self._sources[original].stored
             self._check_values(stored)
-            pieces = list(bands(expected.shape))
+            pieces = list(row_chunks(expected.shape))
             if stored.shape != expected.shape or not all(
                 torch.equal(self._values_of(stored, 0, *piece).float(), self.rows(original, *piece).float())
                 for piece in (pieces[0], pieces[-1])
@@ -270,12 +270,12 @@ def _values(stored: StoredTensor) -> torch.dtype:
 
 def _original(name: str, config: ModelConfig) -> str:
     """The tensor that an MTP layer's copy of embedding or head is a copy of; any other name itself."""
-    if place(name, config) is not None:
+    if locate(name, config) is not None:
         return name
     return _EMBEDDING if name.endswith("embed_tokens.weight") else _HEAD
 
 
-def _key(where: Place) -> tuple[str, int | None, int]:
+def _key(where: Location) -> tuple[str, int | None, int]:
     return where.parameter, where.expert, where.rows.start or 0
 
 

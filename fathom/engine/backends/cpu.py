@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fathom.engine.backends.raw_weights import layer_weights
-from fathom.engine.batch import Tokens
+from fathom.engine.batch import BatchMetadata
 from fathom.model.block import Block
 from fathom.model.cached_batch import Routed
 from fathom.model.layers import LATENT_NORM_EPS, RMSNorm
@@ -61,7 +61,7 @@ class _Module(Structure):
 class _Plan(Structure):
     _fields_ = (
         *((name, c_int64) for name in ("hidden", "heads", "nope", "rope", "value", "latent")),
-        *((name, c_int64) for name in ("experts", "choices", "groups", "open_groups", "normalise")),
+        *((name, c_int64) for name in ("experts", "choices", "groups", "topk_group", "normalise")),
         *((name, c_int64) for name in ("page_size", "slots", "widest")),
         *((name, c_double) for name in ("eps", "latent_eps", "scale", "routed_scale")),
         *((name, _Weight) for name in ("embed", "norm", "head")),
@@ -75,19 +75,31 @@ class _Plan(Structure):
 
 class _Step(Structure):
     _fields_ = (
-        *((name, c_int64) for name in ("tokens", "most_pages")),
-        *((name, c_void_p) for name in ("ids", "positions", "slots", "owners", "pages", "cache", "before", "states")),
-        ("wanted", c_int64),
-        *((name, c_void_p) for name in ("which", "logits", "experts", "weights")),
+        *((name, c_int64) for name in ("tokens", "max_blocks_per_seq")),
+        *(
+            (name, c_void_p)
+            for name in (
+                "token_ids",
+                "positions",
+                "slot_mapping",
+                "seq_indices",
+                "block_tables",
+                "cache",
+                "prev_hidden",
+                "hidden",
+            )
+        ),
+        ("logits_count", c_int64),
+        *((name, c_void_p) for name in ("logits_indices", "logits", "experts", "weights")),
     )
 
 
 class NativeModel:
     """A model on the CPU; it is read where it lies, not copied."""
 
-    most_tokens = 48
+    max_tokens_per_call = 48
     """Tokens up to which reading the weights takes longer than multiplying with them."""
-    most_remembered = 512
+    max_cache_write_tokens = 512
     """The same where a drafting module only writes latents: two products a token."""
     compile_seconds = 0.0
     """The kernels are compiled once for all models."""
@@ -111,7 +123,7 @@ class NativeModel:
             experts=config.n_routed_experts,
             choices=config.num_experts_per_tok,
             groups=config.n_group,
-            open_groups=config.topk_group,
+            topk_group=config.topk_group,
             normalise=config.norm_topk_prob,
             page_size=page_size,
             slots=cache_LMW.shape[1],
@@ -137,34 +149,35 @@ class NativeModel:
     def run(
         self,
         module: int | None,
-        tokens: Tokens,
-        wanted: Iterable[int],
-        before_ND: Tensor | None = None,
-        remember: bool = False,
+        metadata: BatchMetadata,
+        logits_indices: Iterable[int],
+        prev_hidden_ND: Tensor | None = None,
+        cache_only: bool = False,
     ) -> tuple[Tensor, Tensor, Routed]:
-        """States (N, D) of the main model or of MTP module number `module`, and the logits of the tokens `wanted`.
+        """States (N, D) of the main model or of MTP module number `module`, and the logits of the tokens
+        `logits_indices`.
 
-        States and logits are float32. The routing is that of the main model, of no layer for a module. With `remember`
-        a module writes its latents and no more: there are no states.
+        States and logits are float32. The routing is that of the main model, of no layer for a module. With
+        `cache_only` a module writes its latents and no more: there are no states.
         """
-        n, which = len(tokens.ids), array("q", wanted)
-        states_ND = torch.empty(0 if remember else n, self._hidden)
-        logits = torch.empty(len(which), self._words)
+        n, indices = len(metadata.token_ids), array("q", logits_indices)
+        states_ND = torch.empty(0 if cache_only else n, self._hidden)
+        logits = torch.empty(len(indices), self._words)
         routed = (self._sparse_layers if module is None else 0, n, self._plan.choices)
         experts_LNK, weights_LNK = torch.empty(routed, dtype=torch.int64), torch.empty(routed)
         step = _Step(
             tokens=n,
-            most_pages=tokens.most_pages,
-            ids=_address(tokens.ids),
-            positions=_address(tokens.positions),
-            slots=_address(tokens.slots),
-            owners=_address(tokens.owners),
-            pages=_address(tokens.pages),
+            max_blocks_per_seq=metadata.max_blocks_per_seq,
+            token_ids=_address(metadata.token_ids),
+            positions=_address(metadata.positions),
+            slot_mapping=_address(metadata.slot_mapping),
+            seq_indices=_address(metadata.seq_indices),
+            block_tables=_address(metadata.block_tables),
             cache=self._cache_LMW.data_ptr(),
-            before=None if before_ND is None else before_ND.data_ptr(),
-            states=None if remember else states_ND.data_ptr(),
-            wanted=len(which),
-            which=_address(which),
+            prev_hidden=None if prev_hidden_ND is None else prev_hidden_ND.data_ptr(),
+            hidden=None if cache_only else states_ND.data_ptr(),
+            logits_count=len(indices),
+            logits_indices=_address(indices),
             logits=logits.data_ptr(),
             experts=experts_LNK.data_ptr(),
             weights=weights_LNK.data_ptr(),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fathom.engine.backends.raw_weights import LayerWeights, layer_weights
-from fathom.engine.batch import Tokens
+from fathom.engine.batch import BatchMetadata
 from fathom.model.block import Block
 from fathom.model.cached_batch import Routed
 from fathom.model.layers import LATENT_NORM_EPS, RMSNorm
@@ -42,7 +42,7 @@ class _Inputs(NamedTuple):
 
     numbers: Tensor
     """Ids, positions, slots, owners, the length of a row of pages, the pages: one copy fills it."""
-    before_ND: Tensor | None
+    prev_hidden_ND: Tensor | None
     """For a module, the states before the tokens, float32."""
 
 
@@ -61,9 +61,10 @@ class _Step(NamedTuple):
 
 
 class GraphedModel:
-    """A model on a GPU, ready for steps of up to `most_tokens`; its weights are read where they lie, not copied."""
+    """A model on a GPU, ready for steps of up to `max_tokens_per_call`; its weights are read where they lie, not
+    copied."""
 
-    most_tokens = most_remembered = SIZES[-1]
+    max_tokens_per_call = max_cache_write_tokens = SIZES[-1]
 
     def __init__(self, model: Model, cache_LMW: Tensor, page_size: int, positions: int) -> None:
         """`positions`: slots that one sequence may take at most."""
@@ -91,27 +92,28 @@ class GraphedModel:
         if self._modules:
             kinds += [(0, False), (0, True)]
         for size in SIZES[: SIZES.index(most) + 1]:
-            for module, remember in kinds:
-                self._step(module, remember, size)
+            for module, cache_only in kinds:
+                self._step(module, cache_only, size)
 
     @torch.no_grad()
     def run(
         self,
         module: int | None,
-        tokens: Tokens,
-        wanted: Iterable[int],
-        before_ND: Tensor | None = None,
-        remember: bool = False,
+        metadata: BatchMetadata,
+        logits_indices: Iterable[int],
+        prev_hidden_ND: Tensor | None = None,
+        cache_only: bool = False,
     ) -> tuple[Tensor, Tensor, Routed]:
-        """States (N, D) of the main model or of MTP module number `module`, and the logits of the tokens `wanted`.
+        """States (N, D) of the main model or of MTP module number `module`, and the logits of the tokens
+        `logits_indices`.
 
-        States and logits are float32. The routing is that of the main model, of no layer for a module. With `remember`
-        a module writes its latents and no more: there are no states. The logits hold until the next call.
+        States and logits are float32. The routing is that of the main model, of no layer for a module. With
+        `cache_only` a module writes its latents and no more: there are no states. The logits hold until the next call.
         """
-        count, which = len(tokens.ids), list(wanted)
+        count, which = len(metadata.token_ids), list(logits_indices)
         size = next(size for size in SIZES if size >= count)
-        step = self._step(module, remember, size)
-        self._fill(step.inputs, tokens, size, before_ND)
+        step = self._step(module, cache_only, size)
+        self._fill(step.inputs, metadata, size, prev_hidden_ND)
         step.replay()
         if step.outputs is None:
             nothing_ND = torch.empty(0, self._config.hidden_size, device=self._device)
@@ -122,24 +124,24 @@ class GraphedModel:
         found = Routed(routed.experts_LNK[:, :count].clone(), routed.weights_LNK[:, :count].clone())
         return states_ND[:count].clone(), logits_NO[: len(which)], found
 
-    def _step(self, module: int | None, remember: bool, size: int) -> _Step:
-        key = (module, remember, size)
+    def _step(self, module: int | None, cache_only: bool, size: int) -> _Step:
+        key = (module, cache_only, size)
         if key not in self._steps:
             self._steps[key] = self._made(*key)
         return self._steps[key]
 
-    def _made(self, module: int | None, remember: bool, size: int) -> _Step:
+    def _made(self, module: int | None, cache_only: bool, size: int) -> _Step:
         """Compile what is not compiled yet, and record the step where there are graphs."""
         began = time.perf_counter()
         numbers = torch.zeros(4 * size + 1 + size * self._most_pages, dtype=torch.int64, device=self._device)
         hidden = self._config.hidden_size
-        before_ND = None if module is None else torch.zeros(size, hidden, device=self._device)
-        inputs = _Inputs(numbers, before_ND)
-        self._fill(inputs, Tokens(1), size, before_ND)
+        prev_hidden_ND = None if module is None else torch.zeros(size, hidden, device=self._device)
+        inputs = _Inputs(numbers, prev_hidden_ND)
+        self._fill(inputs, BatchMetadata(1), size, prev_hidden_ND)
         outputs: list[_Outputs | None] = []
 
         def compute() -> None:
-            outputs[:] = [self._compute(module, remember, size, inputs)]
+            outputs[:] = [self._compute(module, cache_only, size, inputs)]
 
         compute()
         if self._device.type != "cuda":  # Triton's interpreter, in tests
@@ -164,30 +166,30 @@ class GraphedModel:
 
         return _Step(inputs, replay, kept)
 
-    def _fill(self, inputs: _Inputs, tokens: Tokens, size: int, before_ND: Tensor | None) -> None:
+    def _fill(self, inputs: _Inputs, metadata: BatchMetadata, size: int, prev_hidden_ND: Tensor | None) -> None:
         """Put a step's tokens into its buffers. The copy is staged by the driver, so that nobody waits for it."""
-        spare = size - len(tokens.ids)
-        numbers = array("q", tokens.ids)
+        spare = size - len(metadata.token_ids)
+        numbers = array("q", metadata.token_ids)
         numbers.extend([0] * spare)
-        numbers.extend(tokens.positions)
+        numbers.extend(metadata.positions)
         numbers.extend([-1] * spare)
-        numbers.extend(tokens.slots)
+        numbers.extend(metadata.slot_mapping)
         numbers.extend([self._nowhere] * spare)
-        numbers.extend(tokens.owners)
+        numbers.extend(metadata.seq_indices)
         numbers.extend([0] * spare)
-        numbers.append(tokens.most_pages)
-        numbers.extend(tokens.pages)
+        numbers.append(metadata.max_blocks_per_seq)
+        numbers.extend(metadata.block_tables)
         inputs.numbers[: len(numbers)].copy_(torch.frombuffer(numbers, dtype=torch.int64), non_blocking=True)
-        if before_ND is not None and inputs.before_ND is not None:
-            inputs.before_ND[: len(before_ND)].copy_(before_ND)
+        if prev_hidden_ND is not None and inputs.prev_hidden_ND is not None:
+            inputs.prev_hidden_ND[: len(prev_hidden_ND)].copy_(prev_hidden_ND)
 
     # ---------------------------------------------------------------------------------------------- one step
 
-    def _compute(self, module: int | None, remember: bool, size: int, inputs: _Inputs) -> _Outputs | None:
-        ids_N, positions_N, slots_N, owners_N = inputs.numbers[: 4 * size].view(4, size)
+    def _compute(self, module: int | None, cache_only: bool, size: int, inputs: _Inputs) -> _Outputs | None:
+        ids_N, positions_N, slot_mapping_N, owners_N = inputs.numbers[: 4 * size].view(4, size)
         pages = inputs.numbers[4 * size :]
         first = 0 if module is None else 1  # slot 0 of a module is never written
-        places = attention.Places(positions_N, slots_N, owners_N, pages, self._page_size, first)
+        places = attention.Places(positions_N, slot_mapping_N, owners_N, pages, self._page_size, first)
         x_ND = self._model.embed_tokens(ids_N).float()
         if module is None:
             norm, layers, caches = self._model.norm, self._layers, self._cache_LMW
@@ -199,10 +201,10 @@ class GraphedModel:
             caches = self._cache_LMW[len(self._layers) + module :]
             routed = self._unrouted(0, size)
             choices = iter(zip(*self._unrouted(1, size), strict=True))
-            x_ND = self._joined(part, x_ND, inputs.before_ND)
+            x_ND = self._joined(part, x_ND, inputs.prev_hidden_ND)
         normed_ND = self._empty(size, self._config.hidden_size, dtype=self._dtype)
         add_and_normalise(x_ND, None, *self._norm(layers[0], "input_norm"), normed_ND)
-        if remember:
+        if cache_only:
             self._remember(normed_ND, layers[0], places, caches[0])
             return None
         for layer, cache_MW, following in zip(layers, caches, [*layers[1:], None], strict=False):
@@ -218,11 +220,11 @@ class GraphedModel:
         linear(h_ND.to(self._dtype), [self._head], [logits_NO])
         return _Outputs(h_ND, logits_NO, routed)
 
-    def _joined(self, part: MTPModule, embedded_ND: Tensor, before_ND: Tensor | None) -> Tensor:
+    def _joined(self, part: MTPModule, embedded_ND: Tensor, prev_hidden_ND: Tensor | None) -> Tensor:
         """What a module's layer is fed."""
-        assert before_ND is not None
+        assert prev_hidden_ND is not None
         halves = [self._empty(*embedded_ND.shape, dtype=self._dtype) for _ in range(2)]
-        for x_ND, norm, out_ND in zip((embedded_ND, before_ND), (part.enorm, part.hnorm), halves, strict=True):
+        for x_ND, norm, out_ND in zip((embedded_ND, prev_hidden_ND), (part.enorm, part.hnorm), halves, strict=True):
             add_and_normalise(x_ND, None, norm.weight, norm.eps, out_ND)
         joined_ND = torch.empty_like(embedded_ND)
         linear(torch.cat(halves, dim=-1), [Weight(*stored(part.eh_proj, "weight"))], [joined_ND])
@@ -271,7 +273,7 @@ class GraphedModel:
             outs.insert(0, q_NHX.flatten(1))
         linear(normed_ND, maps, outs)
         norm = (layer.vectors["kv_a_norm"], LATENT_NORM_EPS)
-        attention.remember(kv_NW, *norm, self._rope, places.positions_N, places.slots_N, cache_MW, query)
+        attention.write_kv_cache(kv_NW, *norm, self._rope, places.positions_N, places.slot_mapping_N, cache_MW, query)
         return None if query is None else query.normed_NQ
 
     def _feed_forward(

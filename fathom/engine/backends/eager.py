@@ -1,11 +1,11 @@
-"""From stretches of tokens to states and logits: the tensor side of the engine.
+"""From chunks of tokens to states and logits: the tensor side of the engine.
 
 Two ways lead through the same weights and the same cache. The model's own modules take any number of tokens on any
-device: all of them pass as one row, in attention each stretch goes on its own, but on a GPU many together. Few tokens,
+device: all of them pass as one row, in attention each chunk goes on its own, but on a GPU many together. Few tokens,
 the usual step, take a single call instead: of compiled C++ on the CPU (fathom/engine/backends/cpu.py), of a recorded
 graph on a GPU (fathom/engine/backends/cuda_graph.py).
 
-Shapes: N tokens of all stretches, B stretches of one length, S length, T tokens of a sequence, D hidden, O vocabulary.
+Shapes: N tokens of all chunks, B chunks of one length, S length, T tokens of a sequence, D hidden, O vocabulary.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from fathom.engine.backends import cpu as native
-from fathom.engine.batch import Tokens
+from fathom.engine.batch import BatchMetadata
 from fathom.engine.kv_cache import LatentCache
-from fathom.model.cached_batch import Batch, Piece, RaggedPiece, Routed, expanding_pays
+from fathom.model.cached_batch import CachedBatch, DecodeBatch, Routed, VarlenBatch, prefer_expanded
 from fathom.model.layers import at_least_float32
 from fathom.model.transformer import Model
 from fathom.ops import gpu
-from fathom.ops.attention import Lengths
+from fathom.ops.attention import SeqLens
 from fathom.runtime.precision import bfloat16_is_emulated
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ _MOST_KEYS = 1 << 14
 """On a GPU sequences that are expanded attend together while they have no more tokens than that in all."""
 
 
-class Stretch(NamedTuple):
+class SequenceChunk(NamedTuple):
     """Consecutive tokens of one sequence that go through the model."""
 
     tokens: Sequence[int]
@@ -92,100 +92,108 @@ class Runner:
         return 0.0 if self.few is None else self.few.compile_seconds
 
     @torch.no_grad()
-    def main(self, stretches: Sequence[Stretch], wanted: Sequence[int]) -> Output:
-        """Run the main model over the stretches; logits of the tokens at the places `wanted` among all of them."""
+    def main(self, chunks: Sequence[SequenceChunk], logits_indices: Sequence[int]) -> Output:
+        """Run the main model over the chunks; logits of the tokens at the places `logits_indices` among all of them."""
         with self._current():
-            return self._run(None, stretches, wanted, None)
+            return self._run(None, chunks, logits_indices, None)
 
     @torch.no_grad()
-    def draft(self, stretches: Sequence[Stretch], h_ND: Tensor, wanted: Sequence[int]) -> Output:
+    def draft(self, chunks: Sequence[SequenceChunk], h_ND: Tensor, logits_indices: Sequence[int]) -> Output:
         """Run the first MTP module: every token with the state of the one before it."""
         with self._current():
-            return self._run(0, stretches, wanted, h_ND)
+            return self._run(0, chunks, logits_indices, h_ND)
 
     @torch.no_grad()
-    def remember(self, stretches: Sequence[Stretch], h_ND: Tensor) -> None:
+    def write_mtp_kv_cache(self, chunks: Sequence[SequenceChunk], h_ND: Tensor) -> None:
         """Let the first MTP module write its latents of every token with the state of the one before it."""
-        tokens = sum(len(stretch.tokens) for stretch in stretches)
+        tokens = sum(len(chunk.tokens) for chunk in chunks)
         with self._current():
-            if self.few is not None and tokens <= self.few.most_remembered:
-                self.few.run(0, self._flat(stretches), (), h_ND, remember=True)
+            if self.few is not None and tokens <= self.few.max_cache_write_tokens:
+                self.few.run(0, self._flat(chunks), (), h_ND, cache_only=True)
                 return
-            ids_N = self._indices(chain.from_iterable(stretch.tokens for stretch in stretches))
-            self.model.remember_mtp(0, ids_N, h_ND.to(self._compute), self._batch(stretches, 1))
+            ids_N = self._indices(chain.from_iterable(chunk.tokens for chunk in chunks))
+            self.model.write_mtp_kv_cache(0, ids_N, h_ND.to(self._compute), self._batch(chunks, 1))
 
     def _run(
-        self, module: int | None, stretches: Sequence[Stretch], wanted: Sequence[int], before_ND: Tensor | None
+        self,
+        module: int | None,
+        chunks: Sequence[SequenceChunk],
+        logits_indices: Sequence[int],
+        prev_hidden_ND: Tensor | None,
     ) -> Output:
-        tokens = sum(len(stretch.tokens) for stretch in stretches)
-        if self.few is not None and tokens <= self.few.most_tokens:
-            return Output(*self.few.run(module, self._flat(stretches), wanted, before_ND))
-        ids_N = self._indices(chain.from_iterable(stretch.tokens for stretch in stretches))
-        if before_ND is None or module is None:
-            h_ND, routed = self.model.cached_states(ids_N, self._batch(stretches, 0), self._compute)
+        tokens = sum(len(chunk.tokens) for chunk in chunks)
+        if self.few is not None and tokens <= self.few.max_tokens_per_call:
+            return Output(*self.few.run(module, self._flat(chunks), logits_indices, prev_hidden_ND))
+        ids_N = self._indices(chain.from_iterable(chunk.tokens for chunk in chunks))
+        if prev_hidden_ND is None or module is None:
+            h_ND, routed = self.model.forward_with_cache(ids_N, self._batch(chunks, 0), self._compute)
         else:
             # No pair of a state and the token after it ends in a sequence's first token: slot 0 is never written.
-            h_ND = self.model.cached_mtp_states(module, ids_N, before_ND.to(self._compute), self._batch(stretches, 1))
+            h_ND = self.model.forward_mtp_with_cache(
+                module, ids_N, prev_hidden_ND.to(self._compute), self._batch(chunks, 1)
+            )
             nothing_LNK = ids_N.new_empty(0, tokens, self.model.config.num_experts_per_tok)
             routed = Routed(nothing_LNK, nothing_LNK.float())
-        logits_NO = self.model.logits(h_ND.index_select(0, self._indices(wanted)))
+        logits_NO = self.model.logits(h_ND.index_select(0, self._indices(logits_indices)))
         return Output(at_least_float32(h_ND), at_least_float32(logits_NO), routed)
 
-    def _flat(self, stretches: Sequence[Stretch]) -> Tokens:
-        """Every token's place, and the stretches' pages, padded. Plain Python: for few tokens faster than arrays."""
+    def _flat(self, chunks: Sequence[SequenceChunk]) -> BatchMetadata:
+        """Every token's place, and the chunks' pages, padded. Plain Python: for few tokens faster than arrays."""
         size, nowhere = self.cache.page_size, self.cache.nowhere
-        most_pages = max(len(stretch.pages) for stretch in stretches)
-        found = Tokens(most_pages)
-        for row, (tokens, start, pages, write_from) in enumerate(stretches):
+        most_pages = max(len(chunk.pages) for chunk in chunks)
+        metadata = BatchMetadata(most_pages)
+        for row, (tokens, start, pages, write_from) in enumerate(chunks):
             places = range(start, start + len(tokens))
-            found.ids.extend(tokens)
-            found.positions.extend(places)
-            found.slots.extend([pages[at // size] * size + at % size if at >= write_from else nowhere for at in places])
-            found.owners.extend([row] * len(tokens))
-            found.pages.extend(pages)
-            found.pages.extend([0] * (most_pages - len(pages)))
-        return found
+            metadata.token_ids.extend(tokens)
+            metadata.positions.extend(places)
+            metadata.slot_mapping.extend(
+                [pages[at // size] * size + at % size if at >= write_from else nowhere for at in places]
+            )
+            metadata.seq_indices.extend([row] * len(tokens))
+            metadata.block_tables.extend(pages)
+            metadata.block_tables.extend([0] * (most_pages - len(pages)))
+        return metadata
 
-    def _batch(self, stretches: Sequence[Stretch], first: int) -> Batch:
-        """The same for plain torch, in pieces; slots before `first` are out of sight."""
-        groups: list[list[Stretch]] = []
-        for stretch in stretches:
-            if groups and self._joins(stretch, groups[-1], first):
-                groups[-1].append(stretch)
+    def _batch(self, chunks: Sequence[SequenceChunk], first: int) -> CachedBatch:
+        """The same for plain torch, in sub_batches; slots before `first` are out of sight."""
+        groups: list[list[SequenceChunk]] = []
+        for chunk in chunks:
+            if groups and self._joins(chunk, groups[-1], first):
+                groups[-1].append(chunk)
             else:
-                groups.append([stretch])
-        writes = np.concatenate([self._writes(stretch) for stretch in stretches])
-        pieces = tuple(self._piece(group, first) for group in groups)
-        return Batch(pieces, self._on_device(writes), self.cache.latents_LMW)
+                groups.append([chunk])
+        writes = np.concatenate([self._writes(chunk) for chunk in chunks])
+        sub_batches = tuple(self._piece(group, first) for group in groups)
+        return CachedBatch(sub_batches, self._on_device(writes), self.cache.latents_LMW)
 
-    def _joins(self, stretch: Stretch, group: list[Stretch], first: int) -> bool:
+    def _joins(self, chunk: SequenceChunk, group: list[SequenceChunk], first: int) -> bool:
         """Whether it attends together with those before it."""
         if self._gathers and self._expands(group[0], first):
-            return self._expands(stretch, first) and sum(one.end - first for one in (stretch, *group)) <= _MOST_KEYS
-        return len(stretch.tokens) == len(group[0].tokens) <= _SHORT
+            return self._expands(chunk, first) and sum(one.end - first for one in (chunk, *group)) <= _MOST_KEYS
+        return len(chunk.tokens) == len(group[0].tokens) <= _SHORT
 
-    def _expands(self, stretch: Stretch, first: int) -> bool:
-        config, keys = self.model.config, stretch.end - first
+    def _expands(self, chunk: SequenceChunk, first: int) -> bool:
+        config, keys = self.model.config, chunk.end - first
         widths = (config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim, config.kv_lora_rank)
         few = self._gathers and keys <= _FEW_KEYS
-        return few or expanding_pays(len(stretch.tokens), keys, *widths)
+        return few or prefer_expanded(len(chunk.tokens), keys, *widths)
 
-    def _piece(self, group: list[Stretch], first: int) -> Piece | RaggedPiece:
-        positions = [np.arange(stretch.start, stretch.end) - first for stretch in group]
-        slots = [self._slots(stretch, first) for stretch in group]
+    def _piece(self, group: list[SequenceChunk], first: int) -> DecodeBatch | VarlenBatch:
+        positions = [np.arange(chunk.start, chunk.end) - first for chunk in group]
+        slots = [self._slots(chunk, first) for chunk in group]
         if (len(group) == 1 or self._gathers) and self._expands(group[0], first):
-            lengths = Lengths.of([len(p) for p in positions], [len(s) for s in slots], self.cache.latents_LMW.device)
+            lengths = SeqLens.of([len(p) for p in positions], [len(s) for s in slots], self.cache.latents_LMW.device)
             every = [self._on_device(np.concatenate(arrays)) for arrays in (positions, slots)]
-            return RaggedPiece(every[0], every[1], lengths)
+            return VarlenBatch(every[0], every[1], lengths)
         padded = np.full((len(group), max(map(len, slots))), self.cache.nowhere)
         for row, own in enumerate(slots):
             padded[row, : len(own)] = own
-        return Piece(self._on_device(np.stack(positions)), self._on_device(padded))
+        return DecodeBatch(self._on_device(np.stack(positions)), self._on_device(padded))
 
-    def _slots(self, stretch: Stretch, first: int) -> np.ndarray:
-        """Where slots `first` … of the stretch's sequence lie, up to its end."""
-        at, size = np.arange(first, stretch.end), self.cache.page_size
-        return np.asarray(np.array(stretch.pages)[at // size] * size + at % size)
+    def _slots(self, chunk: SequenceChunk, first: int) -> np.ndarray:
+        """Where slots `first` … of the chunk's sequence lie, up to its end."""
+        at, size = np.arange(first, chunk.end), self.cache.page_size
+        return np.asarray(np.array(chunk.pages)[at // size] * size + at % size)
 
     def _indices(self, numbers: Iterable[int]) -> Tensor:
         return self._on_device(np.fromiter(numbers, np.int64))
@@ -193,9 +201,9 @@ class Runner:
     def _on_device(self, numbers: np.ndarray) -> Tensor:
         return torch.from_numpy(numbers).to(self.cache.latents_LMW.device)
 
-    def _writes(self, stretch: Stretch) -> np.ndarray:
-        slots = self._slots(stretch, stretch.start)
-        slots[: max(stretch.write_from - stretch.start, 0)] = self.cache.nowhere
+    def _writes(self, chunk: SequenceChunk) -> np.ndarray:
+        slots = self._slots(chunk, chunk.start)
+        slots[: max(chunk.write_from - chunk.start, 0)] = self.cache.nowhere
         return slots
 
 

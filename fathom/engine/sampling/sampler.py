@@ -94,8 +94,8 @@ class SamplingParams:
             _check(right, name, count, f"an integer from 0 to {_MOST_LOGPROBS}, or None for no log-probabilities")
 
     @property
-    def adjusts(self) -> bool:
-        """Whether `adjust` may change logits beyond the ban before min_tokens."""
+    def changes_logits(self) -> bool:
+        """Whether `apply_logits_processors` may change logits beyond the ban before min_tokens."""
         penalised = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
         return penalised or bool(self.logit_bias)
 
@@ -109,7 +109,7 @@ def check_against(params: SamplingParams, vocab_size: int) -> None:
                 raise ValueError(f"{name} names token {token}; ids must be below vocab_size ({vocab_size})")
 
 
-def adjust(
+def apply_logits_processors(
     logits_TO: Tensor,
     params: SamplingParams,
     tokens: Sequence[int],
@@ -168,7 +168,7 @@ def _penalise_output(
 def probabilities(logits_BO: Tensor, params: SamplingParams) -> Tensor:
     """The distribution tokens are drawn from, (B, O) float32; greedy: 1 for the likeliest token, else 0.
 
-    Temperature and filters alone: bias, penalties and ban are `adjust`'s.
+    Temperature and filters alone: bias, penalties and ban are `apply_logits_processors`'s.
     """
     if params.temperature == 0:
         best_B1 = logits_BO.argmax(-1, keepdim=True)
@@ -217,7 +217,7 @@ def draw(probs_NO: Tensor, numbers_NO: Tensor) -> Tensor:
     return (numbers_NO / probs_NO).masked_fill_(probs_NO <= 0, torch.inf).argmin(-1)
 
 
-def race(seed: int, sequence: int, position: int, size: int) -> Tensor:
+def exponential_noise(seed: int, sequence: int, position: int, size: int) -> Tensor:
     """The exponential random numbers of one position: (O) float32 for a vocabulary of `size`."""
     # Philox's counter has four words: the lowest counts the numbers of one position.
     generator = np.random.Philox(key=np.array([seed, sequence], dtype=np.uint64), counter=[0, position, 0, 0])

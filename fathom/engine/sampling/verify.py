@@ -16,7 +16,13 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fathom.engine.sampling.sampler import SamplingParams, adjust, draw, probabilities, race
+from fathom.engine.sampling.sampler import (
+    SamplingParams,
+    apply_logits_processors,
+    draw,
+    exponential_noise,
+    probabilities,
+)
 from fathom.engine.speculative import accept
 from fathom.model.layers import at_least_float32
 
@@ -38,7 +44,7 @@ class Constraint(Protocol):
 
 
 @dataclass
-class Row:
+class SamplingState:
     """One request's place in a step."""
 
     params: SamplingParams
@@ -65,7 +71,7 @@ class TokenLogprob(NamedTuple):
     """The likeliest ids with their log-probabilities, likeliest first."""
 
 
-class Decision(NamedTuple):
+class SampledTokens(NamedTuple):
     """What one step decided for one row."""
 
     tokens: list[int]
@@ -76,7 +82,7 @@ class Decision(NamedTuple):
     """One for each of `tokens`, where the row asks for them."""
 
 
-def choose(logits_NO: Tensor, rows: Sequence[Row]) -> list[Decision]:
+def verify(logits_NO: Tensor, rows: Sequence[SamplingState]) -> list[SampledTokens]:
     """Decide each row's next tokens from 1 + len(drafts) consecutive positions of logits per row, in the rows' order.
 
     Raises ValueError where the positions are not as many as the rows and drafts need.
@@ -87,8 +93,8 @@ def choose(logits_NO: Tensor, rows: Sequence[Row]) -> list[Decision]:
     for row, place in zip(rows, places, strict=True):
         if row.params.temperature > 0:
             sampled.append((row, place))
-        elif _is_adjusted(row):
-            best_N[place] = _adjusted(logits_NO[place], row).argmax(-1)
+        elif _changes_logits(row):
+            best_N[place] = _processed(logits_NO[place], row).argmax(-1)
     if sampled:
         drawn_N = _drawn([(row, logits_NO[place], 0) for row, place in sampled])
         best_N[torch.cat([torch.arange(place.start, place.stop) for _, place in sampled]).to(best_N.device)] = drawn_N
@@ -96,13 +102,13 @@ def choose(logits_NO: Tensor, rows: Sequence[Row]) -> list[Decision]:
     decisions = []
     for row, place in zip(rows, places, strict=True):
         count = accept(row.drafts, chosen[place])
-        decisions.append(Decision(chosen[place.start : place.start + count + 1], count, None))
+        decisions.append(SampledTokens(chosen[place.start : place.start + count + 1], count, None))
     if any(row.params.logprobs is not None for row in rows):
         return _with_logprobs(logits_NO, rows, places, decisions)
     return decisions
 
 
-def draft(logits_BO: Tensor, rows: Sequence[Row]) -> list[int]:
+def draft(logits_BO: Tensor, rows: Sequence[SamplingState]) -> list[int]:
     """One more draft per row from a drafting module's logits at the place after `row.tokens` and `row.drafts`.
 
     They are processed, and drawn from, just as the model's own logits will be at that place. The rows stay as they are.
@@ -110,8 +116,8 @@ def draft(logits_BO: Tensor, rows: Sequence[Row]) -> list[int]:
     best_B = _likeliest(logits_BO)
     sampled = [b for b, row in enumerate(rows) if row.params.temperature > 0]
     for b, row in enumerate(rows):
-        if row.params.temperature == 0 and _is_adjusted(row):
-            best_B[b] = _adjusted(logits_BO[b : b + 1], row)[0].argmax()
+        if row.params.temperature == 0 and _changes_logits(row):
+            best_B[b] = _processed(logits_BO[b : b + 1], row)[0].argmax()
     if sampled:
         best_B[sampled] = _drawn([(rows[b], logits_BO[b : b + 1], len(rows[b].drafts)) for b in sampled])
     return best_B.tolist()
@@ -133,7 +139,7 @@ def _likeliest(logits_NO: Tensor) -> Tensor:
     return logits_NO.argmax(-1)
 
 
-def _places(rows: Sequence[Row], positions: int) -> list[slice]:
+def _places(rows: Sequence[SamplingState], positions: int) -> list[slice]:
     """Which positions of the logits are each row's."""
     places, start = [], 0
     for row in rows:
@@ -145,14 +151,18 @@ def _places(rows: Sequence[Row], positions: int) -> list[slice]:
     return places
 
 
-def _is_adjusted(row: Row) -> bool:
+def _changes_logits(row: SamplingState) -> bool:
     """Whether its logits are anything but the model's own."""
     params = row.params
-    return row.allowed_TO is not None or params.adjusts or len(row.tokens) - row.prompt_length < params.min_tokens
+    return (
+        row.allowed_TO is not None or params.changes_logits or len(row.tokens) - row.prompt_length < params.min_tokens
+    )
 
 
-def _adjusted(logits_TO: Tensor, row: Row) -> Tensor:
-    adjusted_TO = adjust(logits_TO, row.params, row.tokens, row.prompt_length, row.drafts, row.banned_until_min)
+def _processed(logits_TO: Tensor, row: SamplingState) -> Tensor:
+    adjusted_TO = apply_logits_processors(
+        logits_TO, row.params, row.tokens, row.prompt_length, row.drafts, row.banned_until_min
+    )
     if row.allowed_TO is None:
         return adjusted_TO
     # A drafting module has logits for the last place alone.
@@ -160,9 +170,9 @@ def _adjusted(logits_TO: Tensor, row: Row) -> Tensor:
     return adjusted_TO.masked_fill(~allowed_TO, -math.inf)
 
 
-def _distributions(sampled: Sequence[tuple[Row, Tensor]]) -> list[Tensor]:
+def _distributions(sampled: Sequence[tuple[SamplingState, Tensor]]) -> list[Tensor]:
     """What each row draws from at its positions; rows with the same filters are filtered together."""
-    logits = [_adjusted(logits_TO, row) if _is_adjusted(row) else logits_TO for row, logits_TO in sampled]
+    logits = [_processed(logits_TO, row) if _changes_logits(row) else logits_TO for row, logits_TO in sampled]
     groups: dict[tuple[float, ...], list[int]] = {}
     for b, (row, _) in enumerate(sampled):
         params = row.params
@@ -174,12 +184,12 @@ def _distributions(sampled: Sequence[tuple[Row, Tensor]]) -> list[Tensor]:
     return [found[b] for b in range(len(sampled))]
 
 
-def _drawn(sampled: Sequence[tuple[Row, Tensor, int]]) -> Tensor:
+def _drawn(sampled: Sequence[tuple[SamplingState, Tensor, int]]) -> Tensor:
     """The tokens (N) drawn at all positions of some rows: each row's logits (T, O), whose first position lies so
     many places after its next token's."""
     probs_NO = torch.cat(_distributions([(row, logits_TO) for row, logits_TO, _ in sampled]))
     races = [
-        race(row.params.seed, row.stream, len(row.tokens) + ahead + place, logits_TO.shape[1])
+        exponential_noise(row.params.seed, row.stream, len(row.tokens) + ahead + place, logits_TO.shape[1])
         for row, logits_TO, ahead in sampled
         for place in range(len(logits_TO))
     ]
@@ -187,8 +197,8 @@ def _drawn(sampled: Sequence[tuple[Row, Tensor, int]]) -> Tensor:
 
 
 def _with_logprobs(
-    logits_NO: Tensor, rows: Sequence[Row], places: Sequence[slice], decisions: Sequence[Decision]
-) -> list[Decision]:
+    logits_NO: Tensor, rows: Sequence[SamplingState], places: Sequence[slice], decisions: Sequence[SampledTokens]
+) -> list[SampledTokens]:
     """The decisions with log-probabilities where rows ask for them, all found in one go."""
     asking = [(r, row.params.logprobs) for r, row in enumerate(rows) if row.params.logprobs is not None]
     positions = [places[r].start + i for r, _ in asking for i in range(len(decisions[r].tokens))]

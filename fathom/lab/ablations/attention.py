@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fathom.config import ConfigError
-from fathom.model.cached_batch import LayerCache, Piece
+from fathom.model.cached_batch import DecodeBatch, LayerCache
 from fathom.model.config import ModelConfig
 from fathom.model.layers import Linear
 from fathom.ops.attention import expanded_attention
@@ -51,7 +51,7 @@ class GroupedQueryAttention(nn.Module):
             heads_BSHV = self._whole(q_BSHV, k_BSUV, v_BSUV)
         else:
             both_N = torch.cat((k_BSUV, v_BSUV), dim=-1)[0].flatten(1)
-            cache.latents_MW[cache.writes_N] = both_N.to(cache.latents_MW.dtype)
+            cache.latents_MW[cache.slot_mapping_N] = both_N.to(cache.latents_MW.dtype)
             heads_BSHV = self._cached(q_BSHV, cache)
         out_BSD: Tensor = self.o_proj(heads_BSHV.flatten(2))
         return out_BSD
@@ -66,9 +66,9 @@ class GroupedQueryAttention(nn.Module):
     def _cached(self, q_1NHV: Tensor, cache: LayerCache) -> Tensor:
         """Each piece of the batch attends its own sequences' keys and values; (1, N, H, V)."""
         heads, first = [], 0
-        for piece in cache.pieces:
-            if not isinstance(piece, Piece):
-                raise NotImplementedError("grouped-query attention takes rectangular pieces alone")
+        for piece in cache.sub_batches:
+            if not isinstance(piece, DecodeBatch):
+                raise NotImplementedError("grouped-query attention takes rectangular sub_batches alone")
             shape = piece.positions_BS.shape
             q_BSHV = q_1NHV[0, first : first + shape.numel()].unflatten(0, shape)
             first += shape.numel()

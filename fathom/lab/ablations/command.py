@@ -57,10 +57,10 @@ def run_studies(command: StudyCommand) -> None:
 
 
 def _study(command: StudyCommand, ranks: Ranks) -> None:
-    console = Console(quiet=not ranks.first)
+    console = Console(quiet=not ranks.is_main)
     docs = command.docs or command.out
     summaries = [] if command.page_only else _run(command, ranks, console)
-    if not ranks.first:
+    if not ranks.is_main:
         return
     for summary in summaries:
         path = path_of(docs, command.scale, summary["name"])

@@ -15,15 +15,14 @@ import torch
 from torch import Tensor
 
 from fathom.data.dataset import TokenRows
-from fathom.data.tokenize import Prepared
+from fathom.data.tokenize import TokenizedCorpus
 from fathom.engine.core import Core
 from fathom.engine.outputs import Generation
 from fathom.engine.sampling.sampler import SamplingParams
 from fathom.eval.bits import Evaluation, evaluate
 from fathom.lab.ablations.experts import without_best_experts
 from fathom.lab.ablations.variants import Variant, costs
-from fathom.model import cached_batch as cached
-from fathom.model.cached_batch import Piece
+from fathom.model.cached_batch import CachedBatch, DecodeBatch
 from fathom.model.transformer import Model
 from fathom.train.run import TrainConfig
 
@@ -41,7 +40,7 @@ _TIMED_PROMPTS = 8
 class HeldOut:
     """Held-out rows, evenly spread, and the bytes they spell."""
 
-    def __init__(self, rows: TokenRows, prepared: Prepared, train: TrainConfig, dtype: torch.dtype) -> None:
+    def __init__(self, rows: TokenRows, prepared: TokenizedCorpus, train: TrainConfig, dtype: torch.dtype) -> None:
         self.dtype = dtype
         # Not len(rows), which a variant with MTP modules may have one less of: all are to read the same text.
         available = (prepared.valid_tokens - 1) // train.sequence_length - 1
@@ -93,7 +92,7 @@ def groups(model: Model, held_out: HeldOut) -> Numbers:
     means = []
     for batch in held_out.batches:
         tokens_BS = batch.tokens_BW[:, :-1].to(model.embed_tokens.weight.device)
-        for topk_ids_BSK in model.states(tokens_BS).router.topk_ids_LBSK:
+        for topk_ids_BSK in model.forward_hidden(tokens_BS).router.topk_ids_LBSK:
             touched_BSG = torch.zeros(*topk_ids_BSK.shape[:2], config.n_group, device=topk_ids_BSK.device)
             means.append(touched_BSG.scatter(2, topk_ids_BSK // size, 1.0).sum(-1).mean().item())
     return {"groups_touched": sum(means) / len(means)}
@@ -167,12 +166,12 @@ def _decode(model: Model, cache_LMW: Tensor, context: int, clock: Callable[[], f
     device = cache_LMW.device
     slots_BT = torch.arange(_SEQUENCES * context, device=device).view(_SEQUENCES, context)
     positions_BS = torch.full((_SEQUENCES, 1), context - 1, device=device)
-    batch = cached.Batch((Piece(positions_BS, slots_BT),), slots_BT[:, -1], cache_LMW)
+    batch = CachedBatch((DecodeBatch(positions_BS, slots_BT),), slots_BT[:, -1], cache_LMW)
     tokens_N = torch.ones(_SEQUENCES, dtype=torch.int64, device=device)
     times = []
     for _ in range(_DECODED):
         began = clock()
-        model.logits(model.cached_states(tokens_N, batch)[0])
+        model.logits(model.forward_with_cache(tokens_N, batch)[0])
         times.append(clock() - began)
     return median(times[1:])
 

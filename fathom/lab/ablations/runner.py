@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fathom.config import atomic_write, to_json
 from fathom.data.corpus import DataConfig
-from fathom.data.tokenize import Prepared
+from fathom.data.tokenize import TokenizedCorpus
 from fathom.distributed.ranks import Ranks
 from fathom.lab.ablations.design import TUNING_SEED, Entry, Found, Study
 from fathom.lab.ablations.scales import Scale, base
@@ -97,11 +97,11 @@ class Runner:
                 found[name].setdefault(entry.name, {})[seed] = record
         return {study.name: (entries[study.name], found[study.name]) for study in studies}
 
-    def prepare(self, scale: Scale, data: DataConfig) -> Prepared:
+    def prepare(self, scale: Scale, data: DataConfig) -> TokenizedCorpus:
         """Tokenise the text once for all runs."""
         return prepare_data(base(scale, data).run, self._directory / f"data-{scale.vocabulary}", self._ranks)
 
-    def records(self, tasks: Sequence[Task], prepared: Prepared) -> list[Record]:
+    def records(self, tasks: Sequence[Task], prepared: TokenizedCorpus) -> list[Record]:
         """One record for each task. Raises InterruptedStudyError, and whatever a run raises."""
         paths = [self._path(task.variant, prepared) for task in tasks]
         different = dict(zip(paths, tasks, strict=True))
@@ -122,7 +122,7 @@ class Runner:
                 progress.update(bar, completed=left - others, description=f"{others} runs of other processes")
         return [json.loads(path.read_text()) for path in paths]
 
-    def _path(self, variant: Variant, prepared: Prepared) -> Path:
+    def _path(self, variant: Variant, prepared: TokenizedCorpus) -> Path:
         known = {
             "format": _FORMAT,
             "variant": to_json(variant),

@@ -242,8 +242,8 @@ def _routing(scale: Scale, data: DataConfig, found: Found) -> list[Entry]:
     return [
         Entry("all 4 groups open", every),
         *(
-            Entry(f"{open_groups} of 4 groups open", with_model(every, topk_group=open_groups))
-            for open_groups in (3, 2, 1)
+            Entry(f"{topk_group} of 4 groups open", with_model(every, topk_group=topk_group))
+            for topk_group in (3, 2, 1)
         ),
         Entry("all 4 groups open, scale 2.5", with_model(every, routed_scaling_factor=2.5)),
     ]

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fathom.data.tokenize import Prepared
+from fathom.data.tokenize import TokenizedCorpus
 from fathom.lab.ablations.design import Comparison, Entry, Found, Study, value
 from fathom.lab.ablations.scales import Scale
 from fathom.lab.ablations.statistics import Interval, interval, judge, paired_difference, together
@@ -16,7 +16,7 @@ Summary = dict[str, Any]
 
 
 def summarize(
-    study: Study, scale: Scale, entries: Sequence[Entry], found: Found, prepared: Prepared, command: str
+    study: Study, scale: Scale, entries: Sequence[Entry], found: Found, prepared: TokenizedCorpus, command: str
 ) -> Summary:
     """Means, intervals, differences and verdicts; every single value too."""
     shown = [entry for entry in entries if not entry.tuning]

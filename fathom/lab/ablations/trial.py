@@ -16,11 +16,11 @@ from torch.optim import Optimizer
 
 import fathom.lab.ablations.measure as measure
 from fathom.config import to_json
-from fathom.data.tokenize import Prepared, open_prepared
+from fathom.data.tokenize import TokenizedCorpus, open_tokenized
 from fathom.distributed.ranks import Ranks
 from fathom.lab.ablations.variants import Variant, build_model
 from fathom.runtime.hardware import keep_freed_memory
-from fathom.train.pretrain import StepFacts, TrainingError, micro_batches, optimizer_step
+from fathom.train.pretrain import StepMetrics, TrainingError, micro_batches, optimizer_step
 from fathom.train.setup import TrainState, compute_dtype, resolve, rows_of, state_around
 
 _CURVE_POINTS = 50
@@ -37,7 +37,7 @@ def run_trial(variant: Variant, data: Path) -> Record:
         torch.set_num_threads(1)
         keep_freed_memory()
     ranks = Ranks(0, 1, device)
-    prepared = open_prepared(data)
+    prepared = open_tokenized(data)
     resolved = replace(variant, run=resolve(variant.run, prepared, ranks))
     state = state_around(build_model(resolved).to(device).train(), resolved.run, ranks)
     results, curve, timing = _train(state, resolved, prepared, ranks)
@@ -65,12 +65,12 @@ def _processor() -> str:
 
 
 def _train(
-    state: TrainState, variant: Variant, prepared: Prepared, ranks: Ranks
+    state: TrainState, variant: Variant, prepared: TokenizedCorpus, ranks: Ranks
 ) -> tuple[measure.Numbers, dict[str, list[float]], measure.Numbers]:
     run, clock = variant.run, measure.clock_of(ranks.device)
     rows = rows_of(prepared, run, "train")
     size, steps = run.train.batch_size, run.train.steps
-    history: list[StepFacts] = []
+    history: list[StepMetrics] = []
     optimizing = _time_in(state.optimizers, clock)
     began, began_wall = clock(), time.perf_counter()
     while state.step < steps:
@@ -115,7 +115,7 @@ def _time_in(optimizers: Sequence[Optimizer], clock: Callable[[], float]) -> lis
 
 
 def _measure(
-    state: TrainState, variant: Variant, prepared: Prepared, device: torch.device
+    state: TrainState, variant: Variant, prepared: TokenizedCorpus, device: torch.device
 ) -> tuple[measure.Numbers, measure.Numbers]:
     run, model, clock = variant.run, state.model.eval(), measure.clock_of(device)
     rows = rows_of(prepared, run, "valid")

@@ -22,7 +22,7 @@ from rich.console import Console
 from fathom import presets
 from fathom.checkpoint.hf.model import load_model
 from fathom.config import ConfigError
-from fathom.data.tokenize import Prepared, open_prepared
+from fathom.data.tokenize import TokenizedCorpus, open_tokenized
 from fathom.data.tokenizer import Tokenizer
 from fathom.distributed.ranks import Ranks, data_parallel
 from fathom.engine.engine import Engine
@@ -117,7 +117,7 @@ def _frozen_run(command: DemoCommand, ranks: Ranks, console: Console) -> tuple[R
 
 def _report(directory: Path, seconds: float) -> DemoReport:
     """Everything the report shows, read back from the run's own files and measured on its saved model."""
-    prepared = open_prepared(directory / "data")
+    prepared = open_tokenized(directory / "data")
     evaluation = json.loads((directory / "evaluation.json").read_text())
     recorded = json.loads((directory / "run.json").read_text())["train"]
     sizes = compressed_bits_per_byte(prepared.valid_text_path.read_bytes())
@@ -149,7 +149,7 @@ def _report(directory: Path, seconds: float) -> DemoReport:
     )
 
 
-def _corpus(prepared: Prepared) -> str:
+def _corpus(prepared: TokenizedCorpus) -> str:
     size = (prepared.train_bytes + prepared.valid_bytes) / 1e6
     return f"{prepared.config.corpus}, {size:.1f} MB, sha256 {prepared.corpus_hash[:12]}…"
 
@@ -165,7 +165,7 @@ def _loads(directory: Path) -> list[tuple[int, list[list[int]]]]:
     return [(record["step"], record["loads"]) for record in records]
 
 
-def _held_out_prompts(prepared: Prepared, count: int) -> list[tuple[str, list[int]]]:
+def _held_out_prompts(prepared: TokenizedCorpus, count: int) -> list[tuple[str, list[int]]]:
     """(file name, tokens) from the middle of the first held-out documents that are long enough."""
     ids = np.fromfile(prepared.valid_path, dtype=prepared.token_dtype)
     ends = np.flatnonzero(ids == prepared.tokenizer.eos_id)

@@ -274,9 +274,9 @@ def _balancing(report: DemoReport) -> str:
 def _ratios(loads: Sequence[tuple[int, list[list[int]]]], router: int) -> list[list[float]]:
     """Load over mean load of a router's experts, one list for each record."""
     columns = []
-    for _, load_LE in loads:
-        mean = sum(load_LE[router]) / len(load_LE[router])
-        columns.append([load / mean if mean else 1.0 for load in load_LE[router]])
+    for _, tokens_per_expert_LE in loads:
+        mean = sum(tokens_per_expert_LE[router]) / len(tokens_per_expert_LE[router])
+        columns.append([load / mean if mean else 1.0 for load in tokens_per_expert_LE[router]])
     return columns
 
 

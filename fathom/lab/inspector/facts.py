@@ -212,13 +212,15 @@ def _one_router(
 ) -> RouterFacts:
     passed_N = experts_NK[:, 0] >= 0
     took_NE = taken(experts_NK[passed_N], router.config.n_routed_experts)
-    load_E = took_NE.sum(0).astype(np.int64)
+    tokens_per_expert_E = took_NE.sum(0).astype(np.int64)
     lift_EG = class_lift(took_NE, tokens.classes_N[passed_N], len(tokens.class_names))
     telling = telling_tokens(took_NE, np.asarray(tokens.ids)[passed_N], _TELLING)
     return RouterFacts(
         name=name,
-        load=load_E.tolist(),
-        max_violation=round(float(max_violation(torch.from_numpy(load_E))), 4) if load_E.any() else 0.0,
+        load=tokens_per_expert_E.tolist(),
+        max_violation=round(float(max_violation(torch.from_numpy(tokens_per_expert_E))), 4)
+        if tokens_per_expert_E.any()
+        else 0.0,
         bias=None if router.config.is_v2 else _rounded(router.e_score_correction_bias.tolist(), 5),
         class_lift=[_rounded(row, 3) for row in lift_EG.tolist()],
         telling=[[_telling(one, tokenizer) for one in expert] for expert in telling],

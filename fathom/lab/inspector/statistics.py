@@ -85,8 +85,8 @@ def co_firing(took_NE: NDArray[np.float32]) -> Floats:
     an expert was never taken, and everywhere where a token takes one expert alone.
     """
     together_EE = (took_NE.T @ took_NE).astype(np.float64)
-    load_E = together_EE.diagonal().copy()
-    chance_EE = np.outer(load_E, load_E)
+    tokens_per_expert_E = together_EE.diagonal().copy()
+    chance_EE = np.outer(tokens_per_expert_E, tokens_per_expert_E)
     np.fill_diagonal(together_EE, 0.0)
     np.fill_diagonal(chance_EE, 0.0)
     pairs = together_EE.sum()

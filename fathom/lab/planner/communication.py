@@ -44,17 +44,17 @@ def blocks_touched(config: ModelConfig, blocks: int) -> float:
 
     Groups are chosen uniformly, then experts uniformly within the chosen groups.
     """
-    experts, groups, open_groups = config.n_routed_experts, config.n_group, config.topk_group
-    size, reachable = experts // groups, open_groups * (experts // groups)
+    experts, groups, topk_group = config.n_routed_experts, config.n_group, config.topk_group
+    size, reachable = experts // groups, topk_group * (experts // groups)
     choices = config.num_experts_per_tok
     if blocks >= groups and blocks % groups == 0:
-        inside = open_groups / groups * _hit(reachable, experts // blocks, choices)
+        inside = topk_group / groups * _hit(reachable, experts // blocks, choices)
     elif groups % blocks == 0:
         whole = groups // blocks
-        most = min(whole, open_groups)
-        ways = comb(groups, open_groups)
+        most = min(whole, topk_group)
+        ways = comb(groups, topk_group)
         inside = sum(
-            comb(whole, j) * comb(groups - whole, open_groups - j) / ways * _hit(reachable, j * size, choices)
+            comb(whole, j) * comb(groups - whole, topk_group - j) / ways * _hit(reachable, j * size, choices)
             for j in range(1, most + 1)
         )
     else:  # runs that cut across groups: as if there were none

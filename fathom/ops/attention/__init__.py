@@ -62,23 +62,23 @@ def expanded_attention(q_BSHX: Tensor, kv_BTHY: Tensor, k_rope_BTR: Tensor, rope
     return attend(*heads, scale)
 
 
-class Lengths(NamedTuple):
+class SeqLens(NamedTuple):
     """How many queries and keys each of some sequences has, and where they end: int32, from 0 on, on the device."""
 
     queries: tuple[int, ...]
     keys: tuple[int, ...]
-    query_ends: Tensor
-    key_ends: Tensor
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
 
     @staticmethod
-    def of(queries: Sequence[int], keys: Sequence[int], device: torch.device) -> "Lengths":
+    def of(queries: Sequence[int], keys: Sequence[int], device: torch.device) -> "SeqLens":
         """Of sequences with so many queries and keys each."""
         ends = (torch.tensor([0, *accumulate(lengths)], dtype=torch.int32) for lengths in (queries, keys))
-        return Lengths(tuple(queries), tuple(keys), *(t.to(device) for t in ends))
+        return SeqLens(tuple(queries), tuple(keys), *(t.to(device) for t in ends))
 
 
-def ragged_attention(
-    q_NHX: Tensor, kv_THY: Tensor, k_rope_TR: Tensor, rope: Rope, lengths: Lengths, scale: float
+def varlen_attention(
+    q_NHX: Tensor, kv_THY: Tensor, k_rope_TR: Tensor, rope: Rope, lengths: SeqLens, scale: float
 ) -> Tensor:
     """`expanded_attention` of several sequences of any lengths, one after another; `rope` (N, J). Gives (N, H, V).
 
@@ -92,7 +92,7 @@ def ragged_attention(
         most = (max(lengths.queries), max(lengths.keys))
         # Its causal mask ends at the last query and the last key.
         out_NHX = torch.ops.aten._flash_attention_forward(
-            q, k, v, lengths.query_ends, lengths.key_ends, *most, 0.0, True, False, scale=scale
+            q, k, v, lengths.cu_seqlens_q, lengths.cu_seqlens_k, *most, 0.0, True, False, scale=scale
         )[0]
         value = kv_THY.shape[-1] - (q_NHX.shape[-1] - k_rope_TR.shape[-1])
         return out_NHX[..., :value]
@@ -164,7 +164,7 @@ def _visible(length: int, keys: int, device: torch.device) -> Tensor:
 
 def query_block(length: int, dtype: torch.dtype) -> int:
     """Queries that the CPU takes at once: few enough to skip most masked keys, enough for full-speed products."""
-    if cpu.own_products(dtype):
+    if cpu.has_bf16_gemm(dtype):
         return _OWN_BLOCK
     return min(512, max(256, length // 8))
 

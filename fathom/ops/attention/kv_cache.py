@@ -17,19 +17,21 @@ def latents(kv_BSW: Tensor, norm_C: Tensor, eps: float, rope: Rope) -> tuple[Ten
     return rms_norm(kv_BSW[..., :latent], norm_C, eps), apply_rope(kv_BSW[..., latent:], rope)
 
 
-def write_latents_reference(
-    kv_NW: Tensor, norm_C: Tensor, eps: float, rope: Rope, slots_N: Tensor, cache_MW: Tensor
+def write_kv_cache_reference(
+    kv_NW: Tensor, norm_C: Tensor, eps: float, rope: Rope, slot_mapping_N: Tensor, cache_MW: Tensor
 ) -> None:
     """Write each token's W numbers to its slot; `rope` has a row for every token."""
     latents_NW = torch.cat(latents(kv_NW[None], norm_C, eps, rope), dim=-1)[0]
-    cache_MW[slots_N] = latents_NW.to(cache_MW.dtype)
+    cache_MW[slot_mapping_N] = latents_NW.to(cache_MW.dtype)
 
 
-def write_latents(kv_NW: Tensor, norm_C: Tensor, eps: float, rope: Rope, slots_N: Tensor, cache_MW: Tensor) -> None:
+def write_kv_cache(
+    kv_NW: Tensor, norm_C: Tensor, eps: float, rope: Rope, slot_mapping_N: Tensor, cache_MW: Tensor
+) -> None:
     """As the reference; on a GPU in one kernel."""
     if gpu.usable(kv_NW, norm_C, cache_MW):
-        from fathom.ops.attention.triton import remember  # Triton comes with torch's CUDA builds alone
+        from fathom.ops.attention.triton import write_kv_cache  # Triton comes with torch's CUDA builds alone
 
-        remember(kv_NW, norm_C, eps, rope, None, slots_N, cache_MW)
+        write_kv_cache(kv_NW, norm_C, eps, rope, None, slot_mapping_N, cache_MW)
     else:
-        write_latents_reference(kv_NW, norm_C, eps, rope, slots_N, cache_MW)
+        write_kv_cache_reference(kv_NW, norm_C, eps, rope, slot_mapping_N, cache_MW)

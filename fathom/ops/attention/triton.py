@@ -1,7 +1,7 @@
 """Attention over the latents of a paged cache, for the few tokens of a decoding step (DeepSeek-V2, section 2.1.2).
 
 A token's past is cut into parts that run side by side and are put together afterwards: the more, the fewer tokens there
-are to keep the GPU busy. The reference is `latent_attention` (fathom/ops/attention) on queries that were turned.
+are to keep the GPU busy. The reference is `latent_attention` (fathom/ops/attention) on queries that were rotated.
 
 Shapes: N tokens, H heads, T places of the past, C latent width, J pairs of rotary numbers, W = C+2J, S parts.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from fathom.ops.linear.triton_tiles import type_of
 from fathom.ops.norm.triton import normalised
 from fathom.ops.rope import Rope
-from fathom.ops.rope.triton import turned
+from fathom.ops.rope.triton import rotated
 
 _PROGRAMS = 1024
 """Programs that keep a GPU busy, also where some end early: several for each of its some hundred multiprocessors."""
@@ -31,7 +31,7 @@ class Places(NamedTuple):
 
     positions_N: Tensor
     """In its sequence, of which it sees all up to itself; −1 for a token that is none."""
-    slots_N: Tensor
+    slot_mapping_N: Tensor
     """Where its own latent goes."""
     owners_N: Tensor
     """Which row of the pages is its sequence's."""
@@ -69,17 +69,17 @@ class QueryLatent(NamedTuple):
     normed_NQ: Tensor
 
 
-def remember(
+def write_kv_cache(
     kv_NW: Tensor,
     norm_C: Tensor,
     eps: float,
     rope: Rope,
     positions_N: Tensor | None,
-    slots_N: Tensor,
+    slot_mapping_N: Tensor,
     cache_MW: Tensor,
     query: QueryLatent | None = None,
 ) -> None:
-    """Write the tokens' latents to their slots: the first C numbers normalised, the others turned.
+    """Write the tokens' latents to their slots: the first C numbers normalised, the others rotated.
 
     `rope` is a table of all positions or, where there are no positions, has a row for every token.
     The query's latent, where there is one, is normalised on the way.
@@ -88,7 +88,7 @@ def remember(
     latent = norm_C.shape[0]
     raw, weight, normed = query or (kv_NW, norm_C, kv_NW)
     _remember[(tokens,)](
-        *(kv_NW, norm_C, eps, rope.cos, rope.sin, positions_N, slots_N, cache_MW),
+        *(kv_NW, norm_C, eps, rope.cos, rope.sin, positions_N, slot_mapping_N, cache_MW),
         *(raw, weight, normed, cache_MW.stride(0), latent, (width - latent) // 2, raw.shape[1]),
         QUERY=query is not None,
         BLOCK_C=triton.next_power_of_2(latent),
@@ -107,7 +107,7 @@ def paged_latent_attention(
     scratch: Scratch,
     out_NHC: Tensor,
 ) -> None:
-    """Every token attends its sequence's latents, up to its own. `q_rope_NHR` is still to be turned.
+    """Every token attends its sequence's latents, up to its own. `q_rope_NHR` is still to be rotated.
 
     `rope` is a table of all positions (positions, J).
     """
@@ -188,14 +188,14 @@ def _remember(
     odd_J = tl.load(kv + latent + 2 * j_J + 1, mask=ok, other=0.0).to(tl.float32)
     cos_J = tl.load(cosines + position * pairs + j_J, mask=ok, other=0.0)
     sin_J = tl.load(sines + position * pairs + j_J, mask=ok, other=0.0)
-    first_J, second_J = turned(even_J, odd_J, cos_J, sin_J, cache.dtype.element_ty)
+    first_J, second_J = rotated(even_J, odd_J, cos_J, sin_J, cache.dtype.element_ty)
     tl.store(to + latent + j_J, first_J, mask=ok)
     tl.store(to + latent + pairs + j_J, second_J, mask=ok)
 
 
 @triton.jit
 def _turned_queries(q_rope, q_rope_h, cosines, sines, h_H, heads, pairs, TYPE: tl.constexpr, BLOCK_J: tl.constexpr):
-    """The two halves of one token's turned queries; `cosines` and `sines` are its position's rows."""
+    """The two halves of one token's rotated queries; `cosines` and `sines` are its position's rows."""
     j_J = tl.arange(0, BLOCK_J)
     ok_HJ = (h_H < heads)[:, None] & (j_J < pairs)[None, :]
     pair_HJ = q_rope + h_H[:, None] * q_rope_h + 2 * j_J[None, :]
@@ -203,7 +203,7 @@ def _turned_queries(q_rope, q_rope_h, cosines, sines, h_H, heads, pairs, TYPE: t
     odd_HJ = tl.load(pair_HJ + 1, mask=ok_HJ, other=0.0).to(tl.float32)
     cos_1J = tl.load(cosines + j_J, mask=j_J < pairs, other=0.0)[None, :]
     sin_1J = tl.load(sines + j_J, mask=j_J < pairs, other=0.0)[None, :]
-    return turned(even_HJ, odd_HJ, cos_1J, sin_1J, TYPE)
+    return rotated(even_HJ, odd_HJ, cos_1J, sin_1J, TYPE)
 
 
 @triton.jit

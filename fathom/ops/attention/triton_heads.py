@@ -1,6 +1,6 @@
 """Queries, keys and values as fused attention takes them, in one pass over each.
 
-Queries are turned, keys put together from their head's part and the rotated one that all share, and values, where
+Queries are rotated, keys put together from their head's part and the rotated one that all share, and values, where
 attention wants them as wide as keys, filled up with zeros. The reference is `heads_reference`
 (fathom/ops/attention). No gradients.
 
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fathom.ops.rope import Rope
-from fathom.ops.rope.triton import turned
+from fathom.ops.rope.triton import rotated
 
 _NUMBERS = 2048
 """Numbers of each head's first part that a program takes at once."""
@@ -86,7 +86,7 @@ def _heads(
         at_J = n % angles * pairs + j_J
         cos_1J = tl.load(cosines + at_J, mask=j_J < pairs, other=0.0)[None, :]
         sin_1J = tl.load(sines + at_J, mask=j_J < pairs, other=0.0)[None, :]
-        first_HJ, second_HJ = turned(even_HJ, odd_HJ, cos_1J, sin_1J, q_out.dtype.element_ty)
+        first_HJ, second_HJ = rotated(even_HJ, odd_HJ, cos_1J, sin_1J, q_out.dtype.element_ty)
         to_HJ = q_out + to_H1 + nope + j_J[None, :]
         tl.store(to_HJ, first_HJ, mask=ok_HJ)
         tl.store(to_HJ + pairs, second_HJ, mask=ok_HJ)

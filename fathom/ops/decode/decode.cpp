@@ -3,7 +3,7 @@
 // A step of plain torch is some hundred small operators a layer, each waiting for the one before. Here one call runs the
 // whole model; the threads part only at the barriers between its phases. Attention takes the absorbed form, experts that
 // no token chose are not read. Sums are float32 whatever the weights are; a token's numbers do not depend on the tokens
-// that pass beside it. What is computed is defined by Model.cached_states and Model.cached_mtp_states in
+// that pass beside it. What is computed is defined by Model.forward_with_cache and Model.forward_mtp_with_cache in
 // fathom/model/transformer.py; the structures here are filled in by fathom/engine/backends/cpu.py.
 //
 // Letters as everywhere: N tokens, D hidden, H heads, P nope, R rope, V value, C latent, W = C+R, E experts, K choices.
@@ -33,7 +33,7 @@ struct Module {
 
 struct Plan {
     int64_t hidden, heads, nope, rope, value, latent;
-    int64_t experts, choices, groups, open_groups, normalise;
+    int64_t experts, choices, groups, topk_group, normalise;
     int64_t page_size, slots;  // slots of one layer of the cache
     int64_t widest;            // of the feed-forwards, and of what a module joins
     double eps, latent_eps, scale, routed_scale;
@@ -44,17 +44,18 @@ struct Plan {
     const float *cosines, *sines;  // (positions, R/2)
 };
 
-// The tokens of one step. Token n stands at positions[n] of the sequence whose pages are row owners[n] of `pages`.
+// The tokens of one step. Token n stands at positions[n] of the sequence whose pages are row seq_indices[n] of `block_tables`.
 struct Step {
-    int64_t tokens, most_pages;
-    const int64_t *ids, *positions, *slots, *owners;  // slots: where each token's latent is written
-    const int64_t* pages;
+    int64_t tokens, max_blocks_per_seq;
+    // slot_mapping: where each token's latent is written
+    const int64_t *token_ids, *positions, *slot_mapping, *seq_indices;
+    const int64_t* block_tables;
     void* cache;          // (layers, slots, W)
-    const float* before;  // (N, D) states that an MTP module joins to the tokens
-    float* states;        // (N, D) final states; null: a module only writes its latents
-    int64_t wanted;       // tokens whose logits are asked for
-    const int64_t* which;
-    float* logits;  // (wanted, vocabulary)
+    const float* prev_hidden;  // (N, D) hidden states that an MTP module joins to the tokens
+    float* hidden;             // (N, D) final hidden states; null: a module only writes its latents
+    int64_t logits_count;      // tokens whose logits are computed
+    const int64_t* logits_indices;
+    float* logits;  // (logits_count, vocabulary)
     int64_t* experts;  // (MoE layers, N, K) experts taken by the main model, with their weights
     float* weights;
 };
@@ -135,7 +136,7 @@ class Pass {
 
     void main_model() {
 #pragma omp for schedule(static)
-        for (int64_t n = 0; n < tokens_; n++) read_row(plan_.embed, step_.ids[n], b_.x[n]);
+        for (int64_t n = 0; n < tokens_; n++) read_row(plan_.embed, step_.token_ids[n], b_.x[n]);
         int64_t sparse = 0;
         for (int64_t l = 0; l < plan_.layer_count; l++) {
             layer(plan_.layers[l], l, sparse);
@@ -150,14 +151,14 @@ class Pass {
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < tokens_; n++) {
             float* joined = b_.gates[n];
-            read_row(plan_.embed, step_.ids[n], joined);
+            read_row(plan_.embed, step_.token_ids[n], joined);
             normalise(joined, module.embed_norm, plan_.eps, joined, size);
-            normalise(step_.before + n * size, module.state_norm, plan_.eps, joined + size, size);
+            normalise(step_.prev_hidden + n * size, module.state_norm, plan_.eps, joined + size, size);
         }
         times(module.join, b_.gates.all(), b_.x.all(), tokens_);
         // No pair of a state and the token after it ends in the first token: slot 0 of a module is never written.
         begin_ = 1;
-        if (!step_.states) return remember(module.layer, cache_of(plan_.layer_count + index));
+        if (!step_.hidden) return write_kv_cache(module.layer, cache_of(plan_.layer_count + index));
         layer(module.layer, plan_.layer_count + index, -1);
         finish(module.norm);
     }
@@ -182,18 +183,18 @@ class Pass {
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < tokens_; n++) {
             normalise(b_.x[n], norm, plan_.eps, b_.normed[n], size);
-            convert(b_.normed[n], step_.states + n * size, size);
+            convert(b_.normed[n], step_.hidden + n * size, size);
         }
 #pragma omp single
         {
-            b_.inputs.resize(step_.wanted);
-            b_.outputs.resize(step_.wanted);
-            for (int64_t i = 0; i < step_.wanted; i++) {
-                b_.inputs[i] = b_.normed[step_.which[i]];
+            b_.inputs.resize(step_.logits_count);
+            b_.outputs.resize(step_.logits_count);
+            for (int64_t i = 0; i < step_.logits_count; i++) {
+                b_.inputs[i] = b_.normed[step_.logits_indices[i]];
                 b_.outputs[i] = step_.logits + i * plan_.head.rows;
             }
         }
-        times(plan_.head, b_.inputs.data(), b_.outputs.data(), step_.wanted);
+        times(plan_.head, b_.inputs.data(), b_.outputs.data(), step_.logits_count);
     }
 
     void times(const Weight& weight, float* const* xs, float* const* ys, int64_t vectors, bool add = false) {
@@ -237,13 +238,13 @@ class Pass {
         normalise(kv, layer.kv_a_norm, plan_.latent_eps, kv, plan_.latent);
         float* rotated = b_.queries[n * plan_.heads];  // not in use yet
         turn(kv + plan_.latent, n, rotated);
-        T* slot = cache + step_.slots[n] * width_;
+        T* slot = cache + step_.slot_mapping[n] * width_;
         convert(kv, slot, plan_.latent);
         convert(rotated, slot + plan_.latent, plan_.rope);
     }
 
     // The latents alone.
-    void remember(const Layer& layer, T* cache) {
+    void write_kv_cache(const Layer& layer, T* cache) {
         normalise_all(b_.x, layer.input_norm);
         times(layer.kv_a, b_.normed.all(), b_.kv.all(), tokens_);
 #pragma omp for schedule(static)
@@ -291,7 +292,7 @@ class Pass {
         for (int64_t part = 0; part < parts; part++) {
             const int64_t token = b_.part_token[part];
             const int64_t end = std::min(b_.part_first[part] + part_size(token), step_.positions[token] + 1);
-            const int64_t* pages = step_.pages + step_.owners[token] * step_.most_pages;
+            const int64_t* pages = step_.block_tables + step_.seq_indices[token] * step_.max_blocks_per_seq;
             all.ask(b_.queries.all() + token * heads);
             all.begin(b_.parts.all() + part * heads, &b_.highest[part * heads], &b_.total[part * heads]);
             each_run(pages, std::max(b_.part_first[part], begin_), end,
@@ -374,7 +375,7 @@ class Pass {
             const int64_t choices = plan_.choices;
             const float* bias = static_cast<const float*>(layer.bias.data);
             std::vector<float> biased(plan_.experts);
-            Selection select(plan_.experts, choices, plan_.groups, plan_.open_groups);
+            Selection select(plan_.experts, choices, plan_.groups, plan_.topk_group);
             for (int64_t n = 0; n < tokens_; n++) {
                 float* scores = b_.router[n];
                 each(plan_.experts, [&](int64_t i, int64_t k) { store(scores + i, sigmoid(load(scores + i, k)), k); });

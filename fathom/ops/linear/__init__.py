@@ -35,7 +35,7 @@ def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
 def multiplies(x: Tensor, weight_OI: Tensor) -> bool:
     """Whether the kernels make this map's products, and narrow the weights themselves."""
     known = weight_OI.dtype in (torch.float32, x.dtype)
-    return known and cpu.usable(x, weight_OI) and cpu.own_products(x.dtype)
+    return known and cpu.usable(x, weight_OI) and cpu.has_bf16_gemm(x.dtype)
 
 
 class _Linear(torch.autograd.Function):
@@ -54,10 +54,10 @@ class _Linear(torch.autograd.Function):
         dy_NO, dx, dweight_OI = dy.contiguous().view(-1, dy.shape[-1]), None, None
         if ctx.needs_input_grad[0]:
             dx = torch.empty_like(x)
-            input_gradient(dy_NO, weight_OI, dx.view(-1, x.shape[-1]))
+            dgrad(dy_NO, weight_OI, dx.view(-1, x.shape[-1]))
         if ctx.needs_input_grad[1]:
             wide_OI = torch.empty_like(weight_OI, dtype=torch.float32)
-            weight_gradient(dy_NO, x.view(-1, x.shape[-1]), wide_OI, adds=False)
+            wgrad(dy_NO, x.view(-1, x.shape[-1]), wide_OI, adds=False)
             dweight_OI = wide_OI.to(weight_OI.dtype)
         return dx, dweight_OI
 
@@ -74,15 +74,15 @@ def product(x_NI: Tensor, weight_OI: Tensor, out_NO: Tensor) -> None:
         cpu.call("linear", weight_OI.dtype, x_NI, weight_OI, out_NO, *_sizes(x_NI, out_NO))
 
 
-def input_gradient(dy_NO: Tensor, weight_OI: Tensor, out_NI: Tensor) -> None:
+def dgrad(dy_NO: Tensor, weight_OI: Tensor, out_NI: Tensor) -> None:
     """out = dy·W."""
     if not multiplies(dy_NO, weight_OI):
         torch.mm(dy_NO, weight_OI, out=out_NI)
     else:
-        cpu.call("linear_input_gradient", weight_OI.dtype, dy_NO, weight_OI, out_NI, *_sizes(out_NI, dy_NO))
+        cpu.call("linear_dgrad", weight_OI.dtype, dy_NO, weight_OI, out_NI, *_sizes(out_NI, dy_NO))
 
 
-def weight_gradient(dy_NO: Tensor, x_NI: Tensor, out_OI: Tensor, adds: bool) -> None:
+def wgrad(dy_NO: Tensor, x_NI: Tensor, out_OI: Tensor, adds: bool) -> None:
     """out = dyᵀ·x or, where it `adds`, out += dyᵀ·x; in float32 at least."""
     if not multiplies(x_NI, out_OI):
         if x_NI.is_cuda and x_NI.dtype != out_OI.dtype and not adds:
@@ -91,7 +91,7 @@ def weight_gradient(dy_NO: Tensor, x_NI: Tensor, out_OI: Tensor, adds: bool) -> 
         found_OI = dy_NO.t() @ x_NI
         out_OI.add_(found_OI) if adds else out_OI.copy_(found_OI)
     else:
-        cpu.call("linear_weight_gradient", out_OI.dtype, dy_NO, x_NI, out_OI, *_sizes(x_NI, dy_NO), int(adds))
+        cpu.call("linear_wgrad", out_OI.dtype, dy_NO, x_NI, out_OI, *_sizes(x_NI, dy_NO), int(adds))
 
 
 def _sizes(x_NI: Tensor, y_NO: Tensor) -> tuple[int, int, int]:

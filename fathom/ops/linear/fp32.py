@@ -17,23 +17,23 @@ from torch.autograd.function import once_differentiable
 from fathom.ops import gpu
 
 
-def wide_linear_reference(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
+def fp32_linear_reference(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
     """x·Wᵀ in float32 at least: (N, O)."""
     x_NI = x_NI.to(torch.promote_types(x_NI.dtype, torch.float32))
     return F.linear(x_NI, weight_OI.to(x_NI.dtype))
 
 
-def wide_linear(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
+def fp32_linear(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
     """As the reference; of bfloat16 rows on a GPU by narrow products."""
     if x_NI.dtype == weight_OI.dtype == torch.bfloat16 and gpu.usable(x_NI, weight_OI):
         return _multiply(x_NI, weight_OI.t())
     if not x_NI.is_cuda or (x_NI.dtype, weight_OI.dtype) != (torch.bfloat16, torch.float32):
-        return wide_linear_reference(x_NI, weight_OI)
-    y_NO: Tensor = WideLinear.apply(x_NI, weight_OI)
+        return fp32_linear_reference(x_NI, weight_OI)
+    y_NO: Tensor = FP32Linear.apply(x_NI, weight_OI)
     return y_NO
 
 
-class WideLinear(torch.autograd.Function):
+class FP32Linear(torch.autograd.Function):
     """By narrow products, on any device."""
 
     @staticmethod
@@ -51,7 +51,7 @@ class WideLinear(torch.autograd.Function):
 # Operators of their own: torch.compile would drop the rounding to bfloat16 and back that `_parts` is made of.
 
 
-@torch.library.custom_op("fathom::wide_product", mutates_args=())
+@torch.library.custom_op("fathom::fp32_matmul", mutates_args=())
 def _product(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
     parts_NPO = _multiply(x_NI, torch.cat(_parts(weight_OI, 3)).t()).unflatten(1, (3, -1))
     return parts_NPO.sum(1)
@@ -62,7 +62,7 @@ def _(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
     return x_NI.new_empty(x_NI.shape[0], weight_OI.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("fathom::wide_input_gradient", mutates_args=())
+@torch.library.custom_op("fathom::fp32_matmul_dgrad", mutates_args=())
 def _input_gradient(dy_NO: Tensor, weight_OI: Tensor) -> Tensor:
     """dy·W in bfloat16: two parts of either are more than its digits, and the product of both second ones is less."""
     dy, w = _parts(dy_NO, 2), _parts(weight_OI, 2)
@@ -74,7 +74,7 @@ def _(dy_NO: Tensor, weight_OI: Tensor) -> Tensor:
     return dy_NO.new_empty(dy_NO.shape[0], weight_OI.shape[1], dtype=torch.bfloat16)
 
 
-@torch.library.custom_op("fathom::wide_weight_gradient", mutates_args=())
+@torch.library.custom_op("fathom::fp32_matmul_wgrad", mutates_args=())
 def _weight_gradient(dy_NO: Tensor, x_NI: Tensor) -> Tensor:
     parts_POI = _multiply(torch.cat(_parts(dy_NO, 3), 1).t(), x_NI).unflatten(0, (3, -1))
     return parts_POI.sum(0)

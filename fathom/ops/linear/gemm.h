@@ -90,7 +90,7 @@ inline void transpose(__m512i (&row)[16]) {
 inline int64_t panel_stride(int64_t inner) { return pairs_of(inner) * kColumns + 32; }
 
 // The panels begin … end of the right factor, the first of them at `to` and the next `apart` words on. Rows are read one
-// after the other; of a factor that lies turned, sixteen at a time.
+// after the other; of a factor that lies transposed, sixteen at a time.
 template <class T>
 inline void pack_panels(const Matrix<T>& right, int64_t begin, int64_t end, uint32_t* to, int64_t apart) {
     const int64_t inner = right.rows, pairs = pairs_of(inner), stride = right.stride;
@@ -98,7 +98,7 @@ inline void pack_panels(const Matrix<T>& right, int64_t begin, int64_t end, uint
     auto place = [&](int64_t p, int64_t column) {
         return to + (column / kColumns - begin) * apart + p * kColumns + column % kColumns;
     };
-    if (!right.turned) {
+    if (!right.transposed) {
         for (int64_t p = 0; p < pairs; p++) {
             const T* from = right.data + 2 * p * stride;
             const int64_t next = 2 * p + 1 < inner ? stride : 0;
@@ -135,11 +135,11 @@ struct Groups {
     int64_t rows, count;
 };
 
-// The groups begin … end of rows of a left factor, one behind the other: words (pairs, rows) of one that lies turned, or
+// The groups begin … end of rows of a left factor, one behind the other: words (pairs, rows) of one that lies transposed, or
 // else the rows themselves, a zero after them where a number is missing to the last pair.
 inline void pack_groups(const Matrix<bf16>& left, const Groups& groups, int64_t begin, int64_t end, uint32_t* to) {
     const int64_t inner = left.columns, pairs = pairs_of(inner), first = groups.first(begin);
-    if (!left.turned) {
+    if (!left.transposed) {
         for (int64_t row = first; row < groups.first(end); row++, to += pairs) {
             to[pairs - 1] = 0;
             std::memcpy(to, left.data + row * left.stride, inner * sizeof(bf16));
@@ -239,7 +239,7 @@ inline void tile_of(int64_t count, Rows rows, const uint32_t* panel, int64_t pai
 }
 
 // Whether the left factor has to be rearranged.
-inline bool packs(const Matrix<bf16>& left) { return left.turned || left.columns % 2; }
+inline bool packs(const Matrix<bf16>& left) { return left.transposed || left.columns % 2; }
 
 // Groups that go through all panels together. A single group of very long rows would have to read every panel from far
 // away, so those go through one panel after the other.
@@ -269,8 +269,8 @@ inline void multiply(Out* out, int64_t stride, int64_t columns, Into into, const
             for (int64_t group = start; group < stop; group++) {
                 const int64_t first = groups.first(group), count = groups.first(group + 1) - first;
                 Rows rows{(const char*)(left.data + first * left.stride), left.stride * 2, 4};
-                if (packed && left.turned) rows = {(const char*)packed_at(group), 4, 4 * count};
-                if (packed && !left.turned) rows = {(const char*)packed_at(group), 4 * pairs, 4};
+                if (packed && left.transposed) rows = {(const char*)packed_at(group), 4, 4 * count};
+                if (packed && !left.transposed) rows = {(const char*)packed_at(group), 4 * pairs, 4};
                 tile_of(count, rows, panels + panel * apart, pairs, out + first * stride + panel * kColumns, stride,
                         columns - panel * kColumns, into);
             }

@@ -75,14 +75,14 @@ void linear(int threads, const bf16* x, const Weight* weight, bf16* y, int64_t r
 }
 
 template <class Weight>
-void linear_input_gradient(int threads, const bf16* dy, const Weight* weight, bf16* dx, int64_t rows, int64_t in,
+void linear_dgrad(int threads, const bf16* dy, const Weight* weight, bf16* dx, int64_t rows, int64_t in,
                            int64_t out) {
     rows_together(threads, dx, matrix(dy, rows, out), matrix(weight, out, in));
 }
 
 // dweight = dyᵀ·x, or that added to it. Small gradients are summed by each thread over its own tokens, then all
 // together; of large ones each thread makes some rows.
-void linear_weight_gradient(int threads, const bf16* dy, const bf16* x, float* dweight, int64_t rows, int64_t in,
+void linear_wgrad(int threads, const bf16* dy, const bf16* x, float* dweight, int64_t rows, int64_t in,
                             int64_t out, int64_t adds) {
     const auto left = transposed(dy, rows, out), right = matrix(x, rows, in);
     const int64_t size = in * out;
@@ -114,9 +114,9 @@ void linear_weight_gradient(int threads, const bf16* dy, const bf16* x, float* d
 
 // By the type of the weights.
 EXPORT(linear)
-EXPORT(linear_input_gradient)
+EXPORT(linear_dgrad)
 extern "C" {
-auto* linear_weight_gradient_f32 = &linear_weight_gradient;
+auto* linear_weight_gradient_f32 = &linear_wgrad;
 }
 
 #endif

@@ -14,5 +14,5 @@ void use_torch(void* from_blob, void* release, void* mm_out, int32_t float32, in
 int failures() { return products::failures.exchange(0); }
 
 // Whether products of bfloat16 matrices are gemm.h's.
-int own_products() { return FATHOM_OWN_PRODUCTS; }
+int has_bf16_gemm() { return FATHOM_OWN_PRODUCTS; }
 }

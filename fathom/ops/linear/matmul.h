@@ -90,7 +90,7 @@ class Tensor {
     template <class T>
     explicit Tensor(const Matrix<T>& of) {
         const int64_t sizes[] = {of.rows, of.columns};
-        const int64_t strides[] = {of.turned ? 1 : of.stride, of.turned ? of.stride : 1};
+        const int64_t strides[] = {of.transposed ? 1 : of.stride, of.transposed ? of.stride : 1};
         void* at = const_cast<T*>(of.data);
         if (torch.from_blob(at, 2, sizes, strides, 0, type_of(of.data), 0, 0, &handle_)) handle_ = nullptr;
     }
@@ -121,11 +121,11 @@ class Right {
         if constexpr (std::is_same_v<T, Weight>) {
             ready = from;
         } else {
-            const int64_t lines = from.turned ? from.columns : from.rows, size = from.turned ? from.rows : from.columns;
+            const int64_t lines = from.transposed ? from.columns : from.rows, size = from.transposed ? from.rows : from.columns;
             T* to = scratch<T>(slot, lines * size);
             for (int64_t line = 0; line < lines; line++)
                 convert(from.data + line * from.stride, to + line * size, size);
-            ready = {to, from.rows, from.columns, size, from.turned};
+            ready = {to, from.rows, from.columns, size, from.transposed};
         }
     }
 

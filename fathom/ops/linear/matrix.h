@@ -4,19 +4,19 @@
 
 #include <cstdint>
 
-// Rows of neighbouring numbers, `stride` apart; `turned` where what is meant is the transpose of what lies there.
+// Rows of neighbouring numbers, `stride` apart; `transposed` where what is meant is the transpose of what lies there.
 template <class T>
 struct Matrix {
     const T* data;
     int64_t rows, columns, stride;
-    bool turned;
+    bool transposed;
 
     // `count` of its rows or of its columns, from `first` on.
     Matrix some_rows(int64_t first, int64_t count) const {
-        return {data + first * (turned ? 1 : stride), count, columns, stride, turned};
+        return {data + first * (transposed ? 1 : stride), count, columns, stride, transposed};
     }
     Matrix some_columns(int64_t first, int64_t count) const {
-        return {data + first * (turned ? stride : 1), rows, count, stride, turned};
+        return {data + first * (transposed ? stride : 1), rows, count, stride, transposed};
     }
 };
 

@@ -51,8 +51,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             chunk_loss, dlogits_MO = _chunk(logits_MO, targets_N[chunk], wide)
             loss += chunk_loss
             if dh_ND is not None and dhead_OD is not None:
-                linear.input_gradient(dlogits_MO, weight_OD, dh_ND[chunk])
-                linear.weight_gradient(dlogits_MO, h_MD, dhead_OD, adds=start > 0)
+                linear.dgrad(dlogits_MO, weight_OD, dh_ND[chunk])
+                linear.wgrad(dlogits_MO, h_MD, dhead_OD, adds=start > 0)
         if dh_ND is not None and dhead_OD is not None:
             ctx.save_for_backward(dh_ND, dhead_OD.to(head_OD.dtype))
         return loss

@@ -120,7 +120,7 @@ void routed_experts_backward(int threads, const T* x, const int64_t* token, cons
 
 // Row n of `out` is the sum of the rows index[n, 0 … count) of y.
 template <class T>
-void sum_rows(int threads, const T* y, const int64_t* index, T* out, int64_t rows, int64_t count, int64_t size) {
+void combine(int threads, const T* y, const int64_t* index, T* out, int64_t rows, int64_t count, int64_t size) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = 0; row < rows; row++)
         each(size, [&](int64_t i, int64_t n) {
@@ -134,4 +134,4 @@ void sum_rows(int threads, const T* y, const int64_t* index, T* out, int64_t row
 
 EXPORT(routed_experts)
 EXPORT(routed_experts_backward)
-EXPORT(sum_rows)
+EXPORT(combine)

@@ -25,13 +25,14 @@ _LEAST_MULTIPLE = 16
 class Dispatch(NamedTuple):
     """Where each (token, expert) pair stands once the pairs are sorted by expert."""
 
-    pair_R: Tensor
-    """Row r holds pair pair_R[r] of the flattened (N, K) choices, so token pair_R[r] // K; −1 for a padding row."""
-    row_NK: Tensor
+    sort_indices_R: Tensor
+    """Row r holds pair sort_indices_R[r] of the flattened (N, K) choices, so token sort_indices_R[r] // K; −1 for a
+    padding row."""
+    inverse_indices_NK: Tensor
     """The inverse: the row in which token n's k-th choice stands."""
     ends_E: Tensor
     """Row after expert e's last one, int32 as the grouped product wants it."""
-    load_E: Tensor
+    tokens_per_expert_E: Tensor
     """Tokens each expert received, int64."""
 
 
@@ -48,32 +49,34 @@ def dispatch(topk_ids_NK: Tensor, experts: int, dtype: torch.dtype | None = None
     ids_P, pair_P = topk_ids_NK.flatten().sort(stable=True)
     every_E = torch.arange(experts, device=ids_P.device)
     begin_E, end_E = torch.searchsorted(ids_P, every_E), torch.searchsorted(ids_P, every_E, right=True)
-    load_E = end_E - begin_E
-    own = dtype is not None and cpu.own_products(dtype)
+    tokens_per_expert_E = end_E - begin_E
+    own = dtype is not None and cpu.has_bf16_gemm(dtype)
     pads = ids_P.device.type == "cpu" and pairs >= 2 * _LEAST_MULTIPLE * experts and not own
-    rows_E = _padded(load_E) if pads else load_E
+    rows_E = _padded(tokens_per_expert_E) if pads else tokens_per_expert_E
     spare = experts * _LEAST_MULTIPLE + pairs // _LEAST_MULTIPLE if pads else 0
     ends_E = rows_E.cumsum(0)
     row_P = torch.arange(pairs, device=ids_P.device)
-    pair_R = pair_P
+    sort_indices_R = pair_P
     if pads:
         row_P = row_P + (ends_E - rows_E - begin_E)[ids_P]
-        pair_R = pair_P.new_full((pairs + spare,), -1)
-        pair_R[row_P] = pair_P
-    row_NK = torch.empty_like(pair_P)
-    row_NK[pair_P] = row_P
-    return Dispatch(pair_R, row_NK.view_as(topk_ids_NK), ends_E.to(torch.int32), load_E)
+        sort_indices_R = pair_P.new_full((pairs + spare,), -1)
+        sort_indices_R[row_P] = pair_P
+    inverse_indices_NK = torch.empty_like(pair_P)
+    inverse_indices_NK[pair_P] = row_P
+    return Dispatch(
+        sort_indices_R, inverse_indices_NK.view_as(topk_ids_NK), ends_E.to(torch.int32), tokens_per_expert_E
+    )
 
 
-def _padded(load_E: Tensor) -> Tensor:
+def _padded(tokens_per_expert_E: Tensor) -> Tensor:
     """Loads rounded up to one of sixteen steps between a power of two and the next, or to a multiple of sixteen.
 
     oneDNN prepares a kernel per matrix height, at about a millisecond each, and keeps a thousand: as loads differ at
     every step, unpadded training on the CPU spends longer preparing products than multiplying (docs/log.md).
     """
-    power_E = load_E.clamp_min(1).double().log2().floor()
+    power_E = tokens_per_expert_E.clamp_min(1).double().log2().floor()
     multiple_E = (2**power_E / _LEAST_MULTIPLE).clamp_min(_LEAST_MULTIPLE).to(torch.int64)
-    return (load_E + multiple_E - 1) // multiple_E * multiple_E
+    return (tokens_per_expert_E + multiple_E - 1) // multiple_E * multiple_E
 
 
 def routed_experts_reference(
@@ -99,7 +102,7 @@ def routed_experts(x_ND: Tensor, order: Dispatch, weights_NK: Tensor, gate_up_EG
     fewer experts than threads, four grouped products forward and backward; where torch's grouped product does not
     apply — float64, or widths whose rows are not multiples of 16 bytes — one product per expert on the same rows.
     """
-    arguments = (x_ND, order.pair_R, order.row_NK, order.ends_E, weights_NK, gate_up_EGD, down_EDF)
+    arguments = (x_ND, order.sort_indices_R, order.inverse_indices_NK, order.ends_E, weights_NK, gate_up_EGD, down_EDF)
     if _kernels_take(*arguments):
         out_ND: Tensor = _ExpertByExpert.apply(*arguments)
         return out_ND
@@ -127,48 +130,52 @@ class _ExpertByExpert(torch.autograd.Function):
     def forward(
         ctx: Any,
         x_ND: Tensor,
-        pair_R: Tensor,
-        row_NK: Tensor,
+        sort_indices_R: Tensor,
+        inverse_indices_NK: Tensor,
         ends_E: Tensor,
         weights_NK: Tensor,
         gate_up_EGD: Tensor,
         down_EDF: Tensor,
     ) -> Tensor:
         x_ND = x_ND.contiguous()
-        token_R, weight_R = _tokens_and_weights(pair_R, weights_NK)
+        token_R, weight_R = _tokens_and_weights(sort_indices_R, weights_NK)
         experts, hidden, width = down_EDF.shape
-        gate_up_RG = x_ND.new_empty(len(pair_R), 2 * width)
-        y_RD = x_ND.new_empty(len(pair_R), hidden)
+        gate_up_RG = x_ND.new_empty(len(sort_indices_R), 2 * width)
+        y_RD = x_ND.new_empty(len(sort_indices_R), hidden)
         inputs = (x_ND, token_R, weight_R, ends_E, gate_up_EGD, down_EDF)
         sizes = (experts, hidden, width, int(down_EDF.dtype == torch.float32))
         cpu.call("routed_experts", x_ND.dtype, *inputs, gate_up_RG, y_RD, *sizes)
-        ctx.save_for_backward(x_ND, pair_R, row_NK, ends_E, weights_NK, gate_up_EGD, down_EDF, gate_up_RG)
-        return sum_rows(y_RD, row_NK)
+        ctx.save_for_backward(
+            x_ND, sort_indices_R, inverse_indices_NK, ends_E, weights_NK, gate_up_EGD, down_EDF, gate_up_RG
+        )
+        return combine(y_RD, inverse_indices_NK)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_ND: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x_ND, pair_R, row_NK, ends_E, weights_NK, gate_up_EGD, down_EDF, gate_up_RG = ctx.saved_tensors
-        token_R, weight_R = _tokens_and_weights(pair_R, weights_NK)
+        x_ND, sort_indices_R, inverse_indices_NK, ends_E, weights_NK, gate_up_EGD, down_EDF, gate_up_RG = (
+            ctx.saved_tensors
+        )
+        token_R, weight_R = _tokens_and_weights(sort_indices_R, weights_NK)
         inputs = (x_ND, token_R, weight_R, ends_E, gate_up_EGD, down_EDF, gate_up_RG, dout_ND.contiguous())
-        dx_RD, dweight_R = x_ND.new_empty(len(pair_R), x_ND.shape[1]), torch.empty_like(weight_R)
+        dx_RD, dweight_R = x_ND.new_empty(len(sort_indices_R), x_ND.shape[1]), torch.empty_like(weight_R)
         dgate_up_EGD, ddown_EDF = torch.empty_like(gate_up_EGD), torch.empty_like(down_EDF)
         sizes = (*down_EDF.shape, int(down_EDF.dtype == torch.float32))
         outputs = (dx_RD, dweight_R, dgate_up_EGD, ddown_EDF)
         cpu.call("routed_experts_backward", x_ND.dtype, *inputs, *outputs, *sizes)
-        dweights_NK = dweight_R.index_select(0, row_NK.flatten()).view_as(weights_NK)
-        return sum_rows(dx_RD, row_NK), None, None, None, dweights_NK, dgate_up_EGD, ddown_EDF
+        dweights_NK = dweight_R.index_select(0, inverse_indices_NK.flatten()).view_as(weights_NK)
+        return combine(dx_RD, inverse_indices_NK), None, None, None, dweights_NK, dgate_up_EGD, ddown_EDF
 
 
 def _on_gpu(x_ND: Tensor, order: Dispatch, weights_NK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
     """Without gradients: two grouped products and three kernels of our own."""
     from fathom.ops.moe import triton_permute as rows  # Triton comes with torch's CUDA builds alone
 
-    x_RD = rows.gather(x_ND, order.pair_R, weights_NK.shape[1])
+    x_RD = rows.gather(x_ND, order.sort_indices_R, weights_NK.shape[1])
     gate_up_RG = F.grouped_mm(x_RD, gate_up_EGD.transpose(1, 2), offs=order.ends_E)
-    hidden_RF = rows.weighted_swiglu(gate_up_RG, order.pair_R, weights_NK)
+    hidden_RF = rows.weighted_swiglu(gate_up_RG, order.sort_indices_R, weights_NK)
     y_RD = F.grouped_mm(hidden_RF, down_EDF.transpose(1, 2), offs=order.ends_E)
-    return rows.sum_rows(y_RD, order.row_NK)
+    return rows.combine(y_RD, order.inverse_indices_NK)
 
 
 class _RoutedExperts(torch.autograd.Function):
@@ -178,44 +185,50 @@ class _RoutedExperts(torch.autograd.Function):
     def forward(
         ctx: Any,
         x_ND: Tensor,
-        pair_R: Tensor,
-        row_NK: Tensor,
+        sort_indices_R: Tensor,
+        inverse_indices_NK: Tensor,
         ends_E: Tensor,
         weights_NK: Tensor,
         gate_up_EGD: Tensor,
         down_EDF: Tensor,
     ) -> Tensor:
-        token_R, weight_R = _tokens_and_weights(pair_R, weights_NK)
-        gate_up_RG = grouped_product(_gather_rows(x_ND, token_R, row_NK), gate_up_EGD.transpose(1, 2), ends_E)
+        token_R, weight_R = _tokens_and_weights(sort_indices_R, weights_NK)
+        gate_up_RG = grouped_matmul(
+            _gather_rows(x_ND, token_R, inverse_indices_NK), gate_up_EGD.transpose(1, 2), ends_E
+        )
         gate_RF, up_RF = _halves(gate_up_RG)
         hidden_RF = F.silu(gate_RF) * up_RF * weight_R[:, None].to(x_ND.dtype)
-        y_RD = grouped_product(hidden_RF, down_EDF.transpose(1, 2), ends_E)
-        ctx.save_for_backward(x_ND, pair_R, row_NK, ends_E, weights_NK, gate_up_EGD, down_EDF, gate_up_RG)
-        return sum_rows(y_RD, row_NK)
+        y_RD = grouped_matmul(hidden_RF, down_EDF.transpose(1, 2), ends_E)
+        ctx.save_for_backward(
+            x_ND, sort_indices_R, inverse_indices_NK, ends_E, weights_NK, gate_up_EGD, down_EDF, gate_up_RG
+        )
+        return combine(y_RD, inverse_indices_NK)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_ND, pair_R, row_NK, ends_E, weights_NK, gate_up_EGD, down_EDF, gate_up_RG = ctx.saved_tensors
-        token_R, weight_R = _tokens_and_weights(pair_R, weights_NK)
-        dy_RD = _gather_rows(grads[0], token_R, row_NK)
-        dscaled_RF = grouped_product(dy_RD, down_EDF, ends_E)
+        x_ND, sort_indices_R, inverse_indices_NK, ends_E, weights_NK, gate_up_EGD, down_EDF, gate_up_RG = (
+            ctx.saved_tensors
+        )
+        token_R, weight_R = _tokens_and_weights(sort_indices_R, weights_NK)
+        dy_RD = _gather_rows(grads[0], token_R, inverse_indices_NK)
+        dscaled_RF = grouped_matmul(dy_RD, down_EDF, ends_E)
         backward = _weighted_swiglu_backward if x_ND.is_cuda and gpu.INSTALLED else weighted_swiglu_backward_reference
         dgate_up_RG, scaled_RF, dweight_R = backward(gate_up_RG, weight_R.to(x_ND.dtype), dscaled_RF)
-        ddown_EDF = grouped_outer(dy_RD, scaled_RF, ends_E)
-        dgate_up_EGD = grouped_outer(dgate_up_RG, _gather_rows(x_ND, token_R, row_NK), ends_E)
-        dx_ND = sum_rows(grouped_product(dgate_up_RG, gate_up_EGD, ends_E), row_NK)
-        dweights_NK = dweight_R.index_select(0, row_NK.flatten()).view_as(weights_NK).to(weights_NK.dtype)
+        ddown_EDF = grouped_wgrad(dy_RD, scaled_RF, ends_E)
+        dgate_up_EGD = grouped_wgrad(dgate_up_RG, _gather_rows(x_ND, token_R, inverse_indices_NK), ends_E)
+        dx_ND = combine(grouped_matmul(dgate_up_RG, gate_up_EGD, ends_E), inverse_indices_NK)
+        dweights_NK = dweight_R.index_select(0, inverse_indices_NK.flatten()).view_as(weights_NK).to(weights_NK.dtype)
         return dx_ND, None, None, None, dweights_NK, dgate_up_EGD, ddown_EDF
 
 
-def _tokens_and_weights(pair_R: Tensor, weights_NK: Tensor) -> tuple[Tensor, Tensor]:
+def _tokens_and_weights(sort_indices_R: Tensor, weights_NK: Tensor) -> tuple[Tensor, Tensor]:
     """The token of each row, −1 for padding, and its weight (any number for padding, whose rows are zero)."""
-    return pair_R // weights_NK.shape[1], weights_NK.flatten().index_select(0, pair_R.clamp_min(0))
+    return sort_indices_R // weights_NK.shape[1], weights_NK.flatten().index_select(0, sort_indices_R.clamp_min(0))
 
 
-def _gather_rows(x_ND: Tensor, token_R: Tensor, row_NK: Tensor) -> Tensor:
+def _gather_rows(x_ND: Tensor, token_R: Tensor, inverse_indices_NK: Tensor) -> Tensor:
     """Row r is token token_R[r], or zeros for padding: (R, D)."""
-    if len(token_R) == row_NK.numel():  # a row for every pair, so none is padding
+    if len(token_R) == inverse_indices_NK.numel():  # a row for every pair, so none is padding
         return x_ND.index_select(0, token_R)
     padded_ND = torch.cat((x_ND, x_ND.new_zeros(1, x_ND.shape[1])))
     return padded_ND.index_select(0, torch.where(token_R < 0, x_ND.shape[0], token_R))
@@ -261,18 +274,18 @@ def _(gate_up_RG: Tensor, weight_R: Tensor, dscaled_RF: Tensor) -> tuple[Tensor,
     return torch.empty_like(gate_up_RG), torch.empty_like(dscaled_RF), weight_R.new_empty(len(weight_R), dtype=wide)
 
 
-def sum_rows(y_RD: Tensor, row_NK: Tensor) -> Tensor:
+def combine(y_RD: Tensor, inverse_indices_NK: Tensor) -> Tensor:
     """Each token's K rows added up, (N, D); nothing of size (N, K, D) is made in between."""
     if torch.compiler.is_compiling():
-        return y_RD[row_NK].sum(1)  # becomes one kernel
-    if gpu.usable(y_RD, row_NK):
+        return y_RD[inverse_indices_NK].sum(1)  # becomes one kernel
+    if gpu.usable(y_RD, inverse_indices_NK):
         from fathom.ops.moe import triton_permute as rows  # Triton comes with torch's CUDA builds alone
 
-        return rows.sum_rows(y_RD, row_NK)
-    if not cpu.usable(y_RD, row_NK):
-        return F.embedding_bag(row_NK, y_RD, mode="sum")
-    out_ND = y_RD.new_empty(row_NK.shape[0], y_RD.shape[1])
-    cpu.call("sum_rows", y_RD.dtype, y_RD, row_NK, out_ND, *row_NK.shape, y_RD.shape[1])
+        return rows.combine(y_RD, inverse_indices_NK)
+    if not cpu.usable(y_RD, inverse_indices_NK):
+        return F.embedding_bag(inverse_indices_NK, y_RD, mode="sum")
+    out_ND = y_RD.new_empty(inverse_indices_NK.shape[0], y_RD.shape[1])
+    cpu.call("combine", y_RD.dtype, y_RD, inverse_indices_NK, out_ND, *inverse_indices_NK.shape, y_RD.shape[1])
     return out_ND
 
 
@@ -280,8 +293,8 @@ def sum_rows(y_RD: Tensor, row_NK: Tensor) -> Tensor:
 # bf16 alone (torch 2.13), and it could not trace the loop that stands in for it.
 
 
-@torch.library.custom_op("fathom::grouped_product", mutates_args=())
-def grouped_product(x_RI: Tensor, w_EIO: Tensor, ends_E: Tensor) -> Tensor:
+@torch.library.custom_op("fathom::grouped_matmul", mutates_args=())
+def grouped_matmul(x_RI: Tensor, w_EIO: Tensor, ends_E: Tensor) -> Tensor:
     """Rows of expert e times w_e: (R, O); rows after the last expert's are not computed."""
     if _grouped_mm_takes(x_RI, w_EIO):
         return F.grouped_mm(x_RI, w_EIO, offs=ends_E)
@@ -291,25 +304,25 @@ def grouped_product(x_RI: Tensor, w_EIO: Tensor, ends_E: Tensor) -> Tensor:
     return out_RO
 
 
-@grouped_product.register_fake
+@grouped_matmul.register_fake
 def _(x_RI: Tensor, w_EIO: Tensor, ends_E: Tensor) -> Tensor:
     return x_RI.new_empty(x_RI.shape[0], w_EIO.shape[2])
 
 
-@torch.library.custom_op("fathom::grouped_outer", mutates_args=())
-def grouped_outer(a_RI: Tensor, b_RO: Tensor, ends_E: Tensor) -> Tensor:
+@torch.library.custom_op("fathom::grouped_wgrad", mutates_args=())
+def grouped_wgrad(a_RI: Tensor, b_RO: Tensor, ends_E: Tensor) -> Tensor:
     """aᵀ·b over each expert's rows: (E, I, O), zero for an expert without rows."""
     if _grouped_mm_takes(a_RI, b_RO):
         return F.grouped_mm(a_RI.t(), b_RO, offs=ends_E)
     return torch.stack([a_RI[rows].t() @ b_RO[rows] for rows in _expert_rows(ends_E)])
 
 
-@grouped_outer.register_fake
+@grouped_wgrad.register_fake
 def _(a_RI: Tensor, b_RO: Tensor, ends_E: Tensor) -> Tensor:
     return a_RI.new_empty(ends_E.shape[0], a_RI.shape[1], b_RO.shape[1])
 
 
-@register_flop_formula([torch.ops.fathom.grouped_product, torch.ops.fathom.grouped_outer])
+@register_flop_formula([torch.ops.fathom.grouped_matmul, torch.ops.fathom.grouped_wgrad])
 def _flops(left: torch.Size, right: torch.Size, ends: torch.Size, **_: object) -> int:
     """For torch's FLOP counter: either way every row meets the other operand's last dimension (padding included)."""
     return 2 * left[0] * left[1] * right[-1]

@@ -9,33 +9,33 @@ from torch import Tensor
 from fathom.ops import cpu, gpu
 
 
-def select_experts_reference(scores_NE: Tensor, choices: int, groups: int, open_groups: int, best: int = 2) -> Tensor:
-    """Ids (N, K) of the `choices` best scores within the `open_groups` best of `groups` groups, in any order.
+def select_experts_reference(scores_NE: Tensor, choices: int, groups: int, topk_group: int, best: int = 2) -> Tensor:
+    """Ids (N, K) of the `choices` best scores within the `topk_group` best of `groups` groups, in any order.
 
     A group is as good as the sum of its `best` highest scores. Groups that are not chosen are masked with −inf, so that
     a negative score cannot let a masked expert in.
     """
-    if open_groups < groups:
+    if topk_group < groups:
         grouped_NGe = scores_NE.unflatten(1, (groups, -1))
         group_scores_NG = grouped_NGe.topk(best, dim=-1).values.sum(-1)
-        chosen_Ng = group_scores_NG.topk(open_groups, dim=-1, sorted=False).indices
+        chosen_Ng = group_scores_NG.topk(topk_group, dim=-1, sorted=False).indices
         closed_NG = torch.ones_like(group_scores_NG, dtype=torch.bool).scatter(1, chosen_Ng, False)
         scores_NE = grouped_NGe.masked_fill(closed_NG.unsqueeze(-1), float("-inf")).flatten(1)
     return scores_NE.topk(choices, dim=-1, sorted=False).indices
 
 
-def select_experts(scores_NE: Tensor, choices: int, groups: int = 1, open_groups: int = 1) -> Tensor:
+def select_experts(scores_NE: Tensor, choices: int, groups: int = 1, topk_group: int = 1) -> Tensor:
     """As the reference; in one pass on the CPU, and on a GPU, where torch's top-k sorts."""
     if scores_NE.dtype == torch.float32 and gpu.usable(scores_NE):
         from fathom.ops.moe import triton_routing as routing  # Triton comes with torch's CUDA builds alone
 
-        return routing.select_experts(scores_NE.contiguous(), choices, groups, open_groups)
+        return routing.select_experts(scores_NE.contiguous(), choices, groups, topk_group)
     if scores_NE.is_cuda and scores_NE.dtype == torch.float32 and gpu.INSTALLED:
-        return _select_on_gpu(scores_NE, choices, groups, open_groups)
+        return _select_on_gpu(scores_NE, choices, groups, topk_group)
     if not cpu.usable(scores_NE) or scores_NE.dtype != torch.float32:
-        return select_experts_reference(scores_NE, choices, groups, open_groups)
+        return select_experts_reference(scores_NE, choices, groups, topk_group)
     ids_NK = scores_NE.new_empty(scores_NE.shape[0], choices, dtype=torch.int64)
-    sizes = (*scores_NE.shape, choices, groups, open_groups)
+    sizes = (*scores_NE.shape, choices, groups, topk_group)
     cpu.call("select_experts", scores_NE.dtype, scores_NE.contiguous(), ids_NK, *sizes)
     return ids_NK
 
@@ -56,12 +56,12 @@ def route(
 
 # An operator of its own, so that torch.compile takes it whole.
 @torch.library.custom_op("fathom::select_experts", mutates_args=())
-def _select_on_gpu(scores_NE: Tensor, choices: int, groups: int, open_groups: int) -> Tensor:
+def _select_on_gpu(scores_NE: Tensor, choices: int, groups: int, topk_group: int) -> Tensor:
     from fathom.ops.moe import triton_routing as routing  # Triton comes with torch's CUDA builds alone
 
-    return routing.select_experts(scores_NE.contiguous(), choices, groups, open_groups)
+    return routing.select_experts(scores_NE.contiguous(), choices, groups, topk_group)
 
 
 @_select_on_gpu.register_fake
-def _(scores_NE: Tensor, choices: int, groups: int, open_groups: int) -> Tensor:
+def _(scores_NE: Tensor, choices: int, groups: int, topk_group: int) -> Tensor:
     return scores_NE.new_empty(scores_NE.shape[0], choices, dtype=torch.int64)

@@ -32,9 +32,9 @@ struct Best {
 // Best experts of the best groups; a group is as good as the sum of its two best experts.
 class Selection {
   public:
-    Selection(int64_t experts, int64_t choices, int64_t groups, int64_t open_groups)
-        : members_(experts / groups), choices_(choices), groups_(groups), open_(open_groups),
-          values_(choices + open_groups), taken_(open_groups) {}
+    Selection(int64_t experts, int64_t choices, int64_t groups, int64_t topk_group)
+        : members_(experts / groups), choices_(choices), groups_(groups), open_(topk_group),
+          values_(choices + topk_group), taken_(topk_group) {}
 
     // scores (E) -> chosen (K)
     void operator()(const float* scores, int64_t* chosen) {

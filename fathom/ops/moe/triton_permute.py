@@ -21,19 +21,28 @@ def dispatch(topk_ids_NK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor,
     Every expert looks through all choices, for how many come before its own and then for its own.
     """
     ids_P = topk_ids_NK.contiguous()
-    pair_R, row_NK = torch.empty_like(ids_P).flatten(), torch.empty_like(ids_P)
+    sort_indices_R, inverse_indices_NK = torch.empty_like(ids_P).flatten(), torch.empty_like(ids_P)
     ends_E = torch.empty(experts, dtype=torch.int32, device=ids_P.device)
-    load_E = torch.empty(experts, dtype=torch.int64, device=ids_P.device)
+    tokens_per_expert_E = torch.empty(experts, dtype=torch.int64, device=ids_P.device)
     pairs = ids_P.numel()
     block = min(_PAIRS, max(128, triton.next_power_of_2(pairs)))
-    _dispatch[(experts,)](ids_P, pair_R, row_NK, ends_E, load_E, pairs, BLOCK_P=block, num_warps=_PAIR_WARPS)
-    return pair_R, row_NK, ends_E, load_E
+    _dispatch[(experts,)](
+        ids_P,
+        sort_indices_R,
+        inverse_indices_NK,
+        ends_E,
+        tokens_per_expert_E,
+        pairs,
+        BLOCK_P=block,
+        num_warps=_PAIR_WARPS,
+    )
+    return sort_indices_R, inverse_indices_NK, ends_E, tokens_per_expert_E
 
 
-def gather(x_ND: Tensor, pair_R: Tensor, choices: int) -> Tensor:
-    """Row r is the token of pair pair_R[r]: (R, D)."""
-    x_RD = x_ND.new_empty(len(pair_R), x_ND.shape[1])
-    _gather[_grid(x_RD)](x_ND, pair_R, x_RD, x_ND.stride(0), choices, x_RD.shape[1], BLOCK_D=_columns(x_RD))
+def gather(x_ND: Tensor, sort_indices_R: Tensor, choices: int) -> Tensor:
+    """Row r is the token of pair sort_indices_R[r]: (R, D)."""
+    x_RD = x_ND.new_empty(len(sort_indices_R), x_ND.shape[1])
+    _gather[_grid(x_RD)](x_ND, sort_indices_R, x_RD, x_ND.stride(0), choices, x_RD.shape[1], BLOCK_D=_columns(x_RD))
     return x_RD
 
 
@@ -45,27 +54,27 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return hidden
 
 
-def weighted_swiglu(gate_up_RG: Tensor, pair_R: Tensor, weights_NK: Tensor) -> Tensor:
+def weighted_swiglu(gate_up_RG: Tensor, sort_indices_R: Tensor, weights_NK: Tensor) -> Tensor:
     """silu(gate)·up·weight of each row's pair: (R, F)."""
     rows, both = gate_up_RG.shape
     hidden_RF = gate_up_RG.new_empty(rows, both // 2)
-    _activate(gate_up_RG, gate_up_RG[:, both // 2 :], both, pair_R, weights_NK.contiguous(), hidden_RF)
+    _activate(gate_up_RG, gate_up_RG[:, both // 2 :], both, sort_indices_R, weights_NK.contiguous(), hidden_RF)
     return hidden_RF
 
 
-def sum_rows(y_RD: Tensor, row_NK: Tensor) -> Tensor:
+def combine(y_RD: Tensor, inverse_indices_NK: Tensor) -> Tensor:
     """Each token's K rows added up in float32, in their order: (N, D)."""
-    y_RD, row_NK = y_RD.contiguous(), row_NK.contiguous()
-    out_ND = y_RD.new_empty(row_NK.shape[0], y_RD.shape[1])
-    choices, block = row_NK.shape[1], _columns(out_ND)
-    _sum_rows[_grid(out_ND)](y_RD, row_NK, out_ND, out_ND.shape[1], CHOICES=choices, BLOCK_D=block)
+    y_RD, inverse_indices_NK = y_RD.contiguous(), inverse_indices_NK.contiguous()
+    out_ND = y_RD.new_empty(inverse_indices_NK.shape[0], y_RD.shape[1])
+    choices, block = inverse_indices_NK.shape[1], _columns(out_ND)
+    _sum_rows[_grid(out_ND)](y_RD, inverse_indices_NK, out_ND, out_ND.shape[1], CHOICES=choices, BLOCK_D=block)
     return out_ND
 
 
 def _activate(
-    gate: Tensor, up: Tensor, stride: int, pair_R: Tensor | None, weights_NK: Tensor | None, hidden_RF: Tensor
+    gate: Tensor, up: Tensor, stride: int, sort_indices_R: Tensor | None, weights_NK: Tensor | None, hidden_RF: Tensor
 ) -> None:
-    tensors = (gate, up, pair_R, weights_NK, hidden_RF)
+    tensors = (gate, up, sort_indices_R, weights_NK, hidden_RF)
     _swiglu[_grid(hidden_RF)](*tensors, stride, hidden_RF.shape[1], BLOCK_F=_columns(hidden_RF))
 
 

@@ -9,12 +9,12 @@ import triton.language as tl
 from torch import Tensor
 
 
-def select_experts(scores_NE: Tensor, choices: int, groups: int, open_groups: int) -> Tensor:
+def select_experts(scores_NE: Tensor, choices: int, groups: int, topk_group: int) -> Tensor:
     """As `select_experts_reference` with the two best scores of a group; (N, K)."""
     tokens, experts = scores_NE.shape
     ids_NK = torch.empty(tokens, choices, dtype=torch.int64, device=scores_NE.device)
     if tokens:
-        _select[(tokens,)](scores_NE, ids_NK, scores_NE.stride(0), **_sizes(experts, choices, groups, open_groups))
+        _select[(tokens,)](scores_NE, ids_NK, scores_NE.stride(0), **_sizes(experts, choices, groups, topk_group))
     return ids_NK
 
 
@@ -40,11 +40,11 @@ def route(
     )
 
 
-def _sizes(experts: int, choices: int, groups: int, open_groups: int) -> dict[str, int]:
+def _sizes(experts: int, choices: int, groups: int, topk_group: int) -> dict[str, int]:
     return {
         "CHOICES": choices,
         "GROUPS": groups,
-        "OPEN": open_groups,
+        "OPEN": topk_group,
         "SIZE": experts // groups,
         "BLOCK_G": triton.next_power_of_2(groups),
         "BLOCK_X": triton.next_power_of_2(experts // groups),

@@ -5,6 +5,6 @@ import triton.language as tl
 
 
 @triton.jit
-def turned(even, odd, cos, sin, TYPE: tl.constexpr):
+def rotated(even, odd, cos, sin, TYPE: tl.constexpr):
     """The first and the second half of what `apply_rope` makes of pairs (even, odd), rounded to TYPE."""
     return (even * cos - odd * sin).to(TYPE), (odd * cos + even * sin).to(TYPE)

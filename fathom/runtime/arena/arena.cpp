@@ -27,9 +27,9 @@ constexpr size_t kTiny = 1024;                // below, glibc: books would cost 
 constexpr size_t kLarge = size_t(256) << 10;  // from here on among the large ones
 
 // A stretch of address space, pieces of it taken and free.
-class Stretch {
+class SequenceChunk {
   public:
-    Stretch(char* begin, char* end) : begin_(begin), end_(end) { add(begin, end - begin); }
+    SequenceChunk(char* begin, char* end) : begin_(begin), end_(end) { add(begin, end - begin); }
 
     bool holds(const char* piece) const { return begin_ <= piece && piece < end_; }
 
@@ -95,7 +95,7 @@ class Stretch {
 
 struct Arena {
     std::mutex mutex;
-    Stretch small, large;
+    SequenceChunk small, large;
 };
 
 Arena* arena = nullptr;  // lives as long as the process, for so do tensors
@@ -104,7 +104,7 @@ void release(void* data) {
     if (!data) return;
     c10::profiledCPUMemoryReporter().Delete(data);
     char* piece = static_cast<char*>(data);
-    for (Stretch* stretch : {&arena->small, &arena->large}) {
+    for (SequenceChunk* stretch : {&arena->small, &arena->large}) {
         if (stretch->holds(piece)) {
             std::lock_guard<std::mutex> guard(arena->mutex);
             stretch->give_back(piece);
@@ -157,7 +157,7 @@ extern "C" int arena_install(size_t size) {
 }
 
 // Bytes of tensors there, and how far their stretches were ever filled.
-extern "C" void arena_told(size_t* in_use, size_t* reached) {
+extern "C" void arena_stats(size_t* in_use, size_t* reached) {
     std::lock_guard<std::mutex> guard(arena->mutex);
     *in_use = arena->small.in_use() + arena->large.in_use();
     *reached = arena->small.reached() + arena->large.reached();

@@ -11,7 +11,7 @@ import torch
 from fathom.runtime.cpp import library_of, torch_folder
 
 
-class Told(NamedTuple):
+class ArenaStats(NamedTuple):
     """Bytes."""
 
     in_use: int
@@ -33,13 +33,13 @@ def install(size: int) -> str | None:
     return f"the system does not reserve twice {size:,} bytes of address space (ulimit -v)" if refused else None
 
 
-def told() -> Told:
+def arena_stats() -> ArenaStats:
     """How much of the arena is used. Only after `install`."""
     library = _library()
     assert isinstance(library, ctypes.CDLL), library
     in_use, reached = ctypes.c_size_t(), ctypes.c_size_t()
-    library.arena_told(ctypes.byref(in_use), ctypes.byref(reached))
-    return Told(in_use.value, reached.value)
+    library.arena_stats(ctypes.byref(in_use), ctypes.byref(reached))
+    return ArenaStats(in_use.value, reached.value)
 
 
 @cache

@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from fathom.engine.backends.cuda_graph import GraphedModel
-from fathom.engine.backends.eager import Runner, Stretch
+from fathom.engine.backends.eager import Runner, SequenceChunk
 from fathom.engine.core import Core
 from fathom.engine.sampling.sampler import SamplingParams
 from fathom.model.transformer import Model
@@ -55,7 +55,7 @@ def token_errors(found_ND: torch.Tensor, expected_ND: torch.Tensor) -> list[floa
 @pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=str)
 @pytest.mark.parametrize("seed", range(3))
 def test_a_step_is_the_model(seed: int, dtype: torch.dtype) -> None:
-    """Random stretches of random sequences, behind one another in scattered pages, through model and module."""
+    """Random chunks of random sequences, behind one another in scattered pages, through model and module."""
     rng = random.Random(seed)
     model = lively_model(tiny(**{"num_nextn_predict_layers": 1, **CONFIGS[seed]}), seed=seed).to(dtype)
     words, size = model.config.vocab_size, rng.choice([1, 3, 8, 200])
@@ -65,21 +65,22 @@ def test_a_step_is_the_model(seed: int, dtype: torch.dtype) -> None:
     held = [pages[i * 100 : (i + 1) * 100] for i in range(3)]
     errors: list[float] = []
     for _ in range(3):
-        stretches = []
+        chunks = []
         for row in range(3):
             count = min(rng.randint(1, 9 if seed == 0 else 2), 99 - lengths[row])
-            stretches.append(Stretch([rng.randrange(words) for _ in range(count)], lengths[row], held[row]))
+            chunks.append(SequenceChunk([rng.randrange(words) for _ in range(count)], lengths[row], held[row]))
             lengths[row] += count
-        wanted = rng.sample(range(sum(len(s.tokens) for s in stretches)), 2)
-        found, expected = (runner.main(stretches, wanted) for runner in (ours, theirs))
+        logits_indices = rng.sample(range(sum(len(s.tokens) for s in chunks)), 2)
+        found, expected = (runner.main(chunks, logits_indices) for runner in (ours, theirs))
         errors += token_errors(found.h_ND, expected.h_ND) + token_errors(found.logits_NO, expected.logits_NO)
         if dtype == torch.float32:
             assert torch.equal(found.routed.experts_LNK.cpu().sort().values, expected.routed.experts_LNK.sort().values)
             weights = [t.routed.weights_LNK.cpu().sort().values for t in (found, expected)]
             assert torch.allclose(*weights, rtol=1e-4, atol=1e-6)
-        later = [stretch._replace(start=stretch.start + 1) for stretch in stretches]
+        later = [chunk._replace(start=chunk.start + 1) for chunk in chunks]
         drafted, expected_drafted = (
-            runner.draft(later, expected.h_ND.to(runner.cache.latents_LMW.device), wanted) for runner in (ours, theirs)
+            runner.draft(later, expected.h_ND.to(runner.cache.latents_LMW.device), logits_indices)
+            for runner in (ours, theirs)
         )
         errors += token_errors(drafted.h_ND, expected_drafted.h_ND)
         errors += token_errors(drafted.logits_NO, expected_drafted.logits_NO)
@@ -102,8 +103,8 @@ def test_long_pasts_are_attended_in_parts(heads: int, latent: int, page_size: in
     past_LMW = torch.randn(ours.cache.latents_LMW.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     for runner in (ours, theirs):
         runner.cache.latents_LMW.copy_(past_LMW)
-    stretches = [Stretch([1, 2], length - 2, range(length // page_size + 1)), Stretch([4], 130, range(19))]
-    found, expected = (runner.main(stretches, range(3)) for runner in (ours, theirs))
+    chunks = [SequenceChunk([1, 2], length - 2, range(length // page_size + 1)), SequenceChunk([4], 130, range(19))]
+    found, expected = (runner.main(chunks, range(3)) for runner in (ours, theirs))
     assert max(token_errors(found.logits_NO, expected.logits_NO)) <= (2e-5 if dtype == torch.float32 else 0.03)
 
 
@@ -113,10 +114,10 @@ def test_packed_weights_are_read_where_they_lie(precision: Any) -> None:
     model = lively_model(tiny(**wide, v_head_dim=32, num_nextn_predict_layers=1), seed=5, std=0.2)
     packed = quantized(model, precision)
     ours, theirs = graphed(packed, 4, 8, 64), Runner(packed, 4, 8, 64, eager=True)
-    stretches = [Stretch([3, 1, 4, 1, 5], 0, [0, 1]), Stretch([9, 2], 0, [2])]
-    found, expected = (runner.main(stretches, range(7)) for runner in (ours, theirs))
+    chunks = [SequenceChunk([3, 1, 4, 1, 5], 0, [0, 1]), SequenceChunk([9, 2], 0, [2])]
+    found, expected = (runner.main(chunks, range(7)) for runner in (ours, theirs))
     assert max(token_errors(found.logits_NO, expected.logits_NO)) <= 2e-5
-    modules = [Stretch([1, 4, 1, 5], 1, [0, 1])]
+    modules = [SequenceChunk([1, 4, 1, 5], 1, [0, 1])]
     found, expected = (
         runner.draft(modules, expected.h_ND[:4].to(runner.cache.latents_LMW.device), [3]) for runner in (ours, theirs)
     )
@@ -126,10 +127,10 @@ def test_packed_weights_are_read_where_they_lie(precision: Any) -> None:
 def test_what_a_module_remembers_is_what_drafting_writes() -> None:
     model = lively_model(tiny(num_nextn_predict_layers=1), seed=3)
     runners = [graphed(model, 40, 4, 100) for _ in range(2)]
-    stretches = [Stretch([1, 2, 3, 2, 1], 1, range(5)), Stretch([0, 3], 1, range(20, 25))]
+    chunks = [SequenceChunk([1, 2, 3, 2, 1], 1, range(5)), SequenceChunk([0, 3], 1, range(20, 25))]
     h_ND = torch.randn(7, model.config.hidden_size, device=DEVICE)
-    runners[0].draft(stretches, h_ND, [4])
-    runners[1].remember(stretches, h_ND)
+    runners[0].draft(chunks, h_ND, [4])
+    runners[1].write_mtp_kv_cache(chunks, h_ND)
     # All but the page that takes what belongs nowhere.
     drafted, remembered = (runner.cache.latents_LMW[:, : 40 * 4] for runner in runners)
     assert remembered[-1].any() and not remembered[:-1].any()
@@ -140,14 +141,14 @@ def test_a_token_is_the_same_alone_and_in_company() -> None:
     """In float32 the company changes no more than the last bits: products of other heights may sum otherwise."""
     model = lively_model(tiny(num_hidden_layers=2), seed=2)
     rng = random.Random(0)
-    stretches = [
-        Stretch([rng.randrange(61) for _ in range(length)], 0, [place]) for place, length in enumerate((1, 3, 4))
+    chunks = [
+        SequenceChunk([rng.randrange(61) for _ in range(length)], 0, [place]) for place, length in enumerate((1, 3, 4))
     ]
-    together = graphed(model, 8, 8, 64).main(stretches, range(8))
+    together = graphed(model, 8, 8, 64).main(chunks, range(8))
     first = 0
-    for stretch in stretches:
-        count = len(stretch.tokens)
-        alone = graphed(model, 8, 8, 64).main([stretch], range(count))
+    for chunk in chunks:
+        count = len(chunk.tokens)
+        alone = graphed(model, 8, 8, 64).main([chunk], range(count))
         assert max(token_errors(alone.logits_NO, together.logits_NO[first : first + count])) <= 1e-6
         first += count
 

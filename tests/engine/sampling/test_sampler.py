@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from fathom.engine.sampling import sampler
 from fathom.engine.sampling.sampler import (
     SamplingParams,
-    adjust,
+    apply_logits_processors,
     check_against,
     draw,
+    exponential_noise,
     probabilities,
-    race,
 )
 
 logits = st.lists(st.integers(-12, 12).map(lambda n: n / 2), min_size=1, max_size=9)
@@ -129,21 +129,25 @@ def test_each_position_counts_the_drafts_before_it(
     row = st.lists(st.integers(-12, 12).map(lambda n: n / 2), min_size=6, max_size=6)
     logits = data.draw(st.lists(row, min_size=len(drafts) + 1, max_size=len(drafts) + 1))
     logits_TO = torch.tensor(logits)
-    found_TO = adjust(logits_TO, params, tokens, prompt, drafts, tuple(banned))
+    found_TO = apply_logits_processors(logits_TO, params, tokens, prompt, drafts, tuple(banned))
     assert logits_TO.tolist() == logits
     for place, values in enumerate(logits):
         history = tokens + drafts[:place]
         expected = slow_adjust(values, params, history, prompt, banned)
         assert found_TO[place].tolist() == pytest.approx(expected, abs=1e-4)
         # To the last bit what plain decoding computes at that place, and what a drafter computes there.
-        plain_1O = adjust(logits_TO[place : place + 1], params, history, prompt, [], tuple(banned))
-        drafter_1O = adjust(logits_TO[place : place + 1], params, tokens, prompt, drafts[:place], tuple(banned))
+        plain_1O = apply_logits_processors(logits_TO[place : place + 1], params, history, prompt, [], tuple(banned))
+        drafter_1O = apply_logits_processors(
+            logits_TO[place : place + 1], params, tokens, prompt, drafts[:place], tuple(banned)
+        )
         assert torch.equal(found_TO[place], plain_1O[0]) and torch.equal(found_TO[place], drafter_1O[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_adjusted_logits_are_at_least_float32(dtype: torch.dtype) -> None:
-    found_TO = adjust(torch.ones(1, 3, dtype=dtype), SamplingParams(repetition_penalty=3.0), [1], 1, [], ())
+    found_TO = apply_logits_processors(
+        torch.ones(1, 3, dtype=dtype), SamplingParams(repetition_penalty=3.0), [1], 1, [], ()
+    )
     assert found_TO.dtype == torch.promote_types(dtype, torch.float32)
     assert found_TO.tolist()[0] == pytest.approx([1, 1 / 3, 1])
 
@@ -173,7 +177,9 @@ def test_processing_agrees_with_transformers(seed: int) -> None:
         theirs_BO = processor(ids_BS, theirs_BO)
     params = SamplingParams(temperature, top_k, top_p, min_p, repetition)
     parts = zip(logits_BO.split(1), ids_BS.tolist(), strict=True)
-    ours_BO = probabilities(torch.cat([adjust(part, params, tokens, 100, [], ()) for part, tokens in parts]), params)
+    ours_BO = probabilities(
+        torch.cat([apply_logits_processors(part, params, tokens, 100, [], ()) for part, tokens in parts]), params
+    )
     assert torch.equal(ours_BO > 0, theirs_BO.softmax(-1) > 0)
     assert torch.allclose(ours_BO, theirs_BO.softmax(-1), atol=1e-7, rtol=1e-4)
 
@@ -183,7 +189,7 @@ def test_processing_agrees_with_transformers(seed: int) -> None:
 def test_draws_follow_the_weights(weights: list[int], seed: int) -> None:
     """As often as each weight says, by chi-square; what has none is never drawn."""
     draws = 4000
-    numbers_NO = torch.stack([race(seed, 3, position, len(weights)) for position in range(draws)])
+    numbers_NO = torch.stack([exponential_noise(seed, 3, position, len(weights)) for position in range(draws)])
     ids_N = draw(torch.tensor(weights).float().expand(draws, -1), numbers_NO)
     counts = ids_N.bincount(minlength=len(weights)).tolist()
     due = [draws * weight / sum(weights) for weight in weights]
@@ -194,22 +200,29 @@ def test_draws_follow_the_weights(weights: list[int], seed: int) -> None:
 
 
 def test_a_race_depends_on_seed_sequence_and_position_alone() -> None:
-    every = [race(seed, sequence, position, 50) for seed in (7, 8) for sequence in (0, 1) for position in (0, 1, 9)]
+    every = [
+        exponential_noise(seed, sequence, position, 50)
+        for seed in (7, 8)
+        for sequence in (0, 1)
+        for position in (0, 1, 9)
+    ]
     assert torch.stack(every).unique().numel() == 50 * len(every)
-    assert torch.equal(race(7, 1, 9, 50), every[5])
+    assert torch.equal(exponential_noise(7, 1, 9, 50), every[5])
     # A longer vocabulary gives the tokens that it shares the same numbers.
-    assert torch.equal(race(7, 1, 9, 80)[:50], every[5])
+    assert torch.equal(exponential_noise(7, 1, 9, 80)[:50], every[5])
 
 
 def test_what_hardly_ever_wins_does_not_win() -> None:
     """Of 40 million races of tokens with a chance of 1e-13 each against one of the rest."""
     probs_NO = torch.full((1, 1 << 20), 1e-13)
     probs_NO[0, 0] = 1
-    assert all(draw(probs_NO, race(5, 0, position, 1 << 20)[None]).item() == 0 for position in range(40))
+    assert all(draw(probs_NO, exponential_noise(5, 0, position, 1 << 20)[None]).item() == 0 for position in range(40))
 
 
 def test_races_are_exponential_and_independent() -> None:
-    numbers_NO = torch.stack([race(2**64 - 1, sequence, at, 4) for sequence in range(40) for at in range(500)])
+    numbers_NO = torch.stack(
+        [exponential_noise(2**64 - 1, sequence, at, 4) for sequence in range(40) for at in range(500)]
+    )
     shares_NO = 1 - (-numbers_NO).exp()
     counts_O10 = torch.stack([(u_N * 10).floor().long().bincount(minlength=10) for u_N in shares_NO.T])
     # 20000 numbers, 10 cells: the 0.9999 quantile of chi-square with 9 degrees of freedom is 33.7.

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fathom.engine.sampling.sampler import SamplingParams
-from fathom.engine.sampling.verify import Decision, Row, choose, draft, prompt_logprobs
+from fathom.engine.sampling.verify import SampledTokens, SamplingState, draft, prompt_logprobs, verify
 
 SIZE = 5
 
@@ -37,7 +37,7 @@ def chains(seed: int, noise: float = 1.0) -> tuple[Chain, Chain]:
     return Chain(model_OO), Chain(model_OO + noise * torch.randn(SIZE, SIZE, generator=generator))
 
 
-def slow_distribution(logits: list[float], row: Row, tokens: list[int]) -> list[float]:
+def slow_distribution(logits: list[float], row: SamplingState, tokens: list[int]) -> list[float]:
     """What plain decoding draws from after `tokens`: every step of the definition, in Python floats."""
     params, output, values = row.params, tokens[row.prompt_length :], list(logits)
     for token in range(len(values)):
@@ -60,7 +60,7 @@ def slow_distribution(logits: list[float], row: Row, tokens: list[int]) -> list[
     return [weight / sum(weights) for weight in weights]
 
 
-def continuations(model: Chain, row: Row, length: int) -> dict[tuple[int, ...], float]:
+def continuations(model: Chain, row: SamplingState, length: int) -> dict[tuple[int, ...], float]:
     """Every continuation that plain decoding may say, with its chance."""
     found = {(): 1.0}
     for _ in range(length):
@@ -73,14 +73,14 @@ def continuations(model: Chain, row: Row, length: int) -> dict[tuple[int, ...], 
     return found
 
 
-def add_draft(drafter: Chain, rows: list[Row]) -> None:
+def add_draft(drafter: Chain, rows: list[SamplingState]) -> None:
     """One more draft for each of the rows."""
     ids = draft(drafter.after([[*row.tokens, *row.drafts][-1] for row in rows]), rows)
     for row, token in zip(rows, ids, strict=True):
         row.drafts.append(token)
 
 
-def continue_rows(model: Chain, drafter: Chain | None, rows: list[Row], length: int) -> list[tuple[int, ...]]:
+def continue_rows(model: Chain, drafter: Chain | None, rows: list[SamplingState], length: int) -> list[tuple[int, ...]]:
     """`length` tokens for every row, with 0, 1 or 2 drafts per step, as many as its stream and the step say."""
     said: list[list[int]] = [[] for _ in rows]
     for step in range(length):
@@ -91,7 +91,7 @@ def continue_rows(model: Chain, drafter: Chain | None, rows: list[Row], length: 
                 add_draft(drafter, drafting)
         fed = [token for row in now.values() for token in [row.tokens[-1], *row.drafts]]
         if fed:
-            for r, decision in zip(going, choose(model.after(fed), list(now.values())), strict=True):
+            for r, decision in zip(going, verify(model.after(fed), list(now.values())), strict=True):
                 assert decision.tokens[: decision.accepted] == now[r].drafts[: decision.accepted]
                 said[r] += decision.tokens
     return [tuple(tokens[:length]) for tokens in said]
@@ -121,7 +121,7 @@ def test_sampled_continuations_follow_plain_sampling_whatever_is_drafted() -> No
     model, drafter = chains(3)
     copies = 800
     rows = [
-        Row(replace(params, seed=7), stream, [1, 3], 2, (4,))
+        SamplingState(replace(params, seed=7), stream, [1, 3], 2, (4,))
         for stream, params in enumerate(params for _ in range(copies) for params in SAMPLED)
     ]
     said = continue_rows(model, drafter, rows, 3)
@@ -154,7 +154,7 @@ requests = st.builds(
 def test_a_row_gets_the_same_tokens_alone_and_among_others(requests: list[SamplingParams], seed: int) -> None:
     """And greedy rows those of plain greedy decoding."""
     model, drafter = chains(seed)
-    rows = [Row(params, 3 * r + seed, [r % SIZE, 2], 1, (4, 0)) for r, params in enumerate(requests)]
+    rows = [SamplingState(params, 3 * r + seed, [r % SIZE, 2], 1, (4, 0)) for r, params in enumerate(requests)]
     together = continue_rows(model, drafter, rows, 5)
     for row, said in zip(rows, together, strict=True):
         assert continue_rows(model, drafter, [row], 5) == [said]
@@ -168,32 +168,36 @@ def test_greedy_drafts_stay_up_to_the_first_that_differs(dtype: torch.dtype) -> 
     before_NO = logits_NO.clone()
     plain = SamplingParams()
     rows = [
-        Row(plain, 0, [0], 1, drafts=[4, 1]),  # says 4, then 2
-        Row(plain, 1, [0], 1),  # says 0
-        Row(plain, 2, [0], 1, drafts=[1]),  # says 1, then 1
+        SamplingState(plain, 0, [0], 1, drafts=[4, 1]),  # says 4, then 2
+        SamplingState(plain, 1, [0], 1),  # says 0
+        SamplingState(plain, 2, [0], 1, drafts=[1]),  # says 1, then 1
     ]
-    assert choose(logits_NO, rows) == [Decision([4, 2], 1, None), Decision([0], 0, None), Decision([1, 1], 1, None)]
+    assert verify(logits_NO, rows) == [
+        SampledTokens([4, 2], 1, None),
+        SampledTokens([0], 0, None),
+        SampledTokens([1, 1], 1, None),
+    ]
     rows[1].params = SamplingParams(logit_bias={0: -1.0, 3: 0.5})
-    assert choose(logits_NO, rows)[1] == Decision([3], 0, None)
+    assert verify(logits_NO, rows)[1] == SampledTokens([3], 0, None)
     assert torch.equal(logits_NO, before_NO)
-    assert choose(logits_NO[:0], []) == []
+    assert verify(logits_NO[:0], []) == []
 
 
 def test_drafts_of_a_perfect_drafter_are_accepted() -> None:
     """With the model itself for a drafter no draft is refused, sampled or not, whatever else is in force."""
     model, _ = chains(11)
     params = [*SAMPLED, SamplingParams(), SamplingParams(repetition_penalty=1.7, min_tokens=3)]
-    rows = [Row(p, stream, [2, 2, 0], 2, (4,)) for stream, p in enumerate(params * 20)]
+    rows = [SamplingState(p, stream, [2, 2, 0], 2, (4,)) for stream, p in enumerate(params * 20)]
     for _ in range(3):
         add_draft(model, rows)
     fed = [token for row in rows for token in [row.tokens[-1], *row.drafts]]
-    assert [decision.accepted for decision in choose(model.after(fed), rows)] == [3] * len(rows)
+    assert [decision.accepted for decision in verify(model.after(fed), rows)] == [3] * len(rows)
 
 
 def test_drafts_differ_from_position_to_position_and_stream_to_stream() -> None:
     """A thousand draws from a flat distribution that were the same draw would be one token."""
     flat = Chain(torch.zeros(SIZE, SIZE))
-    rows = [Row(SamplingParams(1.0), stream, [0] * (1 + stream % 10), 1) for stream in range(500)]
+    rows = [SamplingState(SamplingParams(1.0), stream, [0] * (1 + stream % 10), 1) for stream in range(500)]
     for _ in range(2):
         add_draft(flat, rows)
     pairs = Counter(tuple(row.drafts) for row in rows)
@@ -206,12 +210,12 @@ def test_log_probabilities_are_the_models_own() -> None:
     logits_NO = torch.randn(7, 40, generator=generator)
     best = logits_NO.argmax(-1).tolist()
     rows = [
-        Row(SamplingParams(logprobs=2), 0, [0], 1, drafts=[best[0], best[1]]),
-        Row(SamplingParams(), 1, [0], 1),
-        Row(SamplingParams(1.0, logit_bias={7: 100.0}, logprobs=0), 2, [0], 1),
-        Row(SamplingParams(logit_bias={7: 100.0}, logprobs=20), 3, [0], 1, drafts=[8]),
+        SamplingState(SamplingParams(logprobs=2), 0, [0], 1, drafts=[best[0], best[1]]),
+        SamplingState(SamplingParams(), 1, [0], 1),
+        SamplingState(SamplingParams(1.0, logit_bias={7: 100.0}, logprobs=0), 2, [0], 1),
+        SamplingState(SamplingParams(logit_bias={7: 100.0}, logprobs=20), 3, [0], 1, drafts=[8]),
     ]
-    decisions = choose(logits_NO, rows)
+    decisions = verify(logits_NO, rows)
     assert [decision.tokens for decision in decisions] == [best[:3], best[3:4], [7], [7]]
     assert decisions[1].logprobs is None
     expected_NO = logits_NO.double().log_softmax(-1)
@@ -240,9 +244,9 @@ def test_prompt_log_probabilities_of_any_length(length: int) -> None:
 
 
 def test_what_does_not_fit_together_is_refused() -> None:
-    rows = [Row(SamplingParams(1.0), 0, [0], 1, drafts=[1])]
+    rows = [SamplingState(SamplingParams(1.0), 0, [0], 1, drafts=[1])]
     with pytest.raises(ValueError, match=r"logits_NO has 3 positions; rows with their drafts need 2"):
-        choose(torch.zeros(3, SIZE), rows)
+        verify(torch.zeros(3, SIZE), rows)
 
 
 def test_the_statistic_notices_a_wrong_distribution() -> None:

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from fathom.config import ConfigError
 from fathom.data.corpus import DataConfig
-from fathom.data.tokenize import Prepared
+from fathom.data.tokenize import TokenizedCorpus
 from fathom.lab.ablations.attention import GroupedQueryAttention
 from fathom.lab.ablations.command import StudyCommand, run_studies
 from fathom.lab.ablations.design import Comparison, Entry, Found
@@ -274,7 +274,7 @@ def test_a_planted_effect_comes_out(
     entries = [Entry(name, base(MINUTES, DataConfig())) for name in ("old", "new")]
     prepared = SimpleNamespace(config=DataConfig(), corpus_hash="0" * 64)
     found = planted({"old": 0.0, "new": effect}, noise)
-    summary = summarize(study, MINUTES, entries, found, cast(Prepared, prepared), "")
+    summary = summarize(study, MINUTES, entries, found, cast(TokenizedCorpus, prepared), "")
     assert summary["verdict"] == verdict
     compared = summary["comparisons"][0]
     assert compared["low"] < effect < compared["high"] and (compared["high"] - compared["low"]) < 12 * noise

@@ -152,7 +152,7 @@ def test_losses_that_were_not_finite_are_gaps(tmp_path: Path) -> None:
 def without_mtp() -> DemoReport:
     report = example()
     config = replace(report.config, num_nextn_predict_layers=0)
-    loads = [(step, load_LE[:-1]) for step, load_LE in report.loads]
+    loads = [(step, tokens_per_expert_LE[:-1]) for step, tokens_per_expert_LE in report.loads]
     return replace(report, config=config, loads=loads, max_vio_global=report.max_vio_global[:-1])
 
 

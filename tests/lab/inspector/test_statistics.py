@@ -61,6 +61,6 @@ def test_chance_has_as_many_pairs_as_there_were(experts: int, tokens: int, seed:
     took_NE = taken(rows, experts)
     ratios_EE = co_firing(took_NE)
     np.testing.assert_array_equal(ratios_EE, ratios_EE.T)
-    load_E = took_NE.sum(0)
-    chance_EE = np.where(np.isnan(ratios_EE), 0, np.outer(load_E, load_E))
+    tokens_per_expert_E = took_NE.sum(0)
+    chance_EE = np.where(np.isnan(ratios_EE), 0, np.outer(tokens_per_expert_E, tokens_per_expert_E))
     assert np.nansum(ratios_EE * chance_EE) == pytest.approx(chance_EE.sum())

@@ -58,7 +58,7 @@ def test_it_notes_what_the_model_says(config: ModelConfig, length: int, seed: in
 def test_latents_are_those_that_are_cached(config: ModelConfig, length: int, seed: int) -> None:
     model, tokens_BS = lively_model(config, seed), random_tokens(config, 1, length, seed)
     cache_LBTW = torch.zeros(config.num_hidden_layers, 1, length, config.cache_width)
-    model.cached_states(tokens_BS[0], rows_of_a_cache(torch.arange(length)[None], cache_LBTW))
+    model.forward_with_cache(tokens_BS[0], rows_of_a_cache(torch.arange(length)[None], cache_LBTW))
     for c_SC, cached_BTW in zip(read_window(model, tokens_BS[0]).latents, cache_LBTW, strict=True):
         assert relative_error(c_SC, cached_BTW[0, :, : config.kv_lora_rank]) < 1e-4
 

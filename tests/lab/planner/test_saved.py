@@ -19,7 +19,7 @@ from fathom.model.config import ModelConfig
 from fathom.model.transformer import Model
 from fathom.ops import cpu
 from fathom.ops.moe.experts import _padded as padded_loads
-from fathom.train.loss import Objective, target_counts
+from fathom.train.loss import PretrainLoss, target_counts
 from fathom.train.optim import build_optimizers
 from fathom.train.run import Run
 from tests.model.configs import tiny
@@ -32,7 +32,7 @@ def counted(config: ModelConfig, shape: Shape) -> int:
     """Bytes of every storage that a forward pass saves, each once, without the model's own."""
     model = Model(config).train()
     dtype = torch.bfloat16 if shape.itemsize == 2 else torch.float32
-    objective = Objective(model, 1e-4, dtype, shape.recompute)
+    objective = PretrainLoss(model, 1e-4, dtype, shape.recompute)
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     width = shape.length + 1 + config.num_nextn_predict_layers
     tokens_BW = torch.randint(config.vocab_size, (shape.batch, width))

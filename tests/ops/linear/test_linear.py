@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fathom.ops import cpu
-from fathom.ops.linear import input_gradient, linear, linear_reference, multiplies, product, weight_gradient
+from fathom.ops.linear import dgrad, linear, linear_reference, multiplies, product, wgrad
 from tests.ops.errors import scale_free_error
 
-OWN = cpu.own_products(torch.bfloat16)
+OWN = cpu.has_bf16_gemm(torch.bfloat16)
 own = pytest.mark.skipif(not OWN, reason="this processor does not multiply pairs of bfloat16 (or has AMX)")
 
 
@@ -79,8 +79,8 @@ def test_products_of_any_size(
         dw.fill_(3)
         assert multiplies(x_NI, weight_OI)
         product(x_NI, weight_OI, y)
-        input_gradient(dy_NO, weight_OI, dx)
-        weight_gradient(dy_NO, x_NI, dw, adds)
+        dgrad(dy_NO, weight_OI, dx)
+        wgrad(dy_NO, x_NI, dw, adds)
     finally:
         torch.set_num_threads(before)
     wide_NI, wide_OI, wide_NO = x_NI.double(), weight_OI.double(), dy_NO.double()
@@ -110,8 +110,8 @@ def test_large_gradients_and_deep_sums(rows: int, inner: int, outer: int) -> Non
     """Beyond what a thread sums for itself, and beyond what is summed at once."""
     x_NI, weight_OI, dy_NO = (t.bfloat16() for t in numbers(2, (rows, inner), (outer, inner), (rows, outer)))
     dx_NI, dw_OI = torch.empty_like(x_NI), torch.ones(outer, inner)
-    input_gradient(dy_NO, weight_OI, dx_NI)
-    weight_gradient(dy_NO, x_NI, dw_OI, adds=True)
+    dgrad(dy_NO, weight_OI, dx_NI)
+    wgrad(dy_NO, x_NI, dw_OI, adds=True)
     assert scale_free_error(dx_NI, dy_NO.double() @ weight_OI.double()) < 3e-6
     assert scale_free_error(dw_OI - 1, dy_NO.double().t() @ x_NI.double()) < 1e-11
 

@@ -155,15 +155,15 @@ def test_rows_that_no_product_fills_are_never_read(monkeypatch: pytest.MonkeyPat
     """Behind the last expert's rows a grouped product leaves memory as it found it."""
     case = Case(*ROUTINGS["padding, and experts without tokens"], widths)
     expected = case.run(False, torch.float32)
-    grouped_product, spare = experts_module.grouped_product, []
+    grouped_matmul, spare = experts_module.grouped_matmul, []
 
     def poisoned(x_RI: Tensor, w_EIO: Tensor, ends_E: Tensor) -> Tensor:
-        out_RO = grouped_product(x_RI, w_EIO, ends_E).clone()
+        out_RO = grouped_matmul(x_RI, w_EIO, ends_E).clone()
         spare.append(len(out_RO) - int(ends_E[-1]))
         out_RO[int(ends_E[-1]) :] = float("nan")
         return out_RO
 
-    monkeypatch.setattr(experts_module, "grouped_product", poisoned)
+    monkeypatch.setattr(experts_module, "grouped_matmul", poisoned)
     monkeypatch.setattr(experts_module, "_kernels_take", lambda *_: False)
     for found, truth in zip(case.run(True, torch.float32), expected, strict=True):
         assert (found - truth).abs().max() <= 1e-5 * truth.abs().max()
@@ -173,9 +173,11 @@ def test_rows_that_no_product_fills_are_never_read(monkeypatch: pytest.MonkeyPat
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 5000), min_size=1, max_size=8))
 def test_padding_is_little_and_leaves_few_heights(loads: list[int]) -> None:
-    load_E = torch.tensor(loads)
-    rows_E = experts_module._padded(load_E)
-    assert (rows_E >= load_E).all() and (rows_E < load_E + torch.maximum(load_E // 16, torch.tensor(16))).all()
+    tokens_per_expert_E = torch.tensor(loads)
+    rows_E = experts_module._padded(tokens_per_expert_E)
+    assert (rows_E >= tokens_per_expert_E).all() and (
+        rows_E < tokens_per_expert_E + torch.maximum(tokens_per_expert_E // 16, torch.tensor(16))
+    ).all()
     assert (rows_E % 16 == 0).all()
     assert len(set(experts_module._padded(torch.arange(5000)).tolist())) < 100
 
@@ -186,13 +188,13 @@ def test_dispatch_sorts_pairs_and_loses_none(tokens: int, experts: int, data: st
     choices = data.draw(st.integers(1, experts))
     ids_NK = random_ids(tokens, choices, experts, seed)
     order = dispatch(ids_NK, experts)
-    assert torch.equal(order.load_E, ids_NK.flatten().bincount(minlength=experts))
-    assert torch.equal(order.pair_R[order.row_NK].flatten(), torch.arange(tokens * choices))
+    assert torch.equal(order.tokens_per_expert_E, ids_NK.flatten().bincount(minlength=experts))
+    assert torch.equal(order.sort_indices_R[order.inverse_indices_NK].flatten(), torch.arange(tokens * choices))
     # Every pair stands among its expert's rows, in the order of its token; other rows are marked.
-    assert int((order.pair_R >= 0).sum()) == tokens * choices
+    assert int((order.sort_indices_R >= 0).sum()) == tokens * choices
     start = 0
     for expert, end in enumerate(order.ends_E.tolist()):
-        pairs = order.pair_R[start:end]
+        pairs = order.sort_indices_R[start:end]
         pairs = pairs[pairs >= 0]
         assert (ids_NK.flatten()[pairs] == expert).all() and (pairs.diff() > 0).all()
         start = end

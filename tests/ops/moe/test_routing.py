@@ -18,11 +18,11 @@ def scores(tokens: int, experts: int, seed: int) -> Tensor:
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 8), st.integers(1, 5), st.integers(2, 9), st.data(), st.integers(0, 2**32 - 1))
 def test_one_pass_equals_the_reference(tokens: int, groups: int, members: int, data: st.DataObject, seed: int) -> None:
-    open_groups = data.draw(st.integers(1, groups))
-    choices = data.draw(st.integers(1, open_groups * members))
+    topk_group = data.draw(st.integers(1, groups))
+    choices = data.draw(st.integers(1, topk_group * members))
     scores_NE = scores(tokens, groups * members, seed)
-    found = select_experts(scores_NE, choices, groups, open_groups).sort(-1).values
-    expected = select_experts_reference(scores_NE, choices, groups, open_groups).sort(-1).values
+    found = select_experts(scores_NE, choices, groups, topk_group).sort(-1).values
+    expected = select_experts_reference(scores_NE, choices, groups, topk_group).sort(-1).values
     if len({float(v) for v in _group_scores(scores_NE, groups)}) == tokens * groups:  # groups without ties
         assert torch.equal(found, expected)
     assert all(len(set(row)) == choices and min(row) >= 0 for row in found.tolist())
@@ -39,7 +39,7 @@ def test_scores_that_are_not_finite_still_give_valid_experts(poison: float) -> N
     scores_NE = scores(6, 8, 0)
     scores_NE[::2] = poison
     scores_NE[1, 3] = poison
-    for groups, open_groups in ((1, 1), (4, 2), (2, 2)):
-        ids_NK = select_experts(scores_NE, 3, groups, open_groups)
+    for groups, topk_group in ((1, 1), (4, 2), (2, 2)):
+        ids_NK = select_experts(scores_NE, 3, groups, topk_group)
         assert ((ids_NK >= 0) & (ids_NK < 8)).all()
         assert all(len(set(row)) == 3 for row in ids_NK.tolist())

@@ -16,9 +16,9 @@ from fathom.data.dataset import Batch
 from fathom.distributed.ranks import Ranks
 from fathom.model.transformer import Model
 from fathom.ops.attention import fused_causal_attention
-from fathom.ops.linear.fp32 import wide_linear
+from fathom.ops.linear.fp32 import fp32_linear
 from fathom.ops.loss import linear_cross_entropy
-from fathom.ops.moe.experts import dispatch, grouped_outer, grouped_product
+from fathom.ops.moe.experts import dispatch, grouped_matmul, grouped_wgrad
 from fathom.presets import nano
 from fathom.train.optim import NEWTON_SCHULZ_STEPS, orthogonalize
 from fathom.train.pretrain import optimizer_step
@@ -72,12 +72,12 @@ class GpuMachine:
             gate_up_EGD, down_EDF = self._random(experts, 2 * width, hidden), self._random(experts, hidden, width)
 
             def all_six() -> None:
-                grouped_product(x_RD, gate_up_EGD.transpose(1, 2), ends_E)
-                grouped_product(hidden_RF, down_EDF.transpose(1, 2), ends_E)
-                grouped_product(x_RD, down_EDF, ends_E)
-                grouped_product(gate_up_RG, gate_up_EGD, ends_E)
-                grouped_outer(gate_up_RG, x_RD, ends_E)
-                grouped_outer(x_RD, hidden_RF, ends_E)
+                grouped_matmul(x_RD, gate_up_EGD.transpose(1, 2), ends_E)
+                grouped_matmul(hidden_RF, down_EDF.transpose(1, 2), ends_E)
+                grouped_matmul(x_RD, down_EDF, ends_E)
+                grouped_matmul(gate_up_RG, gate_up_EGD, ends_E)
+                grouped_wgrad(gate_up_RG, x_RD, ends_E)
+                grouped_wgrad(x_RD, hidden_RF, ends_E)
 
             return all_six
 
@@ -101,7 +101,7 @@ class GpuMachine:
             x_ND = self._random(tokens, hidden).requires_grad_()
             weight_ED = torch.randn(experts, hidden, device=_DEVICE, requires_grad=True)
             gradient = torch.randn(tokens, experts, device=_DEVICE)
-            return lambda: torch.autograd.grad(wide_linear(x_ND, weight_ED), (x_ND, weight_ED), gradient)
+            return lambda: torch.autograd.grad(fp32_linear(x_ND, weight_ED), (x_ND, weight_ED), gradient)
 
         return self._timed(f"gate, {tokens} x {hidden} x {experts}", 6 * tokens * hidden * experts, make)
 

@@ -20,7 +20,7 @@ from fathom.distributed.ranks import Ranks
 from fathom.model.transformer import Model
 from fathom.ops import cpu
 from fathom.ops.attention import expanded_attention
-from fathom.ops.linear import product, weight_gradient
+from fathom.ops.linear import product, wgrad
 from fathom.ops.loss import linear_cross_entropy
 from fathom.ops.norm import rms_norm
 from fathom.ops.rope import Rope
@@ -190,7 +190,7 @@ def _operands(
     left = torch.randn(inner, rows).to(dtype).t() if transposed else torch.randn(rows, inner).to(dtype)
     # All of it is touched here, as in a run, whose memory has long come from the kernel when it is timed.
     # Training multiplies with float32 weights where the kernels narrow them, and makes their gradients in float32.
-    wide = torch.float32 if cpu.own_products(dtype) else dtype
+    wide = torch.float32 if cpu.has_bf16_gemm(dtype) else dtype
     if transposed:
         return left, torch.randn(inner, columns).to(dtype), torch.zeros(rows, columns, dtype=wide)
     return left, torch.randn(columns, inner).to(wide), torch.zeros(rows, columns, dtype=dtype)
@@ -199,7 +199,7 @@ def _operands(
 def _multiply(left: Tensor, right: Tensor, out: Tensor, transposed: bool) -> None:
     """left·right into a weight's gradient, or left·rightᵀ."""
     if transposed:
-        weight_gradient(left.t(), right, out, adds=False)
+        wgrad(left.t(), right, out, adds=False)
     else:
         product(left, right, out)
 

@@ -42,7 +42,7 @@ class Shape:
     @property
     def own(self) -> bool:
         """Whether the kernels make the products themselves: then nothing is narrowed, padded or prepared for them."""
-        return cpu.own_products(self.dtype)
+        return cpu.has_bf16_gemm(self.dtype)
 
     @property
     def tokens(self) -> int:
