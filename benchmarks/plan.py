@@ -44,13 +44,13 @@ def cases() -> dict[str, Run]:
     queries = replace(small.model, hidden_size=320, q_lora_rank=None, num_hidden_layers=5, moe_intermediate_size=192)
     return {
         "nano (Muon)": nano,
-        "nano, AdamW": replace(nano, optimizer=replace(nano.optimizer, kind="adamw")),
+        "nano, AdamW": replace(nano, optimizer=replace(nano.optimizer, name="adamw")),
         "nano, 2 x 256": _sized(nano, 2, 256),
         "nano, width 512": wide,
         "bench-small": small,
         "bench-small, 1 x 2048": _sized(small, 1, 2048),
         "bench-small, 128 experts, 4 x 512": _sized(many, 4, 512),
-        "bench-small, recomputed": replace(small, train=replace(small.train, recompute=True)),
+        "bench-small, recomputed": replace(small, train=replace(small.train, activation_checkpointing=True)),
         "bench-small, Muon, 4 x 512": _sized(replace(small, optimizer=nano.optimizer), 4, 512),
         "nano, 9 layers, no MTP, 4 x 1024": _sized(replace(nano, model=plain), 4, 1024),
         "width 320, 5 layers, whole queries, 12 x 256": _sized(replace(small, model=queries), 12, 256),
@@ -95,7 +95,7 @@ def _row(name: str, run: Run) -> dict[str, Any]:
     measured = json.loads(answer.stdout)
     return {
         "case": name,
-        "type": plan.run.train.compute,
+        "type": plan.run.train.compute_dtype,
         "memory": plan.peak.total,
         "seconds": plan.time.total,
         "measured": measured,

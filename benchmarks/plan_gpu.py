@@ -38,10 +38,10 @@ def cases() -> dict[str, Run]:
                 batch_size=spec.micro_batches * spec.micro_batch,
                 micro_batch_size=spec.micro_batch,
                 sequence_length=spec.length,
-                compute="bfloat16",
+                compute_dtype="bfloat16",
                 compile="on",
             ),
-            optimizer=OptimizerConfig(kind="adamw"),
+            optimizer=OptimizerConfig(name="adamw"),
         )
         for name, spec in specs().items()
         if name.endswith(": fathom")
@@ -50,9 +50,9 @@ def cases() -> dict[str, Run]:
     return {
         "4 layers of 16b-a3b, 16 x 4096": stack,
         "1B-A0.2B, 16 x 4096": whole,
-        "1B-A0.2B, Muon": replace(whole, optimizer=replace(whole.optimizer, kind="muon")),
+        "1B-A0.2B, Muon": replace(whole, optimizer=replace(whole.optimizer, name="muon")),
         "1B-A0.2B, 32 x 1024": replace(whole, train=short),
-        "1B-A0.2B, recomputed": replace(whole, train=replace(whole.train, recompute=True)),
+        "1B-A0.2B, recomputed": replace(whole, train=replace(whole.train, activation_checkpointing=True)),
         "1B-A0.2B, an MTP module": replace(whole, model=replace(whole.model, num_nextn_predict_layers=1)),
     }
 
@@ -65,7 +65,7 @@ def rows_on_gpu(words: str) -> list[dict[str, Any]]:
             continue
         memory, planned = gpu_memory(run, 2), gpu_step_time(run, shape_of(run), machine)
         measured = _measured(run)
-        row = {"case": name, "type": run.train.compute, "memory": memory.total, "seconds": planned.total}
+        row = {"case": name, "type": run.train.compute_dtype, "memory": memory.total, "seconds": planned.total}
         rows.append(row | {"measured": measured, "parts": {"memory": vars(memory), "step": vars(planned)}})
         print(f"{name}: {planned.total * 1e3:.0f} ms planned, {measured['seconds'] * 1e3:.0f} measured", flush=True)
     return rows

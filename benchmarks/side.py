@@ -127,7 +127,7 @@ def _build_ours(spec: Spec) -> Trained:
         counts_H = target_counts(batch, spec.shape.num_nextn_predict_layers)
         return objective(batch, counts_H, _MTP_WEIGHT, share=1.0).total
 
-    config = OptimizerConfig(kind="adamw", learning_rate=_LEARNING_RATE)
+    config = OptimizerConfig(name="adamw", learning_rate=_LEARNING_RATE)
     return Trained(model, build_optimizers(model, config), loss)
 
 

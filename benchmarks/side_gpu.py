@@ -138,7 +138,7 @@ def _ours(spec: Spec) -> Trained:
             batch_size=sequences,
             micro_batch_size=spec.micro_batch,
             sequence_length=spec.length,
-            compute="bfloat16",
+            compute_dtype="bfloat16",
             compile="on" if spec.compile else "off",
         ),
         optimizer=OptimizerConfig(learning_rate=_LEARNING_RATE),

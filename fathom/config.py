@@ -6,15 +6,17 @@ and what would have been right. The field types understood are int, float, str, 
 dataclass, and any of these "or None".
 """
 
+import functools
 import json
 import math
 import os
 import types
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -24,6 +26,46 @@ T = TypeVar("T")
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the field, the value and what would be right."""
+
+
+def renamed_fields(**current: str) -> Callable[[type[T]], type[T]]:
+    """Class decorator: `old="new"` keeps a field's old name working for one release, with a DeprecationWarning.
+
+    It works as a keyword of the constructor, as an attribute, as a JSON key and, by `current_flags`, as a flag.
+    """
+
+    def decorate(cls: type[T]) -> type[T]:
+        construct = cls.__init__
+
+        @functools.wraps(construct)
+        def with_old_names(self: T, *args: Any, **kwargs: Any) -> None:
+            construct(self, *args, **{_current_name(cls, key): value for key, value in kwargs.items()})
+
+        cls.__init__ = with_old_names  # type: ignore[assignment]
+        cls._renamed_fields = current  # type: ignore[attr-defined]
+        for old, new in current.items():
+            setattr(cls, old, property(functools.partial(_old_attribute, old=old, new=new)))
+        return cls
+
+    return decorate
+
+
+def current_flags(cls: type, words: Sequence[str], prefix: str = "") -> list[str]:
+    """Command-line words for `cls` with every renamed field's old flag replaced; `prefix` is that of its flags."""
+    found = list(words)
+    for old, new in getattr(cls, "_renamed_fields", {}).items():
+        for index, word in enumerate(found):
+            flag, equals, value = word.partition("=")
+            if flag.replace("_", "-") == f"--{prefix}{old}".replace("_", "-"):
+                replacement = f"--{prefix}{new}".replace("_", "-")
+                _warn_renamed(flag, replacement)
+                found[index] = replacement + equals + value
+    hints = get_type_hints(cls)
+    for field in fields(cls):
+        inner, _ = _split_none(hints[field.name])
+        if is_dataclass(inner):
+            found = current_flags(cast(type, inner), found, f"{prefix}{field.name}.")
+    return found
 
 
 def to_json(obj: "DataclassInstance") -> dict[str, Any]:
@@ -113,6 +155,7 @@ def _read_dataclass(cls: Any, value: object, place: _Place) -> Any:
     if not isinstance(value, Mapping):
         raise place.wrong(value, _describe(cls))
     known = {field.name: field for field in fields(cls) if field.init}
+    value = _with_current_names(cls, value, place)
     for key in value:
         if key not in known:
             raise place.field(str(key)).error(f"unknown key{_suggest(str(key), list(known))}")
@@ -125,6 +168,34 @@ def _read_dataclass(cls: Any, value: object, place: _Place) -> Any:
         return cls(**arguments)
     except ValueError as error:  # the dataclass checks its own values in __post_init__
         raise place.error(str(error)) from error
+
+
+def _with_current_names(cls: Any, value: Mapping[Any, Any], place: _Place) -> Mapping[Any, Any]:
+    """The object with renamed keys under their current names."""
+    renamed = getattr(cls, "_renamed_fields", {})
+    for old in renamed.keys() & value.keys():
+        if renamed[old] in value:
+            raise place.field(old).error(f"is the old name of {renamed[old]}, which is given too; leave it out")
+    return {_current_name(cls, key): entry for key, entry in value.items()}
+
+
+def _current_name(cls: Any, key: Any) -> Any:
+    new = cls._renamed_fields.get(key) if hasattr(cls, "_renamed_fields") else None
+    if new is None:
+        return key
+    _warn_renamed(key, new)
+    return new
+
+
+def _old_attribute(self: Any, old: str, new: str) -> Any:
+    _warn_renamed(old, new)
+    return getattr(self, new)
+
+
+def _warn_renamed(old: str, new: str) -> None:
+    warnings.warn(
+        f"{old} is now called {new}; the old name goes with the next release", DeprecationWarning, stacklevel=3
+    )
 
 
 def _read_tuple(hint: Any, inner: Any, value: object, place: _Place) -> tuple[Any, ...]:

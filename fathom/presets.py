@@ -38,8 +38,8 @@ def nano() -> Run:
             initializer_range=0.02,
         ),
         train=TrainConfig(steps=600, batch_size=8, micro_batch_size=8, sequence_length=512),
-        optimizer=OptimizerConfig(kind="muon", learning_rate=0.02),
-        schedule=ScheduleConfig(warmup_steps=10, decay_share=0.6, bias_speed=0.01),
+        optimizer=OptimizerConfig(name="muon", learning_rate=0.02),
+        schedule=ScheduleConfig(warmup_steps=10, decay_fraction=0.6, bias_update_speed=0.01),
     )
 
 
@@ -71,7 +71,7 @@ def bench_small() -> Run:
         ),
         train=TrainConfig(steps=1000, batch_size=8, micro_batch_size=8, sequence_length=512),
         optimizer=OptimizerConfig(learning_rate=1e-3),
-        schedule=ScheduleConfig(warmup_steps=100, bias_speed=0.003),
+        schedule=ScheduleConfig(warmup_steps=100, bias_update_speed=0.003),
     )
 
 
@@ -80,7 +80,7 @@ def small() -> Run:
     return replace(
         bench_small(),
         train=TrainConfig(steps=4000, batch_size=16, micro_batch_size=8, sequence_length=512),
-        optimizer=OptimizerConfig(kind="muon", learning_rate=2e-3),
+        optimizer=OptimizerConfig(name="muon", learning_rate=2e-3),
     )
 
 
@@ -111,7 +111,7 @@ def bench_medium() -> Run:
             initializer_range=0.02,
         ),
         train=TrainConfig(steps=20_000, batch_size=64, micro_batch_size=4, sequence_length=1024),
-        optimizer=OptimizerConfig(kind="muon", learning_rate=2e-3),
+        optimizer=OptimizerConfig(name="muon", learning_rate=2e-3),
     )
 
 
@@ -140,7 +140,7 @@ def moe_16b_a3b() -> Run:
         data=DataConfig(corpus="hf:HuggingFaceFW/fineweb-edu", fim_rate=0.1),
         train=TrainConfig(steps=160_000, batch_size=2048, micro_batch_size=1, sequence_length=4096, save_every=1000),
         optimizer=OptimizerConfig(learning_rate=4.2e-4),
-        schedule=ScheduleConfig(shape="report", warmup_steps=2000),
+        schedule=ScheduleConfig(lr_schedule="report", warmup_steps=2000),
     )
 
 
@@ -160,7 +160,7 @@ def deepseek_v3_671b() -> Run:
             save_every=500,
         ),
         optimizer=OptimizerConfig(ema_decay=0.999),
-        schedule=ScheduleConfig(shape="report", warmup_steps=2000),
+        schedule=ScheduleConfig(lr_schedule="report", warmup_steps=2000),
     )
 
 

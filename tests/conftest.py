@@ -88,7 +88,7 @@ def tiny_run(corpus: Path) -> Run:
         batch_size=8,
         micro_batch_size=4,
         sequence_length=32,
-        compute="float32",
+        compute_dtype="float32",
         compile="off",
         eval_every=0,
         save_every=3,

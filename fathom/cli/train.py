@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from fathom import presets
-from fathom.config import ConfigError, load_json, to_json
+from fathom.config import ConfigError, current_flags, load_json, to_json
 from fathom.distributed.ranks import data_parallel
 from fathom.train.pretrain import train
 from fathom.train.run import Run
@@ -49,7 +49,7 @@ def run(words: list[str]) -> None:
     if name not in presets.ALL:
         raise ConfigError(f"there is no preset {name!r}; there are {', '.join(presets.ALL)}")
     default = TrainCommand(presets.ALL[name](), out=Path("runs") / name)
-    command = tyro.cli(TrainCommand, args=words[1:], default=default, prog=f"fathom train {name}")
+    command = tyro.cli(TrainCommand, args=current_flags(Run, words[1:]), default=default, prog=f"fathom train {name}")
     if command.resume:
         _refuse_another_run(command)
     with data_parallel() as ranks:
@@ -76,7 +76,7 @@ def _refuse_another_run(command: TrainCommand) -> None:
         return
     ours, theirs = to_json(command.run), to_json(load_json(Run, record))
     # What the run itself fills in: token ids, compute type, compilation.
-    filled = {"bos_token_id", "eos_token_id", "pad_token_id", "compute", "compile"}
+    filled = {"bos_token_id", "eos_token_id", "pad_token_id", "compute_dtype", "compile"}
     for section, values in ours.items():
         if not isinstance(values, dict):
             continue

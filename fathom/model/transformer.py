@@ -102,21 +102,21 @@ class Model(nn.Module):
         mtp: bool = False,
         lookahead_BM: Tensor | None = None,
         compute_dtype: torch.dtype | None = None,
-        recompute: bool = False,
+        activation_checkpointing: bool = False,
     ) -> HiddenStates:
         """Run the layers over whole sequences.
 
         With `mtp` the modules run too. `lookahead_BM` holds the M = num_nextn_predict_layers tokens that follow each
         row, where they are known (training cuts its rows with them): every module then covers all S positions.
-        `compute_dtype` is the activations' type; None means that of the weights. With `recompute` each layer of the
-        main model keeps its input alone and runs again in the backward pass.
+        `compute_dtype` is the activations' type; None means that of the weights. With `activation_checkpointing` each
+        layer of the main model keeps its input alone and runs again in the backward pass.
         """
         self._check_tokens(tokens_BS)
         rope = rope_table(self.config, torch.arange(tokens_BS.shape[1], device=tokens_BS.device))
         x_BSD = self._embed(tokens_BS, compute_dtype)
         facts: list[RouterFacts] = []
         for layer in self.layers:
-            if recompute:
+            if activation_checkpointing:
                 x_BSD, layer_facts = checkpoint(layer, x_BSD, rope, use_reentrant=False)
             else:
                 x_BSD, layer_facts = layer(x_BSD, rope)

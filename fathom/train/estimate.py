@@ -56,7 +56,7 @@ def _on_gpu(run: Run, dtype: torch.dtype) -> tuple[int, int]:
 def _on_cpu(run: Run, dtype: torch.dtype) -> tuple[int, int]:
     """The same."""
     counts = run.model.parameter_counts()
-    moments = 1 if run.optimizer.kind == "muon" else 2
+    moments = 1 if run.optimizer.name == "muon" else 2
     copies = 2 + moments + (1 if run.optimizer.ema_decay else 0)
     return 4 * copies * (counts.total + counts.mtp), _activation_bytes(run, dtype)
 
@@ -76,7 +76,7 @@ def _activation_bytes(run: Run, dtype: torch.dtype) -> int:
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
     numbers = layers * (6 * config.hidden_size + attention + probabilities)
     numbers += sparse * experts + config.first_k_dense_replace * dense
-    if train.recompute:  # every layer's input, and one layer in full
+    if train.activation_checkpointing:  # every layer's input, and one layer in full
         numbers = config.num_hidden_layers * config.hidden_size + numbers // layers
     tokens = train.micro_batch_size * length
     # The loss keeps no logits, but one chunk of them and the head's gradient.
@@ -97,6 +97,6 @@ def memory_refusal(run: Run, needs: Estimate, free: int) -> str | None:
         return f"{message}: take a smaller model, or more memory"
     if run.train.micro_batch_size > 1:
         return f"{message}: lower train.micro-batch-size ({run.train.micro_batch_size}); the batch is accumulated"
-    if not run.train.recompute:
-        return f"{message}: set train.recompute, which keeps less for the backward pass"
+    if not run.train.activation_checkpointing:
+        return f"{message}: set train.activation_checkpointing, which keeps less for the backward pass"
     return f"{message}: lower train.sequence-length ({run.train.sequence_length})"

@@ -83,7 +83,7 @@ def _moment_bytes(run: Run, numbers: int) -> int:
     """Two moments a number for AdamW; one for what Muon moves."""
     config = run.model
     adamw = numbers
-    if run.optimizer.kind == "muon":
+    if run.optimizer.name == "muon":
         adamw = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
     return _FLOAT32 * (numbers + adamw + (numbers if run.optimizer.ema_decay else 0))
 
@@ -95,7 +95,7 @@ def _kept(run: Run, c: int) -> tuple[int, int, int]:
     words, modules = config.vocab_size, config.num_nextn_predict_layers
     sparse, dense = layer_bytes(config, c, moe=True), layer_bytes(config, c, moe=False)
     last = _backward_bytes(config, c, n)
-    if train.recompute:
+    if train.activation_checkpointing:
         kept = n * config.num_hidden_layers * d * c
         last += n * max(sparse if config.num_moe_layers else 0, dense if config.first_k_dense_replace else 0)
     else:
@@ -140,7 +140,7 @@ def _backward_bytes(config: ModelConfig, c: int, n: int) -> int:
 def _muon_bytes(run: Run) -> int:
     """What Muon holds for the largest stack of experts: two iterates and two grams, or its directions before they are
     narrowed and after."""
-    if run.optimizer.kind != "muon":
+    if run.optimizer.name != "muon":
         return 0
     config = run.model
     short, long = sorted((config.moe_intermediate_size, config.hidden_size))

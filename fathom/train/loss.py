@@ -37,14 +37,20 @@ def target_counts(batch: Batch, modules: int) -> Tensor:
 class PretrainLoss(nn.Module):
     """The loss as one forward pass, which is what data parallelism wraps."""
 
-    def __init__(self, model: Model, balance_alpha: float, compute_dtype: torch.dtype, recompute: bool = False) -> None:
+    def __init__(
+        self,
+        model: Model,
+        seq_balance_loss_weight: float,
+        compute_dtype: torch.dtype,
+        activation_checkpointing: bool = False,
+    ) -> None:
         super().__init__()
         self.model = model
-        self.balance_alpha = balance_alpha
+        self.seq_balance_loss_weight = seq_balance_loss_weight
         self.compute_dtype = compute_dtype
-        self.recompute = recompute
+        self.activation_checkpointing = activation_checkpointing
 
-    def forward(self, batch: Batch, counts_H: Tensor, mtp_weight: float, share: float) -> LossParts:
+    def forward(self, batch: Batch, counts_H: Tensor, mtp_loss_weight: float, share: float) -> LossParts:
         """`counts_H` are the step's global target counts, `share` this micro-batch's part of its sequences."""
         modules = self.model.config.num_nextn_predict_layers
         length = batch.tokens_BW.shape[1] - 1 - modules
@@ -53,7 +59,7 @@ class PretrainLoss(nn.Module):
             mtp=modules > 0,
             lookahead_BM=batch.tokens_BW[:, length : length + modules],
             compute_dtype=self.compute_dtype,
-            recompute=self.recompute,
+            activation_checkpointing=self.activation_checkpointing,
         )
         sums = []
         for k, h_BSD in enumerate((states.h_BSD, *states.mtp_h_BSD)):
@@ -61,9 +67,9 @@ class PretrainLoss(nn.Module):
             sums.append(linear_cross_entropy(h_BSD.flatten(0, 1), self.model.head_of(k).weight, targets_N))
         sums_H = torch.stack(sums)
         means_H = sums_H / counts_H.clamp_min(1)
-        total = means_H[0] + self.balance_alpha * share * states.router.balance_loss
+        total = means_H[0] + self.seq_balance_loss_weight * share * states.router.balance_loss
         if modules:
-            total = total + mtp_weight * means_H[1:].mean()
+            total = total + mtp_loss_weight * means_H[1:].mean()
         return LossParts(
             total, sums_H.detach(), states.router.balance_loss.detach(), states.router.tokens_per_expert_LE
         )

@@ -29,7 +29,7 @@ BATCH_NUMBERS = 1 << 24
 
 def build_optimizers(model: Model, config: OptimizerConfig) -> list[Optimizer]:
     """One optimizer per kind of parameter; each parameter belongs to exactly one."""
-    matrices = muon_groups(model) if config.kind == "muon" else []
+    matrices = muon_groups(model) if config.name == "muon" else []
     taken = {id(p) for group in matrices for p in group["params"]}
     rest = [p for p in model.parameters() if id(p) not in taken]
     decayed = [p for p in rest if p.dim() >= 2]

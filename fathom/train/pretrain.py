@@ -34,7 +34,7 @@ from fathom.train.evaluation import EvalResult, Validation, save_evaluation
 from fathom.train.loss import target_counts
 from fathom.train.progress import Progress, duration
 from fathom.train.run import Run
-from fathom.train.schedule import batch_sizes, bias_speed, learning_rate_factor, mtp_weight
+from fathom.train.schedule import batch_sizes, bias_update_speed, learning_rate_factor, mtp_loss_weight
 from fathom.train.setup import (
     TrainState,
     build_state,
@@ -153,7 +153,7 @@ def optimizer_step(state: TrainState, batches: list[Batch], sequences: int, run:
     for i, batch in enumerate(batches):
         share = batch.tokens_BW.shape[0] / sequences
         with accumulating(state.loss, last=i + 1 == len(batches)):
-            parts = state.loss(batch, counts_H, mtp_weight(run.schedule, step, steps), share)
+            parts = state.loss(batch, counts_H, mtp_loss_weight(run.schedule, step, steps), share)
             # Replication averages gradients over ranks; the loss is already a share of the global sum.
             (parts.total * ranks.world).backward()
         sums.append(parts.sums_H)
@@ -175,8 +175,8 @@ def optimizer_step(state: TrainState, batches: list[Batch], sequences: int, run:
 
     finite = math.isfinite(grad_norm) and all(map(math.isfinite, means_H))
     if finite:
-        if grad_norm > run.optimizer.clip:
-            torch.nn.utils.clip_grads_with_norm_(weights, run.optimizer.clip, norm)
+        if grad_norm > run.optimizer.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(weights, run.optimizer.max_grad_norm, norm)
         _apply(state, run, tokens_per_expert_LE)
     state.skipped += not finite
     state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
@@ -197,7 +197,7 @@ def _apply(state: TrainState, run: Run, tokens_per_expert_LE: Tensor) -> None:
         optimizer.step()
     if state.bf16_weights is not None:
         state.bf16_weights.refresh()
-    speed = bias_speed(run.schedule, state.step, run.train.steps)
+    speed = bias_update_speed(run.schedule, state.step, run.train.steps)
     for router, tokens_per_expert_E in zip(state.model.routers(), tokens_per_expert_LE, strict=True):
         bias_E = router.e_score_correction_bias
         bias_E.copy_(updated_bias(bias_E, tokens_per_expert_E, speed))
@@ -322,7 +322,7 @@ def _announce(
     )
     progress.say(
         f"needs  about {needs.memory / 2**30:.2f} GiB on each of {ranks.world} rank(s) and "
-        f"{duration(needs.seconds(peak))}; computing in {run.train.compute}, {peak / 1e9:.0f} GFLOP/s at best"
+        f"{duration(needs.seconds(peak))}; computing in {run.train.compute_dtype}, {peak / 1e9:.0f} GFLOP/s at best"
     )
     lacking = missing_for_compile(ranks.device)
     if run.train.compile == "on" and lacking:

@@ -7,44 +7,53 @@ are of the whole run, so that one recipe serves every length.
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fathom.config import ConfigError
+from fathom.config import ConfigError, renamed_fields
 from fathom.data.corpus import DataConfig
 from fathom.model.config import ModelConfig
 
 
+@renamed_fields(
+    shape="lr_schedule",
+    decay_share="decay_fraction",
+    mtp_weight="mtp_loss_weight",
+    mtp_weight_late="mtp_loss_weight_late",
+    bias_speed="bias_update_speed",
+    bias_still_share="bias_freeze_fraction",
+)
 @dataclass(frozen=True)
 class ScheduleConfig:
     """How the learning rate, MTP weight and bias speed move over the run."""
 
-    shape: Literal["wsd", "report"] = "wsd"
+    lr_schedule: Literal["wsd", "report"] = "wsd"
     """wsd: warm-up, stable, linear decay to zero. report: warm-up, constant for 68 % of the run, cosine to a tenth
     over 29 %, then a tenth, and a thirtieth for the last 1 %."""
     warmup_steps: int = 20
     """Steps of linear warm-up (the report: 2000)."""
-    decay_share: float = 0.4
+    decay_fraction: float = 0.4
     """Last share of the run over which wsd decays."""
-    mtp_weight: float = 0.3
+    mtp_loss_weight: float = 0.3
     """λ, the weight of the MTP losses' mean."""
-    mtp_weight_late: float = 0.1
+    mtp_loss_weight_late: float = 0.1
     """λ after the first two thirds of the run (10T of 14.8T tokens in the report)."""
-    bias_speed: float = 0.001
+    bias_update_speed: float = 0.001
     """γ, by how much a correction bias moves per step; a run of hundreds of steps needs more than the report's."""
-    bias_still_share: float = 0.034
+    bias_freeze_fraction: float = 0.034
     """Last share of the run in which the biases stay (500B of 14.8T tokens in the report)."""
 
     def __post_init__(self) -> None:
         _check(self.warmup_steps >= 0, "schedule.warmup_steps", self.warmup_steps, "0 or more")
-        for name in ("decay_share", "bias_still_share"):
+        for name in ("decay_fraction", "bias_freeze_fraction"):
             _check(0 <= getattr(self, name) <= 1, f"schedule.{name}", getattr(self, name), "a share from 0 to 1")
-        for name in ("mtp_weight", "mtp_weight_late", "bias_speed"):
+        for name in ("mtp_loss_weight", "mtp_loss_weight_late", "bias_update_speed"):
             _check(getattr(self, name) >= 0, f"schedule.{name}", getattr(self, name), "0 or more")
 
 
+@renamed_fields(kind="name", clip="max_grad_norm")
 @dataclass(frozen=True)
 class OptimizerConfig:
     """What moves the weights."""
 
-    kind: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "muon"] = "adamw"
     """adamw for everything; or muon for the layers' matrices, adamw for the rest."""
     learning_rate: float = 2.2e-4
     """Peak learning rate; Muon's updates are scaled to AdamW's size, so one rate serves both."""
@@ -52,7 +61,7 @@ class OptimizerConfig:
     """AdamW's decay of the first and second moment."""
     weight_decay: float = 0.1
     """Decoupled weight decay on matrices; norms and biases have none."""
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
     """Largest norm of the whole gradient."""
     ema_decay: float = 0.0
     """Decay of an exponential moving average of the weights, saved beside each checkpoint; 0: none is kept."""
@@ -61,10 +70,11 @@ class OptimizerConfig:
         _check(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "a positive number")
         _check(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two numbers from 0 to below 1")
         _check(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
-        _check(self.clip > 0, "optimizer.clip", self.clip, "a positive number")
+        _check(self.max_grad_norm > 0, "optimizer.max_grad_norm", self.max_grad_norm, "a positive number")
         _check(0 <= self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "from 0 to below 1")
 
 
+@renamed_fields(compute="compute_dtype", recompute="activation_checkpointing", balance_alpha="seq_balance_loss_weight")
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run."""
@@ -83,13 +93,13 @@ class TrainConfig:
     """Tokens per sequence."""
     seed: int = 0
     """Decides initial weights and data order; with the configuration it decides the whole run."""
-    balance_alpha: float = 1e-4
+    seq_balance_loss_weight: float = 1e-4
     """α, weight of the sequence-wise balance loss."""
-    compute: Literal["auto", "float32", "bfloat16"] = "auto"
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the activations; auto takes bfloat16 where a short timing finds it faster. Weights stay float32."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile for the layers; auto compiles on a GPU (a CPU has kernels of its own, in fathom/ops)."""
-    recompute: bool = False
+    activation_checkpointing: bool = False
     """Keep each layer's input alone for the backward pass and run the layer forward again there."""
     eval_every: int = 200
     """Steps between evaluations on the held-out split (0: only at the end)."""
@@ -107,7 +117,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "micro_batch_size", "sequence_length", "keep_last", "max_bad_steps"):
             _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "1 or more")
-        for name in ("eval_every", "save_every", "batch_ramp_steps", "balance_alpha"):
+        for name in ("eval_every", "save_every", "batch_ramp_steps", "seq_balance_loss_weight"):
             _check(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
         _check(
             self.batch_size % self.micro_batch_size == 0,

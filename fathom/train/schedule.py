@@ -18,9 +18,9 @@ def learning_rate_factor(config: ScheduleConfig, step: int, steps: int) -> float
     """Factor on the peak learning rate at `step` (from 0) of `steps`."""
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     progress = step / steps
-    if config.shape == "wsd":
+    if config.lr_schedule == "wsd":
         # The last step is the first that would reach zero: no step is wasted on a rate of 0.
-        decay = (1 - progress) / config.decay_share if config.decay_share else 1.0
+        decay = (1 - progress) / config.decay_fraction if config.decay_fraction else 1.0
         return warmup * min(1.0, decay)
     return warmup * _report_factor(progress)
 
@@ -35,14 +35,14 @@ def _report_factor(progress: float) -> float:
     return 0.1 if progress < _LAST else 7.3e-6 / 2.2e-4
 
 
-def mtp_weight(config: ScheduleConfig, step: int, steps: int) -> float:
+def mtp_loss_weight(config: ScheduleConfig, step: int, steps: int) -> float:
     """λ at this step."""
-    return config.mtp_weight if step / steps < _CONSTANT_UNTIL else config.mtp_weight_late
+    return config.mtp_loss_weight if step / steps < _CONSTANT_UNTIL else config.mtp_loss_weight_late
 
 
-def bias_speed(config: ScheduleConfig, step: int, steps: int) -> float:
+def bias_update_speed(config: ScheduleConfig, step: int, steps: int) -> float:
     """γ at this step."""
-    return config.bias_speed if step / steps < 1 - config.bias_still_share else 0.0
+    return config.bias_update_speed if step / steps < 1 - config.bias_freeze_fraction else 0.0
 
 
 def batch_sizes(config: TrainConfig) -> np.ndarray:

@@ -72,9 +72,9 @@ def resolve(run: Run, prepared: TokenizedCorpus, ranks: Ranks) -> Run:
     model = replace(run.model, bos_token_id=bos, eos_token_id=eos, pad_token_id=pad)
     train = run.train
     # Timings differ from rank to rank; all take the first one's choices.
-    if train.compute == "auto":
+    if train.compute_dtype == "auto":
         choice = ranks.broadcast(str(faster_dtype(ranks.device)).removeprefix("torch."))
-        train = replace(train, compute="bfloat16" if choice == "bfloat16" else "float32")
+        train = replace(train, compute_dtype="bfloat16" if choice == "bfloat16" else "float32")
     if train.compile == "auto":
         # On a CPU the kernels of fathom/ops are as fast and need no minute of compiling (docs/log.md).
         train = replace(train, compile="on" if ranks.device.type == "cuda" else "off")
@@ -83,7 +83,7 @@ def resolve(run: Run, prepared: TokenizedCorpus, ranks: Ranks) -> Run:
 
 def compute_dtype(run: Run) -> torch.dtype:
     """The activations' type of a resolved run."""
-    return torch.bfloat16 if run.train.compute == "bfloat16" else torch.float32
+    return torch.bfloat16 if run.train.compute_dtype == "bfloat16" else torch.float32
 
 
 def build_state(run: Run, ranks: Ranks) -> TrainState:
@@ -128,7 +128,9 @@ def state_around(model: Model, run: Run, ranks: Ranks) -> TrainState:
         for block in (*computing.layers, *computing.mtp):
             # Shapes stay symbols where one changes, unless told: slower kernels, which torch 2.11 has failed to trace.
             block.compile(dynamic=False)
-    objective = PretrainLoss(computing, run.train.balance_alpha, compute_dtype(run), run.train.recompute)
+    objective = PretrainLoss(
+        computing, run.train.seq_balance_loss_weight, compute_dtype(run), run.train.activation_checkpointing
+    )
     decay = run.optimizer.ema_decay
     average = EMA(model, decay) if decay else None
     return TrainState(model, ranks.replicate(objective), build_optimizers(model, run.optimizer), average, narrow)

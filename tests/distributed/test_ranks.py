@@ -25,7 +25,7 @@ def _train(ranks: int, flags: list[str], out: Path) -> dict[str, torch.Tensor]:
 
 def test_two_ranks_equal_one(tiny_flags: list[str], tmp_path: Path) -> None:
     # AdamW: Muon's bfloat16 orthogonalisation would enlarge the rounding of a sum in another order.
-    flags = [*tiny_flags, "--optimizer.kind", "adamw", "--train.steps", "5", "--train.micro-batch-size", "2"]
+    flags = [*tiny_flags, "--optimizer.name", "adamw", "--train.steps", "5", "--train.micro-batch-size", "2"]
     one, two = _train(1, flags, tmp_path / "one"), _train(2, flags, tmp_path / "two")
     for name, tensor in one.items():
         if name.endswith("e_score_correction_bias"):

@@ -36,7 +36,7 @@ def test_gradients_are_those_of_narrowing_at_every_use(
     with cpu.disabled():  # the kernels add gradients up in float32 where plain torch rounds them
         copy = Bf16Weights(narrow)
         for computing in (plain, copy.model):
-            objective = PretrainLoss(computing, run.train.balance_alpha, torch.bfloat16)
+            objective = PretrainLoss(computing, run.train.seq_balance_loss_weight, torch.bfloat16)
             for batch in batches:
                 objective(batch, counts_H, 0.3, 0.5).total.backward()
         copy.collect()
@@ -52,7 +52,7 @@ def test_a_step_refreshes_the_copies(tiny_run: Run, prepared: TokenizedCorpus, o
     run = _narrow_run(tiny_run, prepared, one_rank, tied=False)
     state = build_state(run, one_rank)
     state.bf16_weights = Bf16Weights(state.model)
-    state.loss = PretrainLoss(state.bf16_weights.model, run.train.balance_alpha, torch.bfloat16)
+    state.loss = PretrainLoss(state.bf16_weights.model, run.train.seq_balance_loss_weight, torch.bfloat16)
     before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
     facts = optimizer_step(state, micro_batches(rows_of(prepared, run, "train"), 0, 8, run, one_rank), 8, run, one_rank)
     assert not facts.skipped
@@ -65,7 +65,7 @@ def test_a_step_refreshes_the_copies(tiny_run: Run, prepared: TokenizedCorpus, o
 
 def _narrow_run(run: Run, prepared: TokenizedCorpus, ranks: Ranks, tied: bool) -> Run:
     model = replace(run.model, tie_word_embeddings=tied)
-    return resolve(replace(run, model=model, train=replace(run.train, compute="bfloat16")), prepared, ranks)
+    return resolve(replace(run, model=model, train=replace(run.train, compute_dtype="bfloat16")), prepared, ranks)
 
 
 def test_what_is_not_multiplied_narrow_is_shared(tiny_run: Run) -> None:

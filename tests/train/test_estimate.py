@@ -18,7 +18,7 @@ def test_weights_gradients_and_moments_are_counted() -> None:
     run = presets.nano()
     counts = run.model.parameter_counts()
     needs = estimate(
-        replace(run, optimizer=replace(run.optimizer, kind="adamw")), torch.bfloat16, sequences=10, device=CPU
+        replace(run, optimizer=replace(run.optimizer, name="adamw")), torch.bfloat16, sequences=10, device=CPU
     )
     assert needs.weights == 16 * (counts.total + counts.mtp)
     assert needs.tokens == 10 * run.train.sequence_length
@@ -36,14 +36,14 @@ def test_the_refusal_advises_a_smaller_micro_batch_or_model() -> None:
     assert "micro-batch-size (8)" in (memory_refusal(run, needs, free=needs.memory - 1) or "")
     assert "smaller model" in (memory_refusal(run, needs, free=needs.weights - 1) or "")
     alone = replace(run, train=replace(run.train, micro_batch_size=1))
-    assert "train.recompute" in (memory_refusal(alone, needs, free=needs.memory - 1) or "")
-    last = replace(alone, train=replace(alone.train, recompute=True))
+    assert "train.activation_checkpointing" in (memory_refusal(alone, needs, free=needs.memory - 1) or "")
+    last = replace(alone, train=replace(alone.train, activation_checkpointing=True))
     assert "sequence-length" in (memory_refusal(last, needs, free=needs.memory - 1) or "")
 
 
 def test_recomputing_keeps_less() -> None:
     run = presets.small()
-    again = replace(run, train=replace(run.train, recompute=True))
+    again = replace(run, train=replace(run.train, activation_checkpointing=True))
     needs, less = (estimate(r, torch.bfloat16, sequences=10, device=CPU) for r in (run, again))
     assert less.weights == needs.weights and less.activations < needs.activations / 2
 
@@ -62,8 +62,8 @@ def _whole() -> ModelConfig:
 
 
 def _on_gpu(model: ModelConfig, batch: int = 16, micro_batch: int = 4, kind: str = "adamw") -> Run:
-    train = TrainConfig(batch_size=batch, micro_batch_size=micro_batch, sequence_length=4096, compute="bfloat16")
-    return Run(model=model, train=train, optimizer=replace(OptimizerConfig(), kind=kind))
+    train = TrainConfig(batch_size=batch, micro_batch_size=micro_batch, sequence_length=4096, compute_dtype="bfloat16")
+    return Run(model=model, train=train, optimizer=OptimizerConfig(name=kind))
 
 
 @pytest.mark.parametrize(("model", "measured"), [(_stack(), 42.15 * GIB), (_whole(), 24.41 * GIB)])
@@ -85,7 +85,7 @@ def test_a_gpus_other_choices() -> None:
     plain, muon = (gpu_memory(_on_gpu(_stack(), kind=kind), itemsize=2) for kind in ("adamw", "muon"))
     assert muon.moments < plain.moments
     run = _on_gpu(_stack())
-    again = gpu_memory(replace(run, train=replace(run.train, recompute=True)), itemsize=2)
+    again = gpu_memory(replace(run, train=replace(run.train, activation_checkpointing=True)), itemsize=2)
     assert again.total < plain.total and again.kept < plain.kept / 4
     wide = gpu_memory(run, itemsize=4)
     assert wide.copies == 0 and wide.kept > 1.5 * plain.kept

@@ -46,7 +46,7 @@ def test_the_loss_curve_is_the_references(
 ) -> None:
     """Rounding differs, and Muon magnifies it, so single steps drift apart in time; the curve may not."""
     steps = 300 if compute == "bfloat16" else 100
-    settings = replace(tiny_run.train, steps=steps, save_every=0, compute=compute)
+    settings = replace(tiny_run.train, steps=steps, save_every=0, compute_dtype=compute)
     run = replace(tiny_run, train=settings)
     fast = losses(run, tmp_path / "fast", one_rank)
     use_references(monkeypatch)

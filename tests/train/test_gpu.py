@@ -34,14 +34,14 @@ def _steps(run: Run, directory: Path, device: torch.device, steps: int) -> tuple
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_the_host_waits_once_a_step(kind: str, tiny_run: Run, tmp_path: Path) -> None:
-    train, optimizer = replace(tiny_run.train, compute="bfloat16"), replace(tiny_run.optimizer, kind=kind)
+    train, optimizer = replace(tiny_run.train, compute_dtype="bfloat16"), replace(tiny_run.optimizer, name=kind)
     _, waits = _steps(replace(tiny_run, train=train, optimizer=optimizer), tmp_path, torch.device("cuda", 0), 3)
     assert len(waits) == 1 and "loop.py" in waits[0], waits
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 def test_it_trains_as_the_cpu_does(compute: str, tiny_run: Run, tmp_path: Path) -> None:
-    run = replace(tiny_run, train=replace(tiny_run.train, compute=compute))
+    run = replace(tiny_run, train=replace(tiny_run.train, compute_dtype=compute))
     found, expected = (_steps(run, tmp_path, torch.device(kind), 4)[0] for kind in ("cuda", "cpu"))
     for mine, cpu in zip(found, expected, strict=True):
         assert mine.loss == pytest.approx(cpu.loss, rel=1e-4 if compute == "float32" else 1e-2)

@@ -13,7 +13,7 @@ from fathom.train.run import Run
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_every_parameter_has_exactly_one_optimizer(tiny_run: Run, kind: str) -> None:
     model = Model(tiny_run.model)
-    optimizers = build_optimizers(model, replace(tiny_run.optimizer, kind=kind))
+    optimizers = build_optimizers(model, replace(tiny_run.optimizer, name=kind))
     owned = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
     assert sorted(owned) == sorted(id(p) for p in model.parameters())
 

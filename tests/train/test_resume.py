@@ -126,10 +126,10 @@ def test_only_the_newest_checkpoints_stay_and_half_written_ones_do_not_count(
 
 @pytest.mark.slow
 def test_run_json_records_what_was_resolved(tiny_run: Run, one_rank: Ranks, tmp_path: Path) -> None:
-    auto = replace(tiny_run, train=replace(tiny_run.train, steps=2, compute="auto", compile="auto"))
+    auto = replace(tiny_run, train=replace(tiny_run.train, steps=2, compute_dtype="auto", compile="auto"))
     train(auto, tmp_path, one_rank)
     recorded = json.loads((tmp_path / "run.json").read_text())
-    assert recorded["train"]["compute"] in ("float32", "bfloat16")
+    assert recorded["train"]["compute_dtype"] in ("float32", "bfloat16")
     assert recorded["train"]["compile"] == "off"
     assert recorded["model"]["eos_token_id"] == 1
 

@@ -6,9 +6,9 @@ import pytest
 
 from fathom import presets
 from fathom.train.run import ScheduleConfig, TrainConfig
-from fathom.train.schedule import batch_sizes, bias_speed, learning_rate_factor, mtp_weight
+from fathom.train.schedule import batch_sizes, bias_update_speed, learning_rate_factor, mtp_loss_weight
 
-REPORT = ScheduleConfig(shape="report", warmup_steps=2000)
+REPORT = ScheduleConfig(lr_schedule="report", warmup_steps=2000)
 STEPS = 1_480_000  # a step per 10M of the report's 14.8T tokens
 
 
@@ -28,7 +28,7 @@ def test_report_warmup_is_linear() -> None:
 
 
 def test_wsd_rises_stays_and_decays_to_almost_zero() -> None:
-    config = ScheduleConfig(shape="wsd", warmup_steps=10, decay_share=0.4)
+    config = ScheduleConfig(lr_schedule="wsd", warmup_steps=10, decay_fraction=0.4)
     factors = [learning_rate_factor(config, step, 100) for step in range(100)]
     assert factors[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
     assert set(factors[10:61]) == {1.0}
@@ -37,10 +37,10 @@ def test_wsd_rises_stays_and_decays_to_almost_zero() -> None:
 
 
 def test_mtp_weight_and_bias_speed_change_where_the_report_changes_them() -> None:
-    assert mtp_weight(REPORT, round(0.67 * STEPS), STEPS) == 0.3
-    assert mtp_weight(REPORT, round(0.68 * STEPS), STEPS) == 0.1
-    assert bias_speed(REPORT, round(14.29 / 14.8 * STEPS), STEPS) == 0.001
-    assert bias_speed(REPORT, round(14.31 / 14.8 * STEPS), STEPS) == 0.0
+    assert mtp_loss_weight(REPORT, round(0.67 * STEPS), STEPS) == 0.3
+    assert mtp_loss_weight(REPORT, round(0.68 * STEPS), STEPS) == 0.1
+    assert bias_update_speed(REPORT, round(14.29 / 14.8 * STEPS), STEPS) == 0.001
+    assert bias_update_speed(REPORT, round(14.31 / 14.8 * STEPS), STEPS) == 0.0
 
 
 def test_batch_ramp_grows_in_whole_micro_batches() -> None:

@@ -31,7 +31,7 @@ def _after_two_steps(run: Run, prepared: TokenizedCorpus, ranks: Ranks) -> Train
 
 def test_four_micro_batches_equal_one_batch(tiny_run: Run, prepared: TokenizedCorpus, one_rank: Ranks) -> None:
     """Rows differ in how many MTP targets cross a document, so a mean of means would differ."""
-    adamw = replace(tiny_run, optimizer=replace(tiny_run.optimizer, kind="adamw"))
+    adamw = replace(tiny_run, optimizer=replace(tiny_run.optimizer, name="adamw"))
     whole = _after_two_steps(replace(adamw, train=replace(adamw.train, micro_batch_size=8)), prepared, one_rank)
     parts = _after_two_steps(replace(adamw, train=replace(adamw.train, micro_batch_size=2)), prepared, one_rank)
     for (name, a), (_, b) in zip(whole.model.named_parameters(), parts.model.named_parameters(), strict=True):
@@ -41,7 +41,7 @@ def test_four_micro_batches_equal_one_batch(tiny_run: Run, prepared: TokenizedCo
 
 
 def test_recomputing_the_layers_changes_nothing(tiny_run: Run, prepared: TokenizedCorpus, one_rank: Ranks) -> None:
-    again = replace(tiny_run, train=replace(tiny_run.train, recompute=True))
+    again = replace(tiny_run, train=replace(tiny_run.train, activation_checkpointing=True))
     kept, remade = (_after_two_steps(run, prepared, one_rank) for run in (tiny_run, again))
     for (name, a), (_, b) in zip(kept.model.named_parameters(), remade.model.named_parameters(), strict=True):
         assert torch.equal(a, b), name
@@ -58,7 +58,7 @@ def test_biases_follow_the_rule_from_the_steps_own_loads(
     assert facts.tokens_per_expert_LE.sum(-1).tolist() == [tokens * run.model.num_experts_per_tok] * 3
     for router, tokens_per_expert_E in zip(state.model.routers(), facts.tokens_per_expert_LE, strict=True):
         expected = updated_bias(
-            torch.zeros_like(router.e_score_correction_bias), tokens_per_expert_E, run.schedule.bias_speed
+            torch.zeros_like(router.e_score_correction_bias), tokens_per_expert_E, run.schedule.bias_update_speed
         )
         assert torch.equal(router.e_score_correction_bias, expected)
         assert expected.abs().max() > 0

@@ -143,10 +143,10 @@ def base(scale: Scale, data: DataConfig) -> Variant:
         batch_size=scale.batch,
         micro_batch_size=scale.micro_batch,
         sequence_length=scale.length,
-        compute="bfloat16" if scale.compute == "bfloat16" else "float32",
+        compute_dtype="bfloat16" if scale.compute == "bfloat16" else "float32",
         compile="on" if scale.compiled else "off",
         eval_sequences=scale.held_out_rows,
     )
-    optimizer = OptimizerConfig(kind="muon", learning_rate=scale.rate)
-    schedule = ScheduleConfig(warmup_steps=max(5, scale.steps // 50), decay_share=0.6, bias_speed=0.01)
+    optimizer = OptimizerConfig(name="muon", learning_rate=scale.rate)
+    schedule = ScheduleConfig(warmup_steps=max(5, scale.steps // 50), decay_fraction=0.6, bias_update_speed=0.01)
     return Variant(Run(model, data, train, optimizer, schedule))

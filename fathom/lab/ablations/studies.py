@@ -122,14 +122,14 @@ EXPERTS = Study(
 
 def _balancing(scale: Scale, data: DataConfig, found: Found) -> list[Entry]:
     recipe = without_mtp(scale, data)
-    none = with_train(with_schedule(replace(recipe, measures=()), bias_speed=0.0), balance_alpha=0.0)
+    none = with_train(with_schedule(replace(recipe, measures=()), bias_update_speed=0.0), seq_balance_loss_weight=0.0)
     return [
         Entry("none", none),
-        Entry("auxiliary loss, 0.001", with_train(none, balance_alpha=0.001)),
-        Entry("auxiliary loss, 0.01", with_train(none, balance_alpha=0.01)),
-        Entry("bias, speed 0.0001", with_schedule(none, bias_speed=0.0001)),
-        Entry("bias, speed 0.001", with_schedule(none, bias_speed=0.001)),
-        Entry("bias, speed 0.01", with_schedule(none, bias_speed=0.01)),
+        Entry("auxiliary loss, 0.001", with_train(none, seq_balance_loss_weight=0.001)),
+        Entry("auxiliary loss, 0.01", with_train(none, seq_balance_loss_weight=0.01)),
+        Entry("bias, speed 0.0001", with_schedule(none, bias_update_speed=0.0001)),
+        Entry("bias, speed 0.001", with_schedule(none, bias_update_speed=0.001)),
+        Entry("bias, speed 0.01", with_schedule(none, bias_update_speed=0.01)),
         Entry("bias, speed 0.01, and sequence-wise loss", recipe),
     ]
 
@@ -168,8 +168,8 @@ def _mtp(scale: Scale, data: DataConfig, found: Found) -> list[Entry]:
     return [
         Entry("no module", without_mtp(scale, data)),
         Entry("1 module, λ 0.3 then 0.1", one),
-        Entry("1 module, λ 0.1", with_schedule(one, mtp_weight=0.1, mtp_weight_late=0.1)),
-        Entry("1 module, λ 0.3", with_schedule(one, mtp_weight=0.3, mtp_weight_late=0.3)),
+        Entry("1 module, λ 0.1", with_schedule(one, mtp_loss_weight=0.1, mtp_loss_weight_late=0.1)),
+        Entry("1 module, λ 0.3", with_schedule(one, mtp_loss_weight=0.3, mtp_loss_weight_late=0.3)),
         Entry("1 module, own embedding and head", replace(one, shared_ends=False, measures=())),
         Entry("2 modules, λ 0.3 then 0.1", with_mtp(scale, data, 2)),
     ]

@@ -141,7 +141,7 @@ def _report(directory: Path, seconds: float) -> DemoReport:
         speculative_tokens_per_second=speculative,
         seconds=seconds,
         tokens=recorded["steps"] * recorded["batch_size"] * recorded["sequence_length"],
-        machine=_machine(recorded["compute"]),
+        machine=_machine(recorded["compute_dtype"]),
         model_directory=str(directory / "model"),
         continuations=tuple(
             _continuation(name, prompt, _continue(drafting, prompt), prepared.tokenizer) for name, prompt in prompts

@@ -110,7 +110,7 @@ def _here(command: PlanCommand, run: Run) -> None:
         batch_size=layout.global_batch,
         micro_batch_size=layout.micro_batch,
         sequence_length=layout.length,
-        recompute=layout.recompute == "full",
+        activation_checkpointing=layout.recompute == "full",
     )
     plan = plan_here(replace(run, train=train), torch.device(command.gpu))
     if command.json:
@@ -126,7 +126,7 @@ def _layout(run: Run) -> Layout:
         micro_batch=train.micro_batch_size,
         global_batch=train.batch_size,
         length=train.sequence_length,
-        recompute="full" if train.recompute else "selective",
+        recompute="full" if train.activation_checkpointing else "selective",
     )
 
 

@@ -370,7 +370,7 @@ def test_modules_with_their_own_ends_learn_them_alone() -> None:
     own = dict(model.mtp[0].named_parameters())
     assert own["embed_tokens.weight"].grad is not None and own["shared_head.head.weight"].grad is not None
     assert model.lm_head.weight.grad is None
-    _, muon = build_optimizers(model, OptimizerConfig(kind="muon"))
+    _, muon = build_optimizers(model, OptimizerConfig(name="muon"))
     taken = {id(parameter) for group in muon.param_groups for parameter in group["params"]}
     assert id(model.head_of(1).weight) not in taken and id(model.lm_head.weight) not in taken
 

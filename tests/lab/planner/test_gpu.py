@@ -53,8 +53,10 @@ def _time(run: Run, host: float = 0.0) -> StepTime:
 
 def _run(**changes: Any) -> Run:
     run = presets.moe_16b_a3b()
-    train = replace(run.train, batch_size=8, micro_batch_size=2, sequence_length=1024, compute="bfloat16", **changes)
-    return replace(run, train=train, optimizer=replace(run.optimizer, kind="adamw"))
+    train = replace(
+        run.train, batch_size=8, micro_batch_size=2, sequence_length=1024, compute_dtype="bfloat16", **changes
+    )
+    return replace(run, train=train, optimizer=replace(run.optimizer, name="adamw"))
 
 
 def test_products_are_the_models_flops() -> None:
@@ -66,8 +68,8 @@ def test_products_are_the_models_flops() -> None:
 
 def test_recomputing_and_muon_take_longer() -> None:
     run = _run()
-    assert _time(_run(recompute=True)).projections > 1.3 * _time(run).projections
-    muon = replace(run, optimizer=replace(run.optimizer, kind="muon"))
+    assert _time(_run(activation_checkpointing=True)).projections > 1.3 * _time(run).projections
+    muon = replace(run, optimizer=replace(run.optimizer, name="muon"))
     assert _time(muon).optimizer > _time(run).optimizer
     longer = replace(run.model, num_hidden_layers=run.model.num_hidden_layers + 1)
     assert pass_bytes(longer, 2) > pass_bytes(run.model, 2)
@@ -91,7 +93,7 @@ def test_without_a_gpu_it_says_so() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_a_gpus_rates() -> None:
     plan = plan_here(
-        replace(presets.nano(), train=replace(presets.nano().train, compute="bfloat16")), torch.device("cuda")
+        replace(presets.nano(), train=replace(presets.nano().train, compute_dtype="bfloat16")), torch.device("cuda")
     )
     assert all(seconds > 0 for name, seconds in vars(plan.time).items() if name != "overhead")
     assert plan.machine.others()["bandwidth"] > 1e11 and plan.machine.products

@@ -96,8 +96,8 @@ def test_heights_are_those_the_experts_pad_to() -> None:
 
 def test_the_peak_holds_weights_moments_and_what_is_kept() -> None:
     run = presets.nano()
-    run = replace(run, train=replace(run.train, compute="float32"))
-    adamw = replace(run, optimizer=replace(run.optimizer, kind="adamw"))
+    run = replace(run, train=replace(run.train, compute_dtype="float32"))
+    adamw = replace(run, optimizer=replace(run.optimizer, name="adamw"))
     parameters = sum(p.numel() for p in Model(run.model).parameters())
     found = peak(adamw, shape_of(adamw))
     assert (found.weights, found.moments) == (4 * parameters, 8 * parameters)
@@ -108,7 +108,7 @@ def test_the_peak_holds_weights_moments_and_what_is_kept() -> None:
 
 def test_accumulating_adds_the_gradients() -> None:
     run = presets.nano()
-    run = replace(run, train=replace(run.train, compute="float32", batch_size=16))
+    run = replace(run, train=replace(run.train, compute_dtype="float32", batch_size=16))
     parameters = sum(p.numel() for p in Model(run.model).parameters())
     assert peak(run, shape_of(run)).gradients == 4 * parameters
 
@@ -141,7 +141,9 @@ def paper(run: Run) -> Any:
 
 def test_products_are_the_models_flops() -> None:
     model = replace(presets.nano().model, n_routed_experts=128)  # so many that no rows are padded
-    train = replace(presets.nano().train, batch_size=1, micro_batch_size=1, sequence_length=256, compute="bfloat16")
+    train = replace(
+        presets.nano().train, batch_size=1, micro_batch_size=1, sequence_length=256, compute_dtype="bfloat16"
+    )
     run = Run(model=model, train=train)
     time = paper(run)
     counts = model.parameter_counts()
@@ -155,11 +157,11 @@ def test_products_are_the_models_flops() -> None:
 
 def test_a_step_is_its_micro_batches_and_one_update() -> None:
     run = presets.nano()
-    once = replace(run, train=replace(run.train, compute="bfloat16"))
+    once = replace(run, train=replace(run.train, compute_dtype="bfloat16"))
     twice = replace(once, train=replace(once.train, batch_size=2 * once.train.batch_size))
     assert paper(twice).projections == 2 * paper(once).projections
     assert paper(twice).optimizer == paper(once).optimizer > 0  # Muon's products
-    adamw = replace(once, optimizer=replace(once.optimizer, kind="adamw"))
+    adamw = replace(once, optimizer=replace(once.optimizer, name="adamw"))
     assert paper(adamw).optimizer == 0
 
 
@@ -196,9 +198,9 @@ def test_the_optimizers_matrices_may_be_what_is_most() -> None:
     """Muon's directions and iterates beside all gradients."""
     run = presets.nano()
     run = replace(
-        run, train=replace(run.train, compute="bfloat16", batch_size=2, micro_batch_size=2, sequence_length=256)
+        run, train=replace(run.train, compute_dtype="bfloat16", batch_size=2, micro_batch_size=2, sequence_length=256)
     )
-    adamw = replace(run, optimizer=replace(run.optimizer, kind="adamw"))
+    adamw = replace(run, optimizer=replace(run.optimizer, name="adamw"))
     muon, other = peak(run, shape_of(run)), peak(adamw, shape_of(adamw))
     assert (muon.gradients, muon.kept) == (muon.weights, 0) and muon.passing > 0
     assert muon.prepared > other.prepared and muon.passing > other.passing

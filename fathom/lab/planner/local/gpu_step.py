@@ -50,7 +50,7 @@ def gpu_step_time(run: Run, shape: Shape, machine: GpuMachine) -> StepTime:
         overhead=0.0,
         optimizer=_optimizer(run, shape, machine),
     )
-    layer, rest = machine.host(run.optimizer.kind)
+    layer, rest = machine.host(run.optimizer.name)
     waits = max(0.0, times * again * layers * layer + rest - parts.total)
     return StepTime(**vars(parts) | {"overhead": waits})
 
@@ -92,7 +92,7 @@ def _optimizer(run: Run, shape: Shape, machine: GpuMachine) -> float:
     counts = shape.config.parameter_counts()
     numbers = counts.total + counts.mtp
     average = 12 * numbers if run.optimizer.ema_decay else 0
-    if run.optimizer.kind == "adamw":
+    if run.optimizer.name == "adamw":
         return (_UPDATE_BYTES * numbers + average) / machine.bandwidth
     orthogonal = sum(
         machine.orthogonalized(count, *sides) for sides, counted in muon_batches(shape).items() for count in counted

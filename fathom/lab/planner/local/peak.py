@@ -54,7 +54,7 @@ def peak(run: Run, shape: Shape) -> Peak:
     numbers = counts.total + counts.mtp - _biases(shape)
     moments = _moments(run, shape, numbers)
     worst = max(moments, key=lambda moment: moment.in_use)
-    copies = (1 if run.optimizer.kind == "muon" else 2) + (1 if run.optimizer.ema_decay else 0)
+    copies = (1 if run.optimizer.name == "muon" else 2) + (1 if run.optimizer.ema_decay else 0)
     return Peak(
         weights=4 * numbers,
         moments=4 * copies * numbers,
@@ -120,7 +120,7 @@ def _muon_bytes(run: Run, shape: Shape) -> int:
 
     Nothing for AdamW, which updates in place.
     """
-    if run.optimizer.kind != "muon":
+    if run.optimizer.name != "muon":
         return 0
     batches = muon_batches(shape)
     waiting = {(short, long): short * long * counts[-1] for (short, long), counts in batches.items()}
@@ -156,7 +156,7 @@ def prepared_bytes(run: Run, shape: Shape) -> int:
     if shape.itemsize == 4:
         return 0
     config = shape.config
-    products = 3 * len(muon_batches(shape)) if run.optimizer.kind == "muon" else 0
+    products = 3 * len(muon_batches(shape)) if run.optimizer.name == "muon" else 0
     if not shape.own:
         sparse = config.num_moe_layers + config.num_nextn_predict_layers
         products += 6 * len(expert_heights(shape)) if sparse else 0

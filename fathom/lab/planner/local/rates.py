@@ -210,8 +210,10 @@ def _tiny_step(kind: Literal["adamw", "muon"], layers: int, micro_batches: int) 
         nano().model, vocab_size=64, hidden_size=16, moe_intermediate_size=16, n_routed_experts=2, num_experts_per_tok=1
     )
     config = replace(config, num_hidden_layers=layers, first_k_dense_replace=0, num_nextn_predict_layers=0)
-    train = replace(nano().train, batch_size=micro_batches, micro_batch_size=1, sequence_length=8, compute="bfloat16")
-    run = replace(nano(), model=config, train=train, optimizer=replace(nano().optimizer, kind=kind))
+    train = replace(
+        nano().train, batch_size=micro_batches, micro_batch_size=1, sequence_length=8, compute_dtype="bfloat16"
+    )
+    run = replace(nano(), model=config, train=train, optimizer=replace(nano().optimizer, name=kind))
     alone = Ranks(0, 1, torch.device("cpu"))
     state = state_around(Model(config).train(), run, alone)
     tokens_BW = torch.zeros(1, train.sequence_length + 1, dtype=torch.int64)

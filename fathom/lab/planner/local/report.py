@@ -50,9 +50,9 @@ def plan_here(run: Run, device: torch.device) -> HerePlan:
         check(torch.cuda.is_available(), "gpu", device.type, "cpu here: torch finds no CUDA device")
     elif why := cpu.missing():
         raise ImportError(f"this machine's plan follows the CPU's kernels, which are missing: {why}")
-    compute = run.train.compute
+    compute = run.train.compute_dtype
     dtype = faster_dtype(device) if compute == "auto" else getattr(torch, compute)
-    train = replace(run.train, compute="float32" if dtype == torch.float32 else "bfloat16")
+    train = replace(run.train, compute_dtype="float32" if dtype == torch.float32 else "bfloat16")
     run = replace(run, train=train)
     shape = shape_of(run)
     if device.type == "cuda":
@@ -67,8 +67,8 @@ def plan_here(run: Run, device: torch.device) -> HerePlan:
 def shape_of(run: Run) -> Shape:
     """A micro-batch of a run whose compute type is settled."""
     train = run.train
-    itemsize = 4 if train.compute == "float32" else 2
-    return Shape(run.model, train.micro_batch_size, train.sequence_length, itemsize, train.recompute)
+    itemsize = 4 if train.compute_dtype == "float32" else 2
+    return Shape(run.model, train.micro_batch_size, train.sequence_length, itemsize, train.activation_checkpointing)
 
 
 def here_json(plan: HerePlan) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def show_here(console: Console, plan: HerePlan) -> None:
     counts, train = plan.run.model.parameter_counts(), plan.run.train
     console.print(
         f"{(counts.total + counts.mtp) / 1e6:.1f}M parameters, {train.batch_size} x {train.sequence_length} tokens a "
-        f"step in {train.compute}, {plan.run.optimizer.kind}: {plan.tokens / plan.time.total:,.0f} tokens/s, "
+        f"step in {train.compute_dtype}, {plan.run.optimizer.name}: {plan.tokens / plan.time.total:,.0f} tokens/s, "
         f"{plan.flops / plan.time.total / 1e9:.0f} GFLOP/s of model FLOPs",
         highlight=False,
     )

@@ -62,7 +62,7 @@ def step_time(run: Run, shape: Shape, machine: Machine) -> StepTime:
         attention=times * again * _attention(shape, machine),
         head=times * _head(shape, machine),
         passes=times * again * _passes(shape, machine),
-        overhead=_overhead(times, again, blocks(shape)[0], machine.overhead(run.optimizer.kind)),
+        overhead=_overhead(times, again, blocks(shape)[0], machine.overhead(run.optimizer.name)),
         optimizer=_optimizer(run, shape, machine),
     )
 
@@ -179,7 +179,7 @@ def _optimizer(run: Run, shape: Shape, machine: Machine) -> float:
     numbers = counts.total + counts.mtp
     clip = _CLIP_BYTES * numbers / machine.bandwidth
     average = 12 * numbers / machine.bandwidth if run.optimizer.ema_decay else 0.0
-    if run.optimizer.kind == "adamw":
+    if run.optimizer.name == "adamw":
         return clip + average + _ADAMW_BYTES * numbers / machine.bandwidth
     return clip + average + _MUON_BYTES * numbers / machine.bandwidth + _orthogonalizing(shape, machine)
 
