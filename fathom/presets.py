@@ -12,7 +12,7 @@ from fathom.train.run import OptimizerConfig, Run, ScheduleConfig, TrainConfig
 
 
 def nano() -> Run:
-    """5M parameters, 3M active: minutes on a laptop's CPU. The demo's model; docs/log.md records how it was found."""
+    """5M parameters, 3M active: minutes on a laptop's CPU. The demo's model; How it was found: docs/log/demo.md."""
     return Run(
         model=ModelConfig(
             vocab_size=4096,

@@ -82,9 +82,9 @@ def keep_freed_memory() -> str | None:
 
     A training step, or the reading of a prompt, frees and takes the same large buffers again; with glibc's defaults
     each is mapped and zeroed by the kernel anew, hundreds of thousands of page faults a step, and read through small
-    pages (docs/log.md). Tensors made from now on live in an arena (fathom/runtime/arena), which has next to no holes;
-    where there can be none, glibc is told to keep what it has, and the reason returned, in words. Memory is only
-    reserved here, not taken. Elsewhere than on Linux: nothing.
+    pages (docs/log/memory.md). Tensors made from now on live in an arena (fathom/runtime/arena), almost without
+    fragmentation; where there can be none, glibc is set to keep freed memory, and the reason is returned. Memory is
+    only reserved here, not taken. Elsewhere than on Linux: nothing.
     """
     if not sys.platform.startswith("linux"):
         return None

@@ -76,7 +76,7 @@ def resolve(run: Run, prepared: TokenizedCorpus, ranks: Ranks) -> Run:
         choice = ranks.broadcast(str(faster_dtype(ranks.device)).removeprefix("torch."))
         train = replace(train, compute_dtype="bfloat16" if choice == "bfloat16" else "float32")
     if train.compile == "auto":
-        # On a CPU the kernels of fathom/ops are as fast and need no minute of compiling (docs/log.md).
+        # On a CPU the kernels of fathom/ops are as fast and need no minute of compiling (docs/log/training.md).
         train = replace(train, compile="on" if ranks.device.type == "cuda" else "off")
     return replace(run, model=model, train=train)
 

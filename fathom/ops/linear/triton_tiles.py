@@ -49,8 +49,8 @@ class Tiling(NamedTuple):
 def tiling(tokens: int, outputs: int, inputs: int, bytes_each: int) -> Tiling:
     """For a map of `tokens` rows; `outputs` counts those of all that a launch computes.
 
-    The sizes are the fastest of some thirty that were tried on an H200 (docs/log.md). Few outputs need small tiles, or
-    they would not reach all multiprocessors.
+    The sizes are the fastest of some thirty that were tried on an H200 (docs/log/gpu.md). Few outputs need small
+    tiles, or they would not reach all multiprocessors.
     """
     block_n = min(64, max(16, triton.next_power_of_2(tokens)))
     many = outputs >= 8192

@@ -72,7 +72,7 @@ def _padded(tokens_per_expert_E: Tensor) -> Tensor:
     """Loads rounded up to one of sixteen steps between a power of two and the next, or to a multiple of sixteen.
 
     oneDNN prepares a kernel per matrix height, at about a millisecond each, and keeps a thousand: as loads differ at
-    every step, unpadded training on the CPU spends longer preparing products than multiplying (docs/log.md).
+    every step, unpadded training on the CPU spends longer preparing products than multiplying (docs/log/training.md).
     """
     power_E = tokens_per_expert_E.clamp_min(1).double().log2().floor()
     multiple_E = (2**power_E / _LEAST_MULTIPLE).clamp_min(_LEAST_MULTIPLE).to(torch.int64)

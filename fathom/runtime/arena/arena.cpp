@@ -2,7 +2,7 @@
 //
 // glibc, asked for memory aligned to 64 bytes, takes up to 96 more than it keeps, gives the rest back, and small objects
 // settle there; a freed piece then neither holds one of its own size again nor joins its neighbours. A training step,
-// which frees and takes gigabytes in pieces of all sizes, so needed up to half as much again as it had in use (docs/log.md).
+// which frees and takes gigabytes in pieces of all sizes, so needed up to half as much again as it had in use (docs/log/memory.md).
 //
 // Here pieces are multiples of 64 bytes that lie side by side, with the books kept elsewhere, in address space reserved
 // once. Small tensors have a stretch of their own, so that one which stays does not part the room of large ones.
