@@ -28,6 +28,12 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the field, the value and what would be right."""
 
 
+def check(right: bool, name: str, value: object, expected: str) -> None:
+    """Raises a ConfigError that names the field, its value and what would be right, unless `right`."""
+    if not right:
+        raise ConfigError(f"{name} is {value!r}; it must be {expected}")
+
+
 def renamed_fields(**current: str) -> Callable[[type[T]], type[T]]:
     """Class decorator: `old="new"` keeps a field's old name working for one release, with a DeprecationWarning.
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from fathom.data.corpus import DataConfig
-from fathom.model.config import ModelConfig, YarnScaling
+from fathom.model.config import ModelConfig
+from fathom.model.rope_scaling import YarnScaling
 from fathom.train.run import OptimizerConfig, Run, ScheduleConfig, TrainConfig
 
 

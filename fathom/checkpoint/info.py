@@ -10,7 +10,8 @@ from fathom.checkpoint.hf.name_mapping import locate, released_tensors
 from fathom.checkpoint.hf.safetensors_io import CheckpointError
 from fathom.checkpoint.hf.save import plan
 from fathom.checkpoint.hf.weights import Entry, blank_model
-from fathom.model.config import ModelConfig, ParameterCounts
+from fathom.model.config import ModelConfig
+from fathom.model.counts import ParameterCounts
 from fathom.quantization import fp8
 
 _CACHE_BYTES = 2

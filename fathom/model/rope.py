@@ -12,7 +12,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fathom.model.config import ModelConfig, YarnScaling
+from fathom.model.config import ModelConfig
+from fathom.model.rope_scaling import YarnScaling
 from fathom.ops.rope import Rope
 
 

@@ -3,12 +3,15 @@
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fathom.config import ConfigError
 from fathom.model.cached_batch import CachedBatch, DecodeBatch, VarlenBatch
-from fathom.model.config import ModelConfig, YarnScaling
+from fathom.model.config import ModelConfig
+from fathom.model.rope_scaling import YarnScaling
 from fathom.model.transformer import Model
 from fathom.ops.attention import SeqLens
 
@@ -115,6 +118,12 @@ def lively_model(config: ModelConfig, seed: int = 0, std: float = 0.15, dtype: t
 def random_tokens(config: ModelConfig, batch: int, length: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(config.vocab_size, (batch, length), generator=generator)
+
+
+def assert_says(error: pytest.ExceptionInfo[ConfigError], *words: object) -> None:
+    message = str(error.value)
+    for word in words:
+        assert str(word) in message, f"{word!r} is not in: {message}"
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

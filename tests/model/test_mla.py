@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fathom.model.cached_batch import prefer_expanded
-from fathom.model.config import ModelConfig, YarnScaling
+from fathom.model.config import ModelConfig
 from fathom.model.mla import MultiHeadLatentAttention
 from fathom.model.rope import rope_table
+from fathom.model.rope_scaling import YarnScaling
 from fathom.model.transformer import Model
 from fathom.ops.rope import apply_rope
 from tests.model.configs import (

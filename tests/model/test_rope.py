@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from fathom.model.config import ModelConfig, YarnScaling
+from fathom.model.config import ModelConfig
 from fathom.model.rope import rope_table, softmax_scale
+from fathom.model.rope_scaling import YarnScaling
 from fathom.ops.rope import Rope, apply_rope
 from tests.model.configs import model_configs, tiny, yarns
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fathom.model.config import ModelConfig, YarnScaling
+from fathom.model.config import ModelConfig
+from fathom.model.rope_scaling import YarnScaling
 from fathom.model.transformer import Model
 from tests.model.configs import lively_model, model_configs, random_tokens, relative_error, tiny
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fathom.data.tokenizer import ASSISTANT, EOS, USER, Tokenizer, train_tokenizer
-from fathom.model.config import ModelConfig, YarnScaling
+from fathom.model.config import ModelConfig
+from fathom.model.rope_scaling import YarnScaling
 from fathom.model.router import Router, Routing
 from fathom.model.transformer import Model
 from tests.model.configs import lively_model, model_configs, random_tokens, relative_error, tiny

@@ -28,8 +28,9 @@ from fathom.data.tokenizer import (
     PRE_TOKENIZER_PATTERNS,
     Tokenizer,
 )
-from fathom.model.config import ModelConfig, YarnScaling
+from fathom.model.config import ModelConfig
 from fathom.model.rope import mscale, rope_table, softmax_scale
+from fathom.model.rope_scaling import YarnScaling
 from fathom.model.transformer import Model
 
 try:

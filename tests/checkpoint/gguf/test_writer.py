@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fathom.data.tokenizer import EOS, FIM_SUFFIX, PAD, USER, Tokenizer, train_tokenizer
-from fathom.model.config import ModelConfig, YarnScaling
+from fathom.model.config import ModelConfig
 from fathom.model.layers import LATENT_NORM_EPS
+from fathom.model.rope_scaling import YarnScaling
 from fathom.model.transformer import Model
 from tests.model.configs import lively_model, model_configs, tiny
 

@@ -20,7 +20,8 @@ from fathom.checkpoint.hf.model import CheckpointError, load_config, load_model,
 from fathom.data.tokenizer import load_tokenizer, train_tokenizer
 from fathom.engine.engine import Engine
 from fathom.engine.sampling.sampler import SamplingParams
-from fathom.model.config import ModelConfig, YarnScaling
+from fathom.model.config import ModelConfig
+from fathom.model.rope_scaling import YarnScaling
 from fathom.model.transformer import Model
 from tests.model.configs import lively_model, model_configs, tiny
 

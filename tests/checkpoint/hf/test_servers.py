@@ -22,7 +22,8 @@ from fathom.checkpoint.hf.directory import stored_tensors
 from fathom.checkpoint.hf.model import save_model
 from fathom.checkpoint.hf.safetensors_io import StoredTensor
 from fathom.checkpoint.hf.save import Storage
-from fathom.model.config import ModelConfig, YarnScaling
+from fathom.model.config import ModelConfig
+from fathom.model.rope_scaling import YarnScaling
 from tests.model.configs import lively_model, tiny
 
 YARN = YarnScaling(40.0, 4096, mscale=1.0, mscale_all_dim=1.0)
