@@ -1,6 +1,6 @@
 """`fathom plan --gpu cpu` against this machine, memory and step time: `python benchmarks/plan.py` (a GPU: --gpu cuda).
 
-Every case is planned here and then trained for a few steps by the trainer's own `optimizer_step` in a process of its
+Every case is planned here and then trained for a few steps by the trainer's own `pretrain_step` in a process of its
 own. Memory is the most that process held in a step (VmHWM) above what it held when a tiny model had taken two steps:
 code, kernels and threads are there by then. Tokens are random, routers untrained.
 """
@@ -27,9 +27,10 @@ from fathom.distributed.ranks import Ranks
 from fathom.lab.planner.local.report import plan_here
 from fathom.model.transformer import Model
 from fathom.runtime.hardware import keep_freed_memory
-from fathom.train.pretrain import optimizer_step
+from fathom.train.pretrain import pretrain_step
 from fathom.train.run import Run
-from fathom.train.setup import TrainState, state_around
+from fathom.train.setup import state_around
+from fathom.train.step import TrainState
 
 _STEPS, _WARM_UP = 30, 10
 _ONE = Ranks(0, 1, torch.device("cpu"))
@@ -149,7 +150,7 @@ def _step(state: TrainState, run: Run, turn: int) -> float:
     tokens_BW = torch.randint(run.model.vocab_size, (train.batch_size, width), generator=draw)
     batches = [Batch(part, torch.zeros_like(part)) for part in tokens_BW.split(train.micro_batch_size)]
     began = time.perf_counter()
-    optimizer_step(state, batches, train.batch_size, run, _ONE)
+    pretrain_step(state, batches, train.batch_size, run, _ONE)
     return time.perf_counter() - began
 
 

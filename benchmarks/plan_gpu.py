@@ -1,6 +1,6 @@
 """`fathom plan --gpu cuda` against the GPU that is here, for benchmarks/plan.py.
 
-Every case is planned and then trained for a few steps by the trainer's own `optimizer_step`, one after another in this
+Every case is planned and then trained for a few steps by the trainer's own `pretrain_step`, one after another in this
 process. Memory is the most that torch's allocator handed out in a step. Tokens are random, routers slightly tilted.
 """
 
@@ -21,7 +21,7 @@ from fathom.lab.planner.local.gpu_step import gpu_step_time
 from fathom.lab.planner.local.report import shape_of
 from fathom.model.transformer import Model
 from fathom.train.gpu_memory import gpu_memory
-from fathom.train.pretrain import optimizer_step
+from fathom.train.pretrain import pretrain_step
 from fathom.train.run import OptimizerConfig, Run, TrainConfig
 from fathom.train.setup import state_around
 
@@ -88,7 +88,7 @@ def _measured(run: Run) -> dict[str, float]:
         batches = _batches(run, turn)
         torch.cuda.synchronize()
         began = time.perf_counter()
-        optimizer_step(state, batches, run.train.batch_size, run, _ALONE)
+        pretrain_step(state, batches, run.train.batch_size, run, _ALONE)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
     return {"memory": torch.cuda.max_memory_allocated(), "seconds": median(seconds[_WARM_UP:])}

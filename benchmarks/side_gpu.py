@@ -25,7 +25,7 @@ from fathom.distributed.ranks import Ranks
 from fathom.model.config import ModelConfig
 from fathom.model.transformer import Model
 from fathom.runtime.hardware import matmul_flops
-from fathom.train.pretrain import optimizer_step
+from fathom.train.pretrain import pretrain_step
 from fathom.train.run import OptimizerConfig, Run, TrainConfig
 from fathom.train.setup import state_around
 
@@ -148,7 +148,7 @@ def _ours(spec: Spec) -> Trained:
 
     def step(tokens: list[Tensor]) -> float:
         batches = [Batch(tokens_BW, torch.zeros_like(tokens_BW)) for tokens_BW in tokens]
-        return optimizer_step(state, batches, sequences, run, ranks).loss
+        return pretrain_step(state, batches, sequences, run, ranks).loss
 
     return Trained(model, state.optimizers, step)
 

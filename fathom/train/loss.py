@@ -6,27 +6,13 @@ ranks of any size add up to the one-big-batch gradient. The whole logits never e
 Shapes: B rows, W = S + 1 + M tokens of a row (inputs, target of the last, lookahead of the M MTP modules), S inputs.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
 from fathom.data.dataset import Batch, targets
 from fathom.model.transformer import Model
 from fathom.ops.loss import IGNORE, linear_cross_entropy
-
-
-class LossParts(NamedTuple):
-    """What one micro-batch contributed."""
-
-    total: Tensor
-    """Its share of the step's loss: the one to differentiate."""
-    sums_H: Tensor
-    """Summed cross-entropy in nats: the main head, then each MTP module (1 + M)."""
-    balance: Tensor
-    """Balance loss before α, mean over the micro-batch's sequences."""
-    tokens_per_expert_LE: Tensor
-    """Tokens each expert of each router received."""
+from fathom.train.step import LossOutput
 
 
 def target_counts(batch: Batch, modules: int) -> Tensor:
@@ -50,8 +36,8 @@ class PretrainLoss(nn.Module):
         self.compute_dtype = compute_dtype
         self.activation_checkpointing = activation_checkpointing
 
-    def forward(self, batch: Batch, counts_H: Tensor, mtp_loss_weight: float, share: float) -> LossParts:
-        """`counts_H` are the step's global target counts, `share` this micro-batch's part of its sequences."""
+    def forward(self, batch: Batch, counts_H: Tensor, mtp_loss_weight: float, fraction: float) -> LossOutput:
+        """`counts_H` are the step's global target counts, `fraction` is this micro-batch's part of its sequences."""
         modules = self.model.config.num_nextn_predict_layers
         length = batch.tokens_BW.shape[1] - 1 - modules
         states = self.model.forward_hidden(
@@ -67,9 +53,8 @@ class PretrainLoss(nn.Module):
             sums.append(linear_cross_entropy(h_BSD.flatten(0, 1), self.model.head_of(k).weight, targets_N))
         sums_H = torch.stack(sums)
         means_H = sums_H / counts_H.clamp_min(1)
-        total = means_H[0] + self.seq_balance_loss_weight * share * states.router.balance_loss
+        total = means_H[0] + self.seq_balance_loss_weight * fraction * states.router.balance_loss
         if modules:
             total = total + mtp_loss_weight * means_H[1:].mean()
-        return LossParts(
-            total, sums_H.detach(), states.router.balance_loss.detach(), states.router.tokens_per_expert_LE
-        )
+        balance = states.router.balance_loss.detach() * fraction
+        return LossOutput(total, sums_H.detach(), balance, states.router.tokens_per_expert_LE)

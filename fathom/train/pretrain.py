@@ -5,12 +5,10 @@ checkpoints. Nothing is drawn at random inside the loop.
 """
 
 import json
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,9 +22,8 @@ from fathom.checkpoint.training_state import checkpoints, save_checkpoint
 from fathom.config import ConfigError, load_json, save_json
 from fathom.data.dataset import Batch, TokenRows
 from fathom.data.tokenize import TokenizedCorpus
-from fathom.distributed.ranks import Ranks, accumulating
+from fathom.distributed.ranks import Ranks
 from fathom.metrics import MetricsLog
-from fathom.model.balance import max_violation, updated_bias
 from fathom.ops import cpu
 from fathom.runtime.hardware import free_memory, keep_freed_memory, matmul_flops, missing_for_compile
 from fathom.train.estimate import estimate, memory_refusal
@@ -34,9 +31,8 @@ from fathom.train.evaluation import EvalResult, Validation, save_evaluation
 from fathom.train.loss import target_counts
 from fathom.train.progress import Progress, duration
 from fathom.train.run import Run
-from fathom.train.schedule import batch_sizes, bias_update_speed, learning_rate_factor, mtp_loss_weight
+from fathom.train.schedule import batch_sizes, hyperparameters
 from fathom.train.setup import (
-    TrainState,
     build_state,
     compute_dtype,
     prepare_data,
@@ -45,6 +41,7 @@ from fathom.train.setup import (
     rows_of,
     with_initial_model,
 )
+from fathom.train.step import LossOutput, StepMetrics, TrainState, optimizer_step
 
 _LOAD_RECORDS = 100
 """Expert loads are recorded about this many times in a run."""
@@ -52,20 +49,6 @@ _LOAD_RECORDS = 100
 
 class TrainingError(RuntimeError):
     """A run that cannot start or go on; the message says why and what would help."""
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """What one optimizer step saw, over the whole global batch."""
-
-    loss: float
-    mtp_loss: float | None
-    balance_loss: float
-    grad_norm: float
-    max_vio: float
-    """The worst router's; 0 in a model without routers."""
-    tokens_per_expert_LE: Tensor
-    skipped: bool
 
 
 def train(run: Run, directory: Path, ranks: Ranks, resume: bool = False, console: Console | None = None) -> bool:
@@ -112,7 +95,7 @@ def _loop(
             began = time.perf_counter()
             step = state.step
             batches = micro_batches(rows, int(starts[step]), int(sizes[step]), run, ranks)
-            facts = optimizer_step(state, batches, int(sizes[step]), run, ranks)
+            facts = pretrain_step(state, batches, int(sizes[step]), run, ranks)
             speed = int(sizes[step]) * run.train.sequence_length / (time.perf_counter() - began)
             values = _metrics(facts, run, step, speed, speed * flops / peak)
             if log is not None:
@@ -140,69 +123,18 @@ def _loop(
     return True
 
 
-def optimizer_step(state: TrainState, batches: list[Batch], sequences: int, run: Run, ranks: Ranks) -> StepMetrics:
-    """One step over `sequences` sequences, of which `batches` are this rank's micro-batches.
-
-    A loss or gradient that is not finite leaves weights, moments and biases as they were. The host waits for a GPU
-    once, to read the figures that decide this; it then hands over the update and can prepare the next step meanwhile.
-    """
+def pretrain_step(state: TrainState, batches: list[Batch], sequences: int, run: Run, ranks: Ranks) -> StepMetrics:
+    """One optimizer step over `sequences` sequences, of which `batches` are this rank's micro-batches."""
     modules = run.model.num_nextn_predict_layers
-    step, steps = state.step, run.train.steps
+    hyper = hyperparameters(run, state.step)
     counts_H = ranks.sum(torch.stack([target_counts(batch, modules) for batch in batches]).sum(0))
-    sums, balance, loads = [], [], []
-    for i, batch in enumerate(batches):
-        share = batch.tokens_BW.shape[0] / sequences
-        with accumulating(state.loss, last=i + 1 == len(batches)):
-            parts = state.loss(batch, counts_H, mtp_loss_weight(run.schedule, step, steps), share)
-            # Replication averages gradients over ranks; the loss is already a share of the global sum.
-            (parts.total * ranks.world).backward()
-        sums.append(parts.sums_H)
-        balance.append(parts.balance * share)
-        loads.append(parts.tokens_per_expert_LE)
-    if state.bf16_weights is not None:
-        state.bf16_weights.collect()
-    sums_H = ranks.sum(torch.stack(sums).sum(0))
-    tokens_per_expert_LE = ranks.sum(torch.stack(loads).sum(0))
-    weights = list(state.model.parameters())
-    norm = torch.nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
-    figures = (
-        ranks.sum(torch.stack(balance).sum()),
-        norm,
-        max_violation(tokens_per_expert_LE).max() if tokens_per_expert_LE.numel() else torch.zeros_like(norm),
-        *(sums_H / counts_H.clamp_min(1)),
-    )
-    balance_loss, grad_norm, max_vio, *means_H = torch.stack([figure.double() for figure in figures]).tolist()
 
-    finite = math.isfinite(grad_norm) and all(map(math.isfinite, means_H))
-    if finite:
-        if grad_norm > run.optimizer.max_grad_norm:
-            torch.nn.utils.clip_grads_with_norm_(weights, run.optimizer.max_grad_norm, norm)
-        _apply(state, run, tokens_per_expert_LE)
-    state.skipped += not finite
-    state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
-    for optimizer in state.optimizers:
-        optimizer.zero_grad()
-    state.step += 1
-    mtp_loss = sum(means_H[1:]) / modules if modules else None
-    return StepMetrics(means_H[0], mtp_loss, balance_loss, grad_norm, max_vio, tokens_per_expert_LE, not finite)
+    def loss(batch: Batch) -> LossOutput:
+        fraction = batch.tokens_BW.shape[0] / sequences
+        output: LossOutput = state.loss(batch, counts_H, hyper.mtp_loss_weight, fraction)
+        return output
 
-
-@torch.no_grad()
-def _apply(state: TrainState, run: Run, tokens_per_expert_LE: Tensor) -> None:
-    """Move weights, correction biases and the average."""
-    rate = run.optimizer.learning_rate * learning_rate_factor(run.schedule, state.step, run.train.steps)
-    for optimizer in state.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-    if state.bf16_weights is not None:
-        state.bf16_weights.refresh()
-    speed = bias_update_speed(run.schedule, state.step, run.train.steps)
-    for router, tokens_per_expert_E in zip(state.model.routers(), tokens_per_expert_LE, strict=True):
-        bias_E = router.e_score_correction_bias
-        bias_E.copy_(updated_bias(bias_E, tokens_per_expert_E, speed))
-    if state.ema is not None:
-        state.ema.update(state.model)
+    return optimizer_step(state, batches, loss, counts_H, hyper, ranks)
 
 
 def micro_batches(rows: TokenRows, first: int, sequences: int, run: Run, ranks: Ranks) -> list[Batch]:
@@ -233,7 +165,7 @@ def seconds_per_step(run: Run, directory: Path, ranks: Ranks, steps: int) -> flo
     for step in range(steps):
         began = time.perf_counter()
         batches = micro_batches(rows, step * run.train.batch_size, run.train.batch_size, run, ranks)
-        optimizer_step(state, batches, run.train.batch_size, run, ranks)
+        pretrain_step(state, batches, run.train.batch_size, run, ranks)
         times.append(time.perf_counter() - began)
     return float(np.median(times[steps // 2 :]))
 
@@ -334,7 +266,6 @@ def _announce(
 
 
 def _metrics(facts: StepMetrics, run: Run, step: int, speed: float, mfu: float) -> dict[str, Any]:
-    rate = run.optimizer.learning_rate * learning_rate_factor(run.schedule, step, run.train.steps)
     mtp = {} if facts.mtp_loss is None else {"mtp_loss": facts.mtp_loss}
     return {
         "loss": facts.loss,
@@ -342,7 +273,7 @@ def _metrics(facts: StepMetrics, run: Run, step: int, speed: float, mfu: float) 
         "balance_loss": facts.balance_loss,
         "max_vio": facts.max_vio,
         "grad_norm": facts.grad_norm,
-        "lr": rate,
+        "lr": hyperparameters(run, step).learning_rate,
         "tokens_per_second": speed,
         "mfu": mfu,
         "skipped": int(facts.skipped),

@@ -4,14 +4,37 @@ The report's schedules (section 4.2) are given in tokens of 14.8T; here they are
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
-from fathom.train.run import ScheduleConfig, TrainConfig
+from fathom.train.run import Run, ScheduleConfig, TrainConfig
 
 _CONSTANT_UNTIL = 10 / 14.8
 _COSINE_UNTIL = 14.3 / 14.8
 _LAST = (14.3 + 0.333) / 14.8
+
+
+class StepHyperparameters(NamedTuple):
+    """What the schedules give for one step."""
+
+    learning_rate: float
+    max_grad_norm: float
+    bias_update_speed: float
+    """γ, by how much each correction bias moves."""
+    mtp_loss_weight: float
+    """λ, the weight of the MTP losses' mean."""
+
+
+def hyperparameters(run: Run, step: int) -> StepHyperparameters:
+    """Those of `step` (from 0)."""
+    steps = run.train.steps
+    return StepHyperparameters(
+        learning_rate=run.optimizer.learning_rate * learning_rate_factor(run.schedule, step, steps),
+        max_grad_norm=run.optimizer.max_grad_norm,
+        bias_update_speed=bias_update_speed(run.schedule, step, steps),
+        mtp_loss_weight=mtp_loss_weight(run.schedule, step, steps),
+    )
 
 
 def learning_rate_factor(config: ScheduleConfig, step: int, steps: int) -> float:

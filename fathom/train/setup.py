@@ -1,11 +1,9 @@
 """From a configuration to something that can step: data prepared, choices resolved, model and optimizers built."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
 
 from fathom.checkpoint.hf.model import load_config, load_model, model_directory
 from fathom.checkpoint.training_state import load_ema, load_state, step_of
@@ -20,24 +18,7 @@ from fathom.train.bf16_weights import Bf16Weights
 from fathom.train.loss import PretrainLoss
 from fathom.train.optim import EMA, build_optimizers
 from fathom.train.run import Run
-
-
-@dataclass
-class TrainState:
-    """All that a training step changes."""
-
-    model: Model
-    loss: nn.Module
-    """The loss around the model, replicated over the ranks."""
-    optimizers: list[Optimizer]
-    ema: EMA | None
-    bf16_weights: Bf16Weights | None = None
-    """On a GPU: what the objective computes with, to be refreshed after every change of the weights."""
-    step: int = 0
-    """Optimizer steps done, skipped ones included."""
-    skipped: int = 0
-    """Steps skipped because the loss or gradient was not finite."""
-    skipped_in_a_row: int = 0
+from fathom.train.step import TrainState
 
 
 def prepare_data(run: Run, directory: Path, ranks: Ranks) -> TokenizedCorpus:

@@ -12,7 +12,7 @@ from fathom.model.transformer import Model
 from fathom.ops import cpu
 from fathom.train.bf16_weights import Bf16Weights
 from fathom.train.loss import PretrainLoss, target_counts
-from fathom.train.pretrain import micro_batches, optimizer_step
+from fathom.train.pretrain import micro_batches, pretrain_step
 from fathom.train.run import Run
 from fathom.train.setup import build_state, prepare_data, resolve, rows_of
 
@@ -54,7 +54,7 @@ def test_a_step_refreshes_the_copies(tiny_run: Run, prepared: TokenizedCorpus, o
     state.bf16_weights = Bf16Weights(state.model)
     state.loss = PretrainLoss(state.bf16_weights.model, run.train.seq_balance_loss_weight, torch.bfloat16)
     before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
-    facts = optimizer_step(state, micro_batches(rows_of(prepared, run, "train"), 0, 8, run, one_rank), 8, run, one_rank)
+    facts = pretrain_step(state, micro_batches(rows_of(prepared, run, "train"), 0, 8, run, one_rank), 8, run, one_rank)
     assert not facts.skipped
     copies = dict(state.bf16_weights.model.named_parameters())
     for name, master in state.model.named_parameters():

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from fathom.distributed.ranks import Ranks
-from fathom.train.pretrain import StepMetrics, micro_batches, optimizer_step
+from fathom.train.pretrain import micro_batches, pretrain_step
 from fathom.train.run import Run
 from fathom.train.setup import build_state, prepare_data, resolve, rows_of
+from fathom.train.step import StepMetrics
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
 
@@ -26,7 +27,7 @@ def _steps(run: Run, directory: Path, device: torch.device, steps: int) -> tuple
         for step in range(steps):
             if step + 1 == steps and device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("warn")
-            facts.append(optimizer_step(state, micro_batches(rows, 8 * step, 8, run, ranks), 8, run, ranks))
+            facts.append(pretrain_step(state, micro_batches(rows, 8 * step, 8, run, ranks), 8, run, ranks))
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
     return facts, [f"{w.filename}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)]

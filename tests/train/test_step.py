@@ -9,9 +9,10 @@ import torch
 from fathom.data.tokenize import TokenizedCorpus
 from fathom.distributed.ranks import Ranks
 from fathom.model.balance import updated_bias
-from fathom.train.pretrain import TrainingError, micro_batches, optimizer_step, train
+from fathom.train.pretrain import TrainingError, micro_batches, pretrain_step, train
 from fathom.train.run import Run
-from fathom.train.setup import TrainState, build_state, prepare_data, resolve, rows_of
+from fathom.train.setup import build_state, prepare_data, resolve, rows_of
+from fathom.train.step import TrainState
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def _after_two_steps(run: Run, prepared: TokenizedCorpus, ranks: Ranks) -> Train
     rows = rows_of(prepared, run, "train")
     for step in range(2):
         batches = micro_batches(rows, step * run.train.batch_size, run.train.batch_size, run, ranks)
-        optimizer_step(state, batches, run.train.batch_size, run, ranks)
+        pretrain_step(state, batches, run.train.batch_size, run, ranks)
     return state
 
 
@@ -53,7 +54,7 @@ def test_biases_follow_the_rule_from_the_steps_own_loads(
     run = resolve(tiny_run, prepared, one_rank)
     state = build_state(run, one_rank)
     batches = micro_batches(rows_of(prepared, run, "train"), 0, 8, run, one_rank)
-    facts = optimizer_step(state, batches, 8, run, one_rank)
+    facts = pretrain_step(state, batches, 8, run, one_rank)
     tokens = 8 * run.train.sequence_length
     assert facts.tokens_per_expert_LE.sum(-1).tolist() == [tokens * run.model.num_experts_per_tok] * 3
     for router, tokens_per_expert_E in zip(state.model.routers(), facts.tokens_per_expert_LE, strict=True):
@@ -73,7 +74,7 @@ def test_a_step_with_an_infinite_loss_changes_nothing(
         state.model.layers[1].mlp.experts.down_proj[0, 0, 0] = float("inf")
     before = {name: t.clone() for name, t in state.model.state_dict().items()}
     batches = micro_batches(rows_of(prepared, run, "train"), 0, 8, run, one_rank)
-    facts = optimizer_step(state, batches, 8, run, one_rank)
+    facts = pretrain_step(state, batches, 8, run, one_rank)
     assert facts.skipped
     assert (state.step, state.skipped, state.skipped_in_a_row) == (1, 1, 1)
     for name, tensor in state.model.state_dict().items():

@@ -20,8 +20,9 @@ from fathom.data.tokenize import TokenizedCorpus, open_tokenized
 from fathom.distributed.ranks import Ranks
 from fathom.lab.ablations.variants import Variant, build_model
 from fathom.runtime.hardware import keep_freed_memory
-from fathom.train.pretrain import StepMetrics, TrainingError, micro_batches, optimizer_step
-from fathom.train.setup import TrainState, compute_dtype, resolve, rows_of, state_around
+from fathom.train.pretrain import TrainingError, micro_batches, pretrain_step
+from fathom.train.setup import compute_dtype, resolve, rows_of, state_around
+from fathom.train.step import StepMetrics, TrainState
 
 _CURVE_POINTS = 50
 _LAST_SHARE = 0.1
@@ -75,7 +76,7 @@ def _train(
     began, began_wall = clock(), time.perf_counter()
     while state.step < steps:
         batches = micro_batches(rows, state.step * size, size, run, ranks)
-        history.append(optimizer_step(state, batches, size, run, ranks))
+        history.append(pretrain_step(state, batches, size, run, ranks))
         if state.skipped_in_a_row >= run.train.max_bad_steps:
             raise TrainingError(
                 f"{state.skipped_in_a_row} steps in a row had a loss or gradient that is not finite, up to step "

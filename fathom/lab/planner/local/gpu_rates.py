@@ -21,7 +21,7 @@ from fathom.ops.loss import linear_cross_entropy
 from fathom.ops.moe.experts import dispatch, grouped_matmul, grouped_wgrad
 from fathom.presets import nano
 from fathom.train.optim import NEWTON_SCHULZ_STEPS, orthogonalize
-from fathom.train.pretrain import optimizer_step
+from fathom.train.pretrain import pretrain_step
 from fathom.train.setup import state_around
 
 _DEVICE = torch.device("cuda", 0)
@@ -195,4 +195,4 @@ def _tiny_step(kind: Literal["adamw", "muon"], layers: int) -> Callable[[], obje
     state = state_around(Model(config).to(_DEVICE).train(), run, alone)
     tokens_BW = torch.zeros(1, train.sequence_length + 1, dtype=torch.int64, device=_DEVICE)
     batches = [Batch(tokens_BW, torch.zeros_like(tokens_BW))]
-    return lambda: optimizer_step(state, batches, 1, run, alone)
+    return lambda: pretrain_step(state, batches, 1, run, alone)

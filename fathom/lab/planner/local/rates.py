@@ -28,7 +28,7 @@ from fathom.ops.swiglu import swiglu
 from fathom.presets import nano
 from fathom.runtime.precision import bfloat16_is_emulated
 from fathom.train.optim import NEWTON_SCHULZ_STEPS, orthogonalize
-from fathom.train.pretrain import optimizer_step
+from fathom.train.pretrain import pretrain_step
 from fathom.train.setup import state_around
 
 _REPEATS = 5
@@ -218,7 +218,7 @@ def _tiny_step(kind: Literal["adamw", "muon"], layers: int, micro_batches: int) 
     state = state_around(Model(config).train(), run, alone)
     tokens_BW = torch.zeros(1, train.sequence_length + 1, dtype=torch.int64)
     batches = [Batch(tokens_BW, torch.zeros_like(tokens_BW))] * micro_batches
-    return lambda: optimizer_step(state, batches, micro_batches, run, alone)
+    return lambda: pretrain_step(state, batches, micro_batches, run, alone)
 
 
 class _threads:  # noqa: N801 (reads as a word: with _threads(1))
