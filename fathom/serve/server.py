@@ -1,5 +1,6 @@
 """`fathom serve`: load a model, open the port, and end in good order."""
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -14,7 +15,6 @@ from typing import Literal
 import torch
 import tyro
 import uvicorn
-import uvloop
 from rich.console import Console
 
 from fathom.checkpoint.hf.directory import model_directory
@@ -136,7 +136,7 @@ def serve(command: ServeCommand) -> int:
     shown = f"[{command.host}]" if ":" in command.host else command.host
     console.print(f"serving    {name} at http://{shown}:{port}{'' if keys else ' (no API key)'}", soft_wrap=True)
     with _quiet_signals():
-        uvloop.run(server.serve(sockets=[listening]))
+        asyncio.run(server.serve(sockets=[listening]))
     if worker.failure is None:
         return 0
     sys.excepthook(type(worker.failure), worker.failure, worker.failure.__traceback__)

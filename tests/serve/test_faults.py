@@ -41,15 +41,15 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ru
 SLOW = """
 import sys, time
 from fathom.engine.engine import Engine
-parts, count = Engine.parts, 0
+step_phases, count = Engine.step_phases, 0
 def slow(self):
     global count
     count += 1
     if FAIL and count > 5:
         raise RuntimeError("made to fail by a test")
     time.sleep(0.02)
-    return parts(self)
-Engine.parts = slow
+    return step_phases(self)
+Engine.step_phases = slow
 from fathom.cli import main
 main()
 """

@@ -84,14 +84,14 @@ def test_an_exception_in_one_request_is_that_requests_alone(engine: Engine) -> N
 def test_a_cancelled_request_gives_its_pages_back_within_one_step(engine: Engine) -> None:
     """Steps are counted from the moment the client is known to have gone."""
     steps: list[int] = []
-    parts = engine.parts
+    step_phases = engine.step_phases
 
     def counted() -> Any:
         time.sleep(0.01)
-        yield from parts()
+        yield from step_phases()
         steps.append(engine.core.stats().pages_used)
 
-    engine.parts = counted  # type: ignore[method-assign]
+    engine.step_phases = counted  # type: ignore[method-assign]
 
     async def serve() -> int:
         worker = Worker(engine)
@@ -227,7 +227,7 @@ def test_a_dead_engine_turns_health_red(engine: Engine, monkeypatch: pytest.Monk
     def fail() -> Any:
         raise RuntimeError("made to fail by a test")
 
-    engine.parts = fail  # type: ignore[method-assign]
+    engine.step_phases = fail  # type: ignore[method-assign]
     worker = Worker(engine)
     service = Service(engine, worker, "small", 30)
     app = make_app(service, describe(CONFIG, "small", engine, True), [], [], ["*"], 1 << 20)
