@@ -40,8 +40,8 @@ from fathom.engine.core import Core
 from fathom.engine.sampling.sampler import SamplingParams
 from fathom.eval.bits import evaluate
 from fathom.model.config import ModelConfig
+from fathom.model.quantize import quantized
 from fathom.model.transformer import Model
-from fathom.quantization.weight_only import quantized
 from fathom.runtime.hardware import keep_freed_memory, matmul_flops
 from fathom.train.run import Run
 from fathom.train.setup import rows_of

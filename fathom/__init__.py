@@ -15,8 +15,8 @@ from fathom.data.tokenizer import load_tokenizer
 from fathom.engine.engine import Completion, Engine, Request, generate
 from fathom.engine.sampling.sampler import SamplingParams
 from fathom.model.config import ModelConfig
+from fathom.model.quantize import quantized
 from fathom.model.transformer import Model
-from fathom.quantization.weight_only import quantized
 
 __all__ = [
     "Completion",

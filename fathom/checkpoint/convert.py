@@ -18,7 +18,7 @@ from fathom.checkpoint.hf.model import staged, write_config
 from fathom.checkpoint.hf.model_card import display_name, write_card
 from fathom.checkpoint.hf.safetensors_io import CheckpointError, check_disk
 from fathom.checkpoint.hf.save import SHARD_BYTES, Planned, Storage, Verified, plan, write_tensors
-from fathom.checkpoint.hf.weights import StoredWeights, Weights, row_chunks
+from fathom.checkpoint.hf.weights import StoredWeights, Weights
 from fathom.data.tokenizer import load_tokenizer
 from fathom.quantization import fp8
 
@@ -97,7 +97,7 @@ def compare(source: Weights, found: Weights, planned: list[Planned]) -> Verified
     squares = torch.zeros(2, dtype=torch.float64)
     for tensor in planned:
         name, shape, _ = tensor.entry
-        for first, last in row_chunks(shape):
+        for first, last in fp8.row_chunks(shape):
             expected, got = source.rows(name, first, last), found.rows(name, first, last)
             if not _is_rounding(got, expected, tensor.dtype):
                 raise CheckpointError(f"tensor {name}, rows {first} to {last}: not what was read from the source")

@@ -8,15 +8,16 @@ from pathlib import Path
 from fathom.checkpoint.hf.directory import INDEX, SINGLE, load_config, model_directory, stored_tensors
 from fathom.checkpoint.hf.name_mapping import locate, released_tensors
 from fathom.checkpoint.hf.safetensors_io import CheckpointError
-from fathom.checkpoint.hf.save import plan
+from fathom.checkpoint.hf.save import Storage, plan
 from fathom.checkpoint.hf.weights import Entry, blank_model
 from fathom.model.config import ModelConfig
 from fathom.model.counts import ParameterCounts
-from fathom.quantization import fp8
+from fathom.model.quantize import quantizable_weights
+from fathom.model.transformer import Model
+from fathom.quantization.integer import Precision, quantized_bytes
 
 _CACHE_BYTES = 2
 """Of a cached number: the cache is bfloat16."""
-_INT4_GROUP = 32
 
 
 @dataclass(frozen=True)
@@ -73,44 +74,36 @@ def weight_bytes(config: ModelConfig) -> dict[str, int | None]:
     """Bytes of all weights by precision, every parameter once.
 
     fp32, bf16 and fp8 as they are stored (correction biases float32; fp8 the large matrices in blocks, the rest
-    bfloat16). int8 and int4 as `fathom.quantized` keeps them: numbers and scales, what it leaves alone in bfloat16.
+    bfloat16). int8 and int4 as `fathom.quantized` stores them, scales included, what it does not quantise in bfloat16.
     """
+    model = blank_model(config)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     entries = [
         Entry(name, tuple(tensor.shape), tensor.dtype)
-        for name, tensor in released_tensors(blank_model(config), config)
+        for name, tensor in released_tensors(model, config)
         if locate(name, config) is not None and name not in tied
     ]
-    bytes_: dict[str, int | None] = {}
-    bytes_["fp32"] = sum(tensor.bytes for tensor in plan(entries, "f32"))
-    bytes_["bf16"] = sum(tensor.bytes for tensor in plan(entries, "bf16"))
-    bytes_["fp8 blocks"] = sum(tensor.bytes for tensor in plan(entries, "fp8"))
-    bytes_["int8"] = sum(_int8_bytes(entry) for entry in entries)
-    widths = {entry.shape[1] for entry in entries if _is_packed(entry.name)}
-    fits = all(width % _INT4_GROUP == 0 for width in widths)
-    bytes_["int4"] = sum(_int4_bytes(entry) for entry in entries) if fits else None
-    return bytes_
+    bf16 = _planned_bytes(entries, "bf16")
+    return {
+        "fp32": _planned_bytes(entries, "f32"),
+        "bf16": bf16,
+        "fp8 blocks": _planned_bytes(entries, "fp8"),
+        "int8": _quantized_bytes(model, bf16, "int8"),
+        "int4": _quantized_bytes(model, bf16, "int4"),
+    }
 
 
-def _is_packed(name: str) -> bool:
-    """Whether `fathom.quantized` packs the matrix: attention absorbs kv_b_proj in two directions and keeps it."""
-    if name.endswith("kv_b_proj.weight"):
-        return False
-    return fp8.is_quantized(name) or name.endswith(("lm_head.weight", "eh_proj.weight"))
+def _planned_bytes(entries: list[Entry], storage: Storage) -> int:
+    return sum(tensor.bytes for tensor in plan(entries, storage))
 
 
-def _int8_bytes(entry: Entry) -> int:
-    if not _is_packed(entry.name):
-        return plan([entry], "bf16")[0].bytes
-    rows, columns = entry.shape
-    return rows * columns + 4 * rows
-
-
-def _int4_bytes(entry: Entry) -> int:
-    if not _is_packed(entry.name):
-        return plan([entry], "bf16")[0].bytes
-    numbers = math.prod(entry.shape)
-    return numbers // 2 + 2 * (numbers // _INT4_GROUP)
+def _quantized_bytes(model: Model, bf16: int, precision: Precision) -> int | None:
+    """Bytes of a model that takes `bf16` in bfloat16, once its large matrices are quantised."""
+    shapes = [getattr(module, parameter).shape for _, module, parameter in quantizable_weights(model)]
+    try:
+        return bf16 + sum(quantized_bytes(shape, precision) - 2 * math.prod(shape) for shape in shapes)
+    except ValueError:  # int4 divides columns into groups
+        return None
 
 
 def _stored(path: str | Path, directory: Path) -> Stored | None:

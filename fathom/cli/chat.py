@@ -14,8 +14,8 @@ from fathom.config import ConfigError
 from fathom.data.tokenizer import load_tokenizer
 from fathom.engine.engine import Engine, IncrementalDetokenizer, Request
 from fathom.engine.sampling.sampler import SamplingParams
+from fathom.model.quantize import quantized
 from fathom.quantization.integer import Precision
-from fathom.quantization.weight_only import quantized
 from fathom.runtime.hardware import keep_freed_memory
 
 

@@ -22,8 +22,8 @@ from fathom.checkpoint.hf.model import load_model
 from fathom.config import ConfigError
 from fathom.data.tokenizer import Tokenizer, load_tokenizer
 from fathom.engine.engine import Engine
+from fathom.model.quantize import quantized
 from fathom.quantization.integer import Precision
-from fathom.quantization.weight_only import quantized
 from fathom.runtime.hardware import keep_freed_memory
 from fathom.serve.app import make_app
 from fathom.serve.service import Service

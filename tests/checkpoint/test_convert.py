@@ -17,6 +17,8 @@ from fathom.checkpoint.convert import convert
 from fathom.checkpoint.hf import safetensors_io as shards
 from fathom.checkpoint.hf import save as writing
 from fathom.checkpoint.hf.model import CheckpointError, load_model, save_model
+from fathom.checkpoint.hf.safetensors_io import StoredTensor
+from fathom.checkpoint.hf.save import Storage
 from fathom.data.tokenizer import load_tokenizer, train_tokenizer
 from fathom.model.config import ModelConfig
 from fathom.model.transformer import Model
@@ -145,6 +147,25 @@ def test_tokenizer_and_card_go_along_and_programs_do_not(tmp_path: Path) -> None
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
         "README.md",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("to", ["fp8", "bf16"])
+def test_conversion_reads_a_chunk_of_rows_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: Storage
+) -> None:
+    """An embedding of 1.4 million elements is read in two chunks, as is everything larger."""
+    save_model(lively_model(tiny(vocab_size=60_000)), tmp_path / "model")
+    asked = []
+    rows = StoredTensor.rows
+
+    def noted(stored: StoredTensor, first: int, last: int) -> torch.Tensor:
+        found = rows(stored, first, last)
+        asked.append(found.numel())
+        return found
+
+    monkeypatch.setattr(StoredTensor, "rows", noted)
+    convert(tmp_path / "model", tmp_path / "out", to, verify=True)
+    assert 10**6 < max(asked) <= 1 << 20
 
 
 # --------------------------------------------------------------------------------------------------- refusals

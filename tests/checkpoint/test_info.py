@@ -17,7 +17,7 @@ from fathom.checkpoint.hf.model import CheckpointError, save_model
 from fathom.checkpoint.hf.safetensors_io import StoredTensor
 from fathom.checkpoint.info import model_info, weight_bytes
 from fathom.cli import main
-from fathom.quantization.weight_only import quantized
+from fathom.model.quantize import quantized
 from tests.model.configs import lively_model, tiny
 
 EVEN = tiny(

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fathom.checkpoint.hf.safetensors_io import CheckpointError
-from fathom.checkpoint.hf.weights import Weights, row_chunks, whole
+from fathom.checkpoint.hf.weights import Weights, whole
 from fathom.model.config import ModelConfig
 from fathom.model.layers import LATENT_NORM_EPS
+from fathom.quantization import fp8
 
 DType = Literal["f32", "bf16", "q8_0"]
 
@@ -150,7 +151,7 @@ def _pieces(weights: Weights, tensor: GGUFTensor) -> Iterator[Tensor]:
     for name in tensor.parts:
         if tensor.change is None:
             shape = tensor.shape[-2:]
-            for first, last in row_chunks(shape):
+            for first, last in fp8.row_chunks(shape):
                 yield weights.rows(name, first, last)
         elif tensor.change == "rescaled":
             yield _rescaled(whole(weights, name, tensor.shape), name, config)

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fathom.checkpoint.fp8_layers import fill_blocks, keep_blocks
 from fathom.checkpoint.hf.directory import INDEX, load_config, model_directory
+from fathom.checkpoint.hf.keep_fp8 import insert_fp8_layers, load_fp8_weight
 from fathom.checkpoint.hf.name_mapping import layer_of, locate
 from fathom.checkpoint.hf.safetensors_io import CheckpointError, sync
 from fathom.checkpoint.hf.save import SHARD_BYTES, Storage, plan, write_json, write_tensors
@@ -25,12 +25,19 @@ from fathom.checkpoint.hf.weights import (
     Weights,
     blank_model,
     parameters_and_buffers,
-    row_chunks,
 )
 from fathom.data.tokenizer import Tokenizer, save_tokenizer
 from fathom.model.config import ModelConfig
 from fathom.model.transformer import Model
 from fathom.quantization import fp8
+
+_FP8_QUANTIZATION_CONFIG = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": [fp8.BLOCK, fp8.BLOCK],
+}
+"""config.json's quantization_config, by which other programs recognise the format."""
 
 __all__ = ["CheckpointError", "load_config", "load_model", "load_part", "model_directory", "save_model"]
 
@@ -50,7 +57,7 @@ def load_model(
     weights = StoredWeights(model_directory(path))
     model = blank_model(weights.config)
     with torch.device("meta"):
-        kept = keep_blocks(model, weights) if keep_fp8 else frozenset()
+        kept = insert_fp8_layers(model, weights) if keep_fp8 else frozenset()
     model.to(dtype).to_empty(device=device)
     model.tie_head()
     _fill(model, weights, kept)
@@ -66,13 +73,13 @@ def _fill(model: Model, weights: StoredWeights, kept: frozenset[str]) -> None:
         if where is None:  # an MTP layer's copy of embedding or head
             continue
         if name in kept:
-            fill_blocks(model, name, *weights.blocks(name))
+            load_fp8_weight(model, name, *weights.blocks(name))
         else:
             _copy(weights, name, shape, where.of(targets[where.parameter]))
 
 
 def _copy(weights: Weights, name: str, shape: tuple[int, ...], target: Tensor) -> None:
-    for first, last in row_chunks(shape):
+    for first, last in fp8.row_chunks(shape):
         target[first:last].copy_(weights.rows(name, first, last).view_as(target[first:last]))
 
 
@@ -145,7 +152,7 @@ def write_config(config: ModelConfig, directory: Path, storage: Storage | None, 
     """Write config.json, and the control tokens' ids in generation_config.json; `dtype` counts without a `storage`."""
     raw = config.to_dict(dtype if storage is None else "float32" if storage == "f32" else "bfloat16")
     if storage == "fp8":
-        raw["quantization_config"] = fp8.QUANTIZATION
+        raw["quantization_config"] = _FP8_QUANTIZATION_CONFIG
     write_json(directory / "config.json", raw)
     ids = {"bos_token_id": config.bos_token_id, "eos_token_id": raw["eos_token_id"]}
     ids["pad_token_id"] = config.pad_token_id

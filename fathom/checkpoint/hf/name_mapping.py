@@ -15,6 +15,13 @@ from fathom.model.config import ModelConfig
 _LAYER = re.compile(r"model\.layers\.(0|[1-9]\d*)\.(.+)")
 _EXPERT = re.compile(r"mlp\.experts\.(0|[1-9]\d*)\.(gate|up|down)_proj\.weight")
 _SHARED_COPIES = ("embed_tokens.weight", "shared_head.head.weight")
+# Embedding, head, norms, router and eh_proj are bfloat16 or wider in the released FP8 checkpoints.
+_FP8_WEIGHT = re.compile(
+    r"model\.layers\.\d+\.(self_attn\.(q_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)"
+    r"|mlp\.((experts\.\d+|shared_experts)\.)?(gate|up|down)_proj)\.weight"
+)
+SCALE_SUFFIX = "_scale_inv"
+"""An FP8 matrix `NAME.weight` has its scales in the tensor `NAME.weight_scale_inv`."""
 
 
 class Location(NamedTuple):
@@ -52,6 +59,11 @@ def locate(name: str, config: ModelConfig) -> Location | None:
         return Location(prefix + "mlp.experts.down_proj", number)
     rows = slice(0, width) if kind == "gate" else slice(width, 2 * width)
     return Location(prefix + "mlp.experts.gate_up_proj", number, rows)
+
+
+def is_fp8_weight(name: str) -> bool:
+    """Whether the released FP8 checkpoints hold the tensor of this name in FP8."""
+    return _FP8_WEIGHT.fullmatch(name) is not None
 
 
 def layer_of(name: str) -> int | None:

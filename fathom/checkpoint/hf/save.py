@@ -11,8 +11,9 @@ from typing import Literal, NamedTuple
 import torch
 
 from fathom.checkpoint.hf.directory import INDEX, SINGLE
+from fathom.checkpoint.hf.name_mapping import SCALE_SUFFIX, is_fp8_weight
 from fathom.checkpoint.hf.safetensors_io import CheckpointError, ShardWriter
-from fathom.checkpoint.hf.weights import Entry, Weights, row_chunks
+from fathom.checkpoint.hf.weights import Entry, Weights
 from fathom.config import atomic_write
 from fathom.quantization import fp8
 
@@ -38,7 +39,7 @@ class Planned(NamedTuple):
         name, shape, _ = self.entry
         if self.dtype != torch.float8_e4m3fn:
             return [(name, self.dtype, shape)]
-        scales = (name + fp8.SCALE, torch.float32, fp8.scale_shape(shape[0], shape[1]))
+        scales = (name + SCALE_SUFFIX, torch.float32, fp8.scale_shape(shape[0], shape[1]))
         return [(name, self.dtype, shape), scales]
 
     @property
@@ -66,7 +67,7 @@ def _stored_type(entry: Entry, storage: Storage | None) -> torch.dtype:
         return torch.float32
     if storage is None:
         return entry.dtype
-    if storage == "fp8" and fp8.is_quantized(entry.name):
+    if storage == "fp8" and is_fp8_weight(entry.name):
         return torch.float8_e4m3fn
     return _TYPES[storage]
 
@@ -104,17 +105,17 @@ def write_tensors(weights: Weights, planned: Sequence[Planned], directory: Path,
 
 def _write(weights: Weights, planned: Planned, writer: ShardWriter) -> None:
     name, shape, _ = planned.entry
-    for first, last in row_chunks(shape):
+    for first, last in fp8.row_chunks(shape):
         rows = weights.rows(name, first, last)
         if planned.dtype != torch.float8_e4m3fn:
             writer.write(name, first, rows.to(planned.dtype))
             continue
         try:
-            numbers, scales = fp8.quantize(rows)
+            qweight, scales = fp8.quantize(rows)
         except ValueError as error:
             raise CheckpointError(f"tensor {name}, rows {first} to {last}: {error}") from error
-        writer.write(name, first, numbers)
-        writer.write(name + fp8.SCALE, first // fp8.BLOCK, scales)
+        writer.write(name, first, qweight)
+        writer.write(name + SCALE_SUFFIX, first // fp8.BLOCK, scales)
 
 
 def write_json(path: Path, content: dict[str, object]) -> None:

@@ -5,7 +5,7 @@ here, so whatever can be loaded can be converted, without ever being in memory a
 """
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 
 from fathom.checkpoint.hf.directory import load_config, stored_tensors
-from fathom.checkpoint.hf.name_mapping import Location, locate, released_tensors
+from fathom.checkpoint.hf.name_mapping import SCALE_SUFFIX, Location, locate, released_tensors
 from fathom.checkpoint.hf.safetensors_io import DTYPES, CheckpointError, StoredTensor
 from fathom.model.config import ModelConfig
 from fathom.model.transformer import Model
 from fathom.quantization import fp8
 
-_BAND_NUMBERS = 1 << 20
-"""About so many numbers are read at a time."""
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -46,15 +44,6 @@ class Weights(Protocol):
     def rows(self, name: str, first: int, last: int) -> Tensor:
         """Rows `first` to `last` (not included) of a tensor, (rows, columns); a vector has one column."""
         ...
-
-
-def row_chunks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """First and last row of pieces of about a million numbers; inside a matrix they end between FP8 blocks."""
-    rows = shape[0]
-    width = shape[1] if len(shape) > 1 else 1
-    step = max(1, _BAND_NUMBERS // width // fp8.BLOCK) * fp8.BLOCK
-    for first in range(0, rows, step):
-        yield first, min(first + step, rows)
 
 
 def whole(weights: Weights, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -125,7 +114,7 @@ class StoredWeights:
         rows = stored.rows(start + first, start + last)
         if rows.dtype != torch.float8_e4m3fn:
             return rows
-        scales = self._stored[stored.name + fp8.SCALE].rows(first // fp8.BLOCK, -(-last // fp8.BLOCK))
+        scales = self._stored[stored.name + SCALE_SUFFIX].rows(first // fp8.BLOCK, -(-last // fp8.BLOCK))
         return fp8.dequantize(rows, scales.float())
 
     @property
@@ -140,7 +129,7 @@ class StoredWeights:
     def blocks(self, name: str) -> tuple[Tensor, Tensor]:
         """An FP8 tensor as it lies: numbers (R, I) in E4M3, scales (r, i) in float32."""
         stored = self._sources[name].stored
-        scales = self._stored[stored.name + fp8.SCALE]
+        scales = self._stored[stored.name + SCALE_SUFFIX]
         return stored.rows(0, stored.shape[0]), scales.rows(0, scales.shape[0]).float()
 
     # ------------------------------------------------------------------------------------------- finding
@@ -167,7 +156,7 @@ class StoredWeights:
         targets = parameters_and_buffers(self._model)
         homes: dict[tuple[str, int | None, int], StoredTensor] = {}
         for name, stored in self._stored.items():
-            where = None if name.endswith(fp8.SCALE) else locate(name, self.config)
+            where = None if name.endswith(SCALE_SUFFIX) else locate(name, self.config)
             if where is None:
                 continue
             if where.parameter not in targets:
@@ -212,9 +201,9 @@ class StoredWeights:
             raise CheckpointError(
                 f"{file}: FP8 tensor {name} has shape {stored.shape}; only matrices have blocks of 128x128"
             )
-        scales = self._stored.get(name + fp8.SCALE)
+        scales = self._stored.get(name + SCALE_SUFFIX)
         if scales is None:
-            raise CheckpointError(f"{file}: FP8 tensor {name} has no {name}{fp8.SCALE} beside it")
+            raise CheckpointError(f"{file}: FP8 tensor {name} has no {name}{SCALE_SUFFIX} beside it")
         rows, columns = stored.shape
         if scales.shape != fp8.scale_shape(rows, columns) or scales.dtype not in ("F32", "BF16"):
             raise CheckpointError(
@@ -227,7 +216,7 @@ class StoredWeights:
         head, embedding = self._sources[_HEAD], self._sources[_EMBEDDING]
         if not self.config.tie_word_embeddings or head == embedding:
             return
-        for first, last in row_chunks(embedding.stored.shape):
+        for first, last in fp8.row_chunks(embedding.stored.shape):
             if not torch.equal(self.rows(_HEAD, first, last), self.rows(_EMBEDDING, first, last)):
                 raise CheckpointError(
                     f"{head.stored.file}: tensor {_HEAD} differs from {_EMBEDDING}, but config.json ties them"
@@ -236,12 +225,12 @@ class StoredWeights:
     def _check_copies(self) -> None:
         """An MTP layer's own embedding or head would be another model than the one that is loaded."""
         for name, stored in self._stored.items():
-            if name.endswith(fp8.SCALE) or locate(name, self.config) is not None:
+            if name.endswith(SCALE_SUFFIX) or locate(name, self.config) is not None:
                 continue
             original = _original(name, self.config)
             expected = self._sources[original].stored
             self._check_values(stored)
-            pieces = list(row_chunks(expected.shape))
+            pieces = list(fp8.row_chunks(expected.shape))
             if stored.shape != expected.shape or not all(
                 torch.equal(self._values_of(stored, 0, *piece).float(), self.rows(original, *piece).float())
                 for piece in (pieces[0], pieces[-1])

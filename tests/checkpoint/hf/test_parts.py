@@ -9,15 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from fathom.checkpoint.fp8_layers import BlockExperts, Blocks
 from fathom.checkpoint.hf.model import CheckpointError, load_model, load_part, save_model
 from fathom.checkpoint.hf.safetensors_io import StoredTensor
 from fathom.checkpoint.info import weight_bytes
 from fathom.engine.core import Core
 from fathom.engine.sampling.sampler import SamplingParams
+from fathom.model.quantize import quantized
 from fathom.model.transformer import Model
-from fathom.quantization import fp8
-from fathom.quantization.weight_only import quantized
+from fathom.quantization.fp8_layers import FP8Experts, FP8Linear
 from tests.model.configs import lively_model, random_tokens, relative_error, tiny
 
 WIDE = tiny(
@@ -116,32 +115,13 @@ def test_kept_blocks_compute_what_dequantised_ones_do(narrow: Path, dtype: torch
     assert torch.equal(found.router.topk_ids_LBSK[0], expected.router.topk_ids_LBSK[0])
 
 
-def test_blocks_multiply_by_their_definition_whatever_they_are_converted_to() -> None:
-    """Against float64, every block by itself; more rows than one band has; `to` touches neither numbers nor scales."""
-    generator = torch.Generator().manual_seed(0)
-    weight_RI = torch.randn(1300, 1000, generator=generator)
-    numbers_RI, scales_ri = fp8.quantize(weight_RI)
-    blocks = Blocks(2, 1300, 1000)
-    blocks.fill(numbers_RI, scales_ri, 1)
-    x_NI = torch.randn(3, 1000, generator=generator)
-    expected_NR = torch.zeros(3, 1300, dtype=torch.float64)
-    for i in range(scales_ri.shape[0]):
-        for j in range(scales_ri.shape[1]):
-            rows, columns = slice(128 * i, 128 * (i + 1)), slice(128 * j, 128 * (j + 1))
-            block = numbers_RI[rows, columns].double() * scales_ri[i, j].double()
-            expected_NR[:, rows] += x_NI[:, columns].double() @ block.T
-    assert relative_error(blocks(x_NI, 1).double(), expected_NR) <= 1e-5
-    blocks.to(torch.bfloat16)
-    assert relative_error(blocks(x_NI, 1).double(), expected_NR) <= 1e-5
-
-
 def test_what_stays_in_fp8_and_how_much_memory_that_is(narrow: Path) -> None:
     kept = load_model(narrow, torch.bfloat16, keep_fp8=True)
     for name, module in kept.named_modules():
         if name.endswith("_proj") and "eh_proj" not in name:
-            assert isinstance(module, Blocks), name
-        assert not name.endswith("mlp.experts") or isinstance(module, BlockExperts), name
-    assert not any(parameter.requires_grad for n, parameter in kept.named_parameters() if ".numbers" in n)
+            assert isinstance(module, FP8Linear), name
+        assert not name.endswith("mlp.experts") or isinstance(module, FP8Experts), name
+    assert not any(parameter.requires_grad for n, parameter in kept.named_parameters() if ".qweight" in n)
     size = sum(tensor.nbytes for tensor in {id(t): t for t in tensors_of(kept).values()}.values())
     assert size == weight_bytes(WIDE)["fp8 blocks"]
 

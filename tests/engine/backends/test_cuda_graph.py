@@ -18,9 +18,9 @@ from fathom.engine.backends.cuda_graph import GraphedModel
 from fathom.engine.backends.eager import Runner, SequenceChunk
 from fathom.engine.core import Core
 from fathom.engine.sampling.sampler import SamplingParams
+from fathom.model.quantize import quantized
 from fathom.model.transformer import Model
 from fathom.ops.attention import triton as attention
-from fathom.quantization.weight_only import quantized
 from tests.gpu import DEVICE, ON_GPU, PRODUCT_DTYPES
 from tests.model.configs import lively_model, tiny
 
