@@ -5,11 +5,13 @@
 export PYTHON TORCH_INDEX TORCH_VERSION
 
 PY := .venv/bin/python
+# One process of tests a core; a process that runs out of tests takes some of another's.
+PARALLEL := -n auto --dist worksteal
 BENCHMARKS ?= ops train decode convert
 LINT_SOURCES := fathom tests $(wildcard benchmarks examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo test check lint soak bench clean
+.PHONY: help setup setup-test demo test check nightly lint soak bench clean
 
 help: ## List the targets and options
 	@echo "Targets:"
@@ -31,10 +33,12 @@ demo: setup ## Train a small model here and talk to it
 	@.venv/bin/fathom demo
 
 test: setup-test lint ## Run every check: format, lint, types, layers, all tests
-	@$(PY) -m pytest
+	@$(PY) -m pytest $(PARALLEL)
 
 check: setup-test lint ## Run the checks that take under a minute: a contributor's loop
-	@$(PY) -m pytest -x -n 2 -m "not slow and not oracle and not distributed"
+	@$(PY) -m pytest -x $(PARALLEL) -m "not slow and not oracle and not distributed"
+
+nightly: test soak demo ## Everything, what is too long for `make test` included: half an hour
 
 soak: setup-test ## Ten minutes of a badly behaved crowd against the server
 	@SOAK_SECONDS=600 $(PY) -m pytest -s tests/serve/test_soak.py

@@ -98,7 +98,7 @@ install_fathom() {
     .venv/bin/python -m pip install $quiet --disable-pip-version-check -c .venv/constraints.txt \
         ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -e ".${extra:+[$extra]}" ||
         fail "pip failed; its reason is printed above. No network: check the proxy settings. No torch for this machine:
-        try another TORCH_VERSION (2.11.0 to 2.13.0) or TORCH_INDEX. Then run the same command again."
+        try another TORCH_VERSION (2.11.0 to 2.15.0) or TORCH_INDEX. Then run the same command again."
 }
 
 # llama.cpp judges GGUF files. It comes as source: building takes some minutes, and pip keeps what it built.
