@@ -36,7 +36,7 @@ _ADAMW_BYTES = 28
 """Per parameter and step: AdamW reads weight, gradient and two moments, and writes all but the gradient, in float32."""
 
 
-class EvalResult(NamedTuple):
+class Comparison(NamedTuple):
     """What a row shows; the ratio is what floor and goal are held against."""
 
     ours: float
@@ -51,7 +51,7 @@ class Row(NamedTuple):
     unit: str
     group: str
     sides: tuple[str, ...]
-    figures: Callable[..., EvalResult]
+    figures: Callable[..., Comparison]
     """From the measured peak FLOP/s and the sides' results."""
     floor: float | None = None
     goal: float | None = None
@@ -191,32 +191,32 @@ def _rows(batch: int) -> list[Row]:
     ]
 
 
-def _speeds(_peak: float, ours: Result, peer: Result) -> EvalResult:
+def _speeds(_peak: float, ours: Result, peer: Result) -> Comparison:
     return _ratio(ours.tokens / ours.seconds, peer.tokens / peer.seconds)
 
 
-def _pass_speeds(_peak: float, ours: Result, peer: Result) -> EvalResult:
+def _pass_speeds(_peak: float, ours: Result, peer: Result) -> Comparison:
     return _ratio(ours.tokens / ours.seconds_of("fb"), peer.tokens / peer.seconds_of("fb"))
 
 
-def _memory(_peak: float, ours: Result, peer: Result) -> EvalResult:
+def _memory(_peak: float, ours: Result, peer: Result) -> Comparison:
     return _ratio(ours.memory, peer.memory)
 
 
-def _mfu_ratio(peak: float, ours: Result, peer: Result) -> EvalResult:
+def _mfu_ratio(peak: float, ours: Result, peer: Result) -> Comparison:
     return _ratio(ours.mfu(peak), peer.mfu(peak))
 
 
-def _mfu(peak: float, ours: Result, peer: Result | None = None) -> EvalResult:
+def _mfu(peak: float, ours: Result, peer: Result | None = None) -> Comparison:
     """Here the fraction itself is held against floor and goal."""
-    return EvalResult(ours.mfu(peak), peer.mfu(peak) if peer else None, ours.mfu(peak))
+    return Comparison(ours.mfu(peak), peer.mfu(peak) if peer else None, ours.mfu(peak))
 
 
-def _ratio(ours: float, peer: float) -> EvalResult:
-    return EvalResult(ours, peer, ours / peer)
+def _ratio(ours: float, peer: float) -> Comparison:
+    return Comparison(ours, peer, ours / peer)
 
 
-def _figures(row: Row, outcome: Outcome) -> EvalResult:
+def _figures(row: Row, outcome: Outcome) -> Comparison:
     return row.figures(outcome.peak, *(outcome.sides[name] for name in row.sides))
 
 
@@ -268,7 +268,7 @@ def _measured(groups: dict[str, Group], turns: int) -> dict[str, Outcome]:
 # ---------------------------------------------------------------------------------------------------------- showing
 
 
-def _table(found: list[tuple[Row, EvalResult]]) -> Table:
+def _table(found: list[tuple[Row, Comparison]]) -> Table:
     table = Table("what")
     for name in ("ours", "peer", "ratio", "floor", "goal"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -364,7 +364,7 @@ def _machine(options: argparse.Namespace, turns: int, outcomes: dict[str, Outcom
     }
 
 
-def _entries(found: list[tuple[Row, EvalResult]]) -> list[dict[str, Any]]:
+def _entries(found: list[tuple[Row, Comparison]]) -> list[dict[str, Any]]:
     """The rows as they are written to a file."""
     return [
         {"name": row.name, "unit": row.unit, **figures._asdict(), "floor": row.floor, "goal": row.goal}
