@@ -1,6 +1,7 @@
 """Attention in blocks against its definition, and latent attention against a loop over queries."""
 
 from contextlib import nullcontext
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -29,9 +30,16 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 
 
 class Case:
-    """Inputs of expanded attention: B, S, H and the widths P, R, V; each row at positions of its own if `apart`."""
+    """Inputs of expanded attention: B, S, H and the widths P, R, V; each row at positions of its own if `apart`;
+    segments of these lengths, row after row."""
 
-    def __init__(self, shape: tuple[int, int, int], widths: tuple[int, int, int], apart: bool = False) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        widths: tuple[int, int, int],
+        apart: bool = False,
+        segments: tuple[int, ...] | None = None,
+    ) -> None:
         (batch, length, heads), (nope, rotated, value) = shape, widths
         self.inputs = (
             random(batch, length, heads, nope + rotated),
@@ -41,14 +49,31 @@ class Case:
         angles = random(*([batch] if apart else []), length, rotated // 2, seed=3)
         self.rope = Rope(angles.cos().float(), angles.sin().float())
         self.upstream = random(batch, length, heads, value, seed=4)
+        self.segments = segments
+        self.cu_seqlens = None
+        if segments is not None:
+            self.cu_seqlens = torch.tensor([0, *accumulate(segments)], dtype=torch.int32)
 
     def run(self, function: Any, dtype: torch.dtype) -> list[Tensor]:
         """Output and all gradients."""
         leaves = [t.to(dtype).requires_grad_() for t in self.inputs]
-        out_BSHV = function(*leaves, self.rope, 0.3)
+        out_BSHV = function(*leaves, self.rope, 0.3, self.cu_seqlens)
         gradients = torch.autograd.grad(out_BSHV, leaves, self.upstream.to(dtype))
         assert all(g.shape == t.shape and g.dtype == dtype for g, t in zip(gradients, leaves, strict=True))
         return [out_BSHV.detach(), *gradients]
+
+    def run_alone(self, function: Any, dtype: torch.dtype) -> list[Tensor]:
+        """The same of each segment on its own, side by side again."""
+        assert self.segments is not None
+        batch, length = self.inputs[0].shape[:2]
+        angles = [t.expand(batch, length, -1).flatten(0, 1).split(self.segments) for t in self.rope]
+        tensors = [t.to(dtype).flatten(0, 1).split(self.segments) for t in (*self.inputs, self.upstream)]
+        found = []
+        for *inputs, upstream, cos, sin in zip(*tensors, *angles, strict=True):
+            leaves = [t[None].clone().requires_grad_() for t in inputs]
+            out_1SHV = function(*leaves, Rope(cos, sin), 0.3)
+            found.append([out_1SHV.detach(), *torch.autograd.grad(out_1SHV, leaves, upstream[None])])
+        return [torch.cat(parts, 1).unflatten(1, (batch, length))[0] for parts in zip(*found, strict=True)]
 
 
 def assert_equal(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
@@ -206,3 +231,114 @@ def test_gradients_with_fewer_queries_than_keys_are_refused() -> None:
     out_BSHV = expanded_attention(q_BSHX.requires_grad_(), kv_BTHY, random(1, 5, 2, dtype=torch.float32), rope, 1.0)
     with pytest.raises(NotImplementedError, match="as many queries as keys"):
         out_BSHV.sum().backward()
+
+
+SEGMENTS = {
+    "one a row": ((2, 33, 3), (33, 33)),
+    "of one token": ((2, 3, 2), (1, 1, 1, 1, 1, 1)),
+    "odd ones": ((3, 300, 2), (1, 63, 64, 172, 300, 257, 42, 1)),
+    "in several blocks": ((2, 700, 2), (600, 99, 1, 7, 0, 693)),
+}
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize(("shape", "segments"), SEGMENTS.values(), ids=SEGMENTS.keys())
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_segments_attend_by_themselves(
+    shape: tuple[int, int, int], segments: tuple[int, ...], dtype: torch.dtype, apart: bool
+) -> None:
+    """Outputs and gradients: the masked reference's in float64, and those of every segment on its own."""
+    case = Case(shape, (7, 6, 5), apart, segments)
+    exact = case.run(expanded_attention_reference, torch.float64)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    for kernel in (True, False):
+        with nullcontext() if kernel else cpu.disabled():
+            found = case.run(expanded_attention, dtype)
+        assert_equal([t.double() for t in found], exact, tolerance)
+    assert_equal(found, case.run_alone(expanded_attention_reference, dtype), tolerance)
+
+
+@pytest.mark.parametrize(("shape", "segments"), SEGMENTS.values(), ids=SEGMENTS.keys())
+def test_segments_in_bfloat16_are_as_exact_as_the_reference(
+    shape: tuple[int, int, int], segments: tuple[int, ...]
+) -> None:
+    case = Case(shape, (24, 8, 16), segments=segments)
+    fast, plain, exact = (
+        case.run(expanded_attention, torch.bfloat16),
+        case.run(expanded_attention_reference, torch.bfloat16),
+        case.run(expanded_attention_reference, torch.float64),
+    )
+    for found, reference, truth in zip(fast, plain, exact, strict=True):
+        assert scale_free_error(found, truth) <= 1.2 * scale_free_error(reference, truth) + 1e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_probabilities_of_segments_made_again_are_those_kept(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case((2, 300, 3), (8, 4, 12), segments=(300, 1, 200, 99))
+    kept = case.run(expanded_attention, dtype)
+    monkeypatch.setattr(attention, "_KEPT_LENGTH", 0)
+    assert all(map(torch.equal, case.run(expanded_attention, dtype), kept))
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_segments_do_not_change_each_other(dtype: torch.dtype, kernel: bool) -> None:
+    """Whatever one segment holds, the others' outputs and gradients have the same bits."""
+    case = Case((2, 130, 2), (8, 4, 12), segments=(50, 70, 10, 130))
+    with nullcontext() if kernel else cpu.disabled():
+        before = case.run(expanded_attention, dtype)
+        for tensor in (*case.inputs, case.upstream):
+            tensor[0, 50:120] = 7 * tensor[0, 50:120].roll(1, 0) + 1
+        after = case.run(expanded_attention, dtype)
+    for one, other in zip(before, after, strict=True):
+        assert not torch.equal(one[0, 50:120], other[0, 50:120])
+        for row, here in ((0, slice(50)), (0, slice(120, None)), (1, slice(None))):
+            assert torch.equal(one[row, here], other[row, here])
+
+
+@pytest.mark.parametrize("flash", [True, False])
+def test_what_gpus_run_on_segments_is_the_reference(flash: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's fused kernel with a mask, and what stands around its flash kernel, for which a loop stands in."""
+
+    def each_alone(
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[Tensor, Tensor], most: Any, scale: float
+    ) -> Tensor:
+        assert cu_seqlens[0] is cu_seqlens[1] and max(cu_seqlens[0].diff().tolist()) <= min(most)
+        assert q.shape == k.shape == v.shape
+        lengths = cu_seqlens[0].diff().tolist()
+        each = zip(*(t.split(lengths) for t in (q, k, v)), strict=True)
+        return torch.cat([causal_attention_reference(*(t[None] for t in one), scale)[0] for one in each])
+
+    monkeypatch.setattr(attention, "_flash", each_alone)
+    attend = attention._flash_segments if flash else fused_causal_attention
+    case = Case((3, 20, 2), (6, 4, 5), segments=(1, 12, 7, 20, 4, 16))
+
+    def through(attend: Any) -> list[Tensor]:
+        return case.run(
+            lambda q, kv, k, rope, *rest: attend(*attention.heads_reference(q, kv, k, rope), *rest), torch.float64
+        )
+
+    assert_equal(through(attend), through(causal_attention_reference), 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("boundaries", "keys", "complaint"),
+    [
+        ([0, 4, 8], 9, "as many queries as keys"),
+        ([0, 3, 8], 4, "4 is missing"),
+        ([0, 4], 4, "rise from 0 to the 8 tokens"),
+        ([1, 4, 8], 4, "rise from 0 to the 8 tokens"),
+        ([0, 4, 3, 8], 4, "rise from 0 to the 8 tokens"),
+        ([], 4, "rise from 0 to the 8 tokens"),
+        ([[0, 4, 8]], 4, "int32 of one dimension"),
+        ([0.0, 4.0, 8.0], 4, "int32 of one dimension"),
+    ],
+)
+def test_boundaries_that_are_none_are_refused(boundaries: list[Any], keys: int, complaint: str) -> None:
+    inputs = random(2, 4, 1, 6), random(2, keys, 1, 7), random(2, keys, 2), Rope(torch.ones(4, 1), torch.zeros(4, 1))
+    cu_seqlens = torch.tensor(boundaries)
+    cu_seqlens = cu_seqlens if cu_seqlens.is_floating_point() and boundaries else cu_seqlens.int()
+    with pytest.raises(ValueError, match=complaint):
+        expanded_attention(*inputs, 1.0, cu_seqlens)
