@@ -394,7 +394,7 @@ class HeldOut(NamedTuple):
         prepared = open_tokenized(demo / "data")
         rows = rows_of(prepared, run, "valid")
         chosen = torch.linspace(0, len(rows) - 1, 32).long().tolist()
-        prompts = [rows.sequential(row, 1).tokens_BW[0, :128].tolist() for row in chosen]
+        prompts = [rows.sequential(row, 1).tokens_BT[0, :128].tolist() for row in chosen]
         return cls(run, prepared, load_model(demo / "model", torch.bfloat16, device), rows, prompts)
 
 

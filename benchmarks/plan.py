@@ -22,7 +22,7 @@ from side import KNOWS_PEAK_MEMORY
 
 from fathom import presets
 from fathom.config import atomic_write, from_json, to_json
-from fathom.data.dataset import Batch
+from fathom.data.batch import next_token_batch
 from fathom.distributed.ranks import Ranks
 from fathom.lab.planner.local.report import plan_here
 from fathom.model.transformer import Model
@@ -148,7 +148,7 @@ def _step(state: TrainState, run: Run, turn: int) -> float:
     train, modules = run.train, run.model.num_nextn_predict_layers
     width, draw = train.sequence_length + 1 + modules, torch.Generator().manual_seed(turn)
     tokens_BW = torch.randint(run.model.vocab_size, (train.batch_size, width), generator=draw)
-    batches = [Batch(part, torch.zeros_like(part)) for part in tokens_BW.split(train.micro_batch_size)]
+    batches = [next_token_batch(part, modules) for part in tokens_BW.split(train.micro_batch_size)]
     began = time.perf_counter()
     pretrain_step(state, batches, train.batch_size, run, _ONE)
     return time.perf_counter() - began

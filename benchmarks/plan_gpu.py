@@ -14,7 +14,7 @@ import torch
 from side import tilt_routers
 from train_gpu import specs
 
-from fathom.data.dataset import Batch
+from fathom.data.batch import Batch, next_token_batch
 from fathom.distributed.ranks import Ranks
 from fathom.lab.planner.local.gpu_rates import GpuMachine
 from fathom.lab.planner.local.gpu_step import gpu_step_time
@@ -95,7 +95,8 @@ def _measured(run: Run) -> dict[str, float]:
 
 
 def _batches(run: Run, turn: int) -> list[Batch]:
-    train, width = run.train, run.train.sequence_length + 1 + run.model.num_nextn_predict_layers
+    train, modules = run.train, run.model.num_nextn_predict_layers
+    width = train.sequence_length + 1 + modules
     draw = torch.Generator().manual_seed(turn)
     tokens_BW = torch.randint(run.model.vocab_size, (train.batch_size, width), generator=draw).to(_ALONE.device)
-    return [Batch(part, torch.zeros_like(part)) for part in tokens_BW.split(train.micro_batch_size)]
+    return [next_token_batch(part, modules) for part in tokens_BW.split(train.micro_batch_size)]

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fathom.config import from_json
-from fathom.data.dataset import Batch
+from fathom.data.batch import next_token_batch
 from fathom.model.config import ModelConfig
 from fathom.model.transformer import Model
 from fathom.runtime.hardware import keep_freed_memory
-from fathom.train.loss import PretrainLoss, target_counts
+from fathom.train.loss import PretrainLoss
 from fathom.train.optim import build_optimizers
 from fathom.train.run import OptimizerConfig
 
@@ -120,12 +120,11 @@ def _build_ours(spec: Spec) -> Trained:
     if spec.compile:
         for block in (*model.layers, *model.mtp):  # as `fathom train` compiles them
             block.compile(dynamic=False)
-    objective = PretrainLoss(model, _BALANCE_ALPHA, _DTYPES[spec.dtype])
+    pretrain_loss = PretrainLoss(model, _BALANCE_ALPHA, _DTYPES[spec.dtype])
 
     def loss(tokens_BW: Tensor) -> Tensor:
-        batch = Batch(tokens_BW, documents_BW=torch.zeros_like(tokens_BW))
-        counts_H = target_counts(batch, spec.shape.num_nextn_predict_layers)
-        return objective(batch, counts_H, _MTP_WEIGHT, share=1.0).total
+        batch = next_token_batch(tokens_BW, spec.shape.num_nextn_predict_layers)
+        return pretrain_loss(batch, batch.target_weights(), _MTP_WEIGHT, fraction=1.0).total
 
     config = OptimizerConfig(name="adamw", learning_rate=_LEARNING_RATE)
     return Trained(model, build_optimizers(model, config), loss)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fathom.config import from_json
-from fathom.data.dataset import Batch
+from fathom.data.batch import next_token_batch
 from fathom.distributed.ranks import Ranks
 from fathom.model.config import ModelConfig
 from fathom.model.transformer import Model
@@ -147,7 +147,7 @@ def _ours(spec: Spec) -> Trained:
     state = state_around(model, run, ranks)
 
     def step(tokens: list[Tensor]) -> float:
-        batches = [Batch(tokens_BW, torch.zeros_like(tokens_BW)) for tokens_BW in tokens]
+        batches = [next_token_batch(tokens_BW, spec.shape.num_nextn_predict_layers) for tokens_BW in tokens]
         return pretrain_step(state, batches, sequences, run, ranks).loss
 
     return Trained(model, state.optimizers, step)

@@ -13,23 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from fathom.ops.loss import IGNORE
-
-PADDING_DOCUMENT = -1
-
-
-class Batch(NamedTuple):
-    tokens_BW: torch.Tensor
-    """int64."""
-    documents_BW: torch.Tensor
-    """int64: the document each token belongs to, counted from 0 within its row; an end token belongs to the
-    document it ends. `PADDING_DOCUMENT` (-1) marks padding, which only `TokenRows.tail` returns and which
-    takes no loss."""
+from fathom.data.batch import PADDING_DOCUMENT, Batch, document_ids, next_token_batch
 
 
 class TokenRows:
@@ -53,6 +42,7 @@ class TokenRows:
             )
         self._tokens = tokens
         self._sequence_length = sequence_length
+        self._lookahead = lookahead
         self._width = width
         self._eos_id = eos_id
         self._seed = seed
@@ -67,19 +57,19 @@ class TokenRows:
         if first < 0 or count < 1:
             raise ValueError(f"first is {first} and count {count}; they must be at least 0 and at least 1")
         rows = [self._row_at(position) for position in range(first, first + count)]
-        return self._gather(self._tokens, rows)
+        return self._batch(self._gather(self._tokens, rows))
 
     def sequential(self, first: int, count: int) -> Batch:
         """Rows `first` to `first + count` as they lie in the file."""
         if first < 0 or count < 1 or first + count > len(self):
             raise ValueError(f"rows {first} to {first + count} are not within the {len(self)} rows of the file")
-        return self._gather(self._tokens, range(first, first + count))
+        return self._batch(self._gather(self._tokens, range(first, first + count)))
 
     def tail(self) -> Batch | None:
         """What the whole rows leave unpredicted, padded; None if nothing is.
 
         Together with all `sequential` rows it has every token but the stream's first as a main target exactly
-        once. Missing tokens are end tokens of document -1. A second row is needed when the last whole row
+        once. Missing tokens are end tokens marked as padding. A second row is needed when the last whole row
         fell short only by its lookahead.
         """
         start = len(self) * self._sequence_length
@@ -89,15 +79,17 @@ class TokenRows:
         rows = -(-targets // self._sequence_length)
         missing = (rows - 1) * self._sequence_length + self._width - (targets + 1)
         stream = np.pad(self._tokens[start:], (0, missing), constant_values=self._eos_id)
-        batch = self._gather(stream, range(rows))
+        tokens_BW = self._gather(stream, range(rows))
         position_BW = torch.arange(rows)[:, None] * self._sequence_length + torch.arange(self._width)
-        return batch._replace(documents_BW=batch.documents_BW.masked_fill(position_BW > targets, PADDING_DOCUMENT))
+        documents_BW = document_ids(tokens_BW, self._eos_id).masked_fill(position_BW > targets, PADDING_DOCUMENT)
+        return next_token_batch(tokens_BW, self._lookahead, documents_BW)
 
-    def _gather(self, stream: np.ndarray[Any, Any], rows: Iterable[int]) -> Batch:
+    def _batch(self, tokens_BW: torch.Tensor) -> Batch:
+        return next_token_batch(tokens_BW, self._lookahead, document_ids(tokens_BW, self._eos_id))
+
+    def _gather(self, stream: np.ndarray[Any, Any], rows: Iterable[int]) -> torch.Tensor:
         starts = [row * self._sequence_length for row in rows]
-        tokens_BW = torch.from_numpy(np.stack([stream[s : s + self._width] for s in starts]).astype(np.int64))
-        ends_BW = (tokens_BW == self._eos_id).long()
-        return Batch(tokens_BW, documents_BW=ends_BW.cumsum(dim=1) - ends_BW)
+        return torch.from_numpy(np.stack([stream[s : s + self._width] for s in starts]).astype(np.int64))
 
     def _row_at(self, position: int) -> int:
         epoch, index = divmod(position, len(self))
@@ -118,16 +110,3 @@ def _map_tokens(path: Path, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
     if size == 0:
         raise ValueError(f"{path} is empty; prepare the corpus again")
     return np.memmap(path, dtype=dtype.newbyteorder("<"), mode="r")
-
-
-def targets(batch: Batch, ahead: int, lookahead: int) -> torch.Tensor:
-    """Token ids `ahead` places after each of the S inputs, (B, S); IGNORE where none is to be predicted.
-
-    The main head (ahead = 1) predicts across documents, MTP modules do not; padding is never a target.
-    """
-    length = batch.tokens_BW.shape[1] - 1 - lookahead
-    documents_BS = batch.documents_BW[:, ahead : ahead + length]
-    valid_BS = documents_BS != PADDING_DOCUMENT
-    if ahead > 1:
-        valid_BS = valid_BS & (documents_BS == batch.documents_BW[:, :length])
-    return batch.tokens_BW[:, ahead : ahead + length].masked_fill(~valid_BS, IGNORE)

@@ -6,8 +6,8 @@ MTP agreement is teacher-forced: how often a module's first choice for a token i
 choice for the same token (DeepSeek-V3 report, section 2.2). MaxVio is that of Loss-Free Balancing (arXiv
 2408.15664, section 4).
 
-Shapes: B rows, W = S + 1 + M tokens of a row (inputs, target of the last, lookahead of the M MTP modules),
-S inputs, N positions (or batches), D hidden, O vocabulary, L routers, E experts, K experts per token.
+Shapes: B rows, S inputs of a row, T inputs and lookahead, N positions (or batches), M MTP modules, H = 1 + M heads,
+D hidden, O vocabulary, L routers, E experts, K experts per token.
 """
 
 import math
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fathom.data.dataset import PADDING_DOCUMENT, Batch, targets
+from fathom.data.batch import Batch
 from fathom.model.balance import max_violation
 from fathom.model.layers import at_least_float32
 from fathom.model.transformer import HiddenStates, Model
@@ -58,11 +58,11 @@ def evaluate(
     compute_dtype: torch.dtype | None = None,
     mtp: bool = True,
 ) -> Evaluation:
-    """Measure `model` on rows of S + 1 + num_nextn_predict_layers tokens, also where `mtp` leaves the modules out.
+    """Measure `model` on batches with targets for its MTP modules, also where `mtp` leaves the modules out.
 
     `total_bytes` are the UTF-8 bytes of the text that the rows' targets spell, `compute_dtype` is the type of
-    the activations (None: that of the weights). Raises ValueError for rows too short for one input, without
-    any target, or for a `total_bytes` below 1.
+    the activations (None: that of the weights). Raises ValueError for batches of a model with
+    another number of MTP modules, without any target, or for a `total_bytes` below 1.
     """
     if total_bytes < 1:
         raise ValueError(f"total_bytes is {total_bytes}; it must be the held-out text's size, at least 1")
@@ -101,31 +101,28 @@ class _Part:
 
 def _measure(model: Model, batch: Batch, compute_dtype: torch.dtype | None, mtp: bool) -> _Part:
     modules, device = model.config.num_nextn_predict_layers, model.embed_tokens.weight.device
-    batch = Batch(batch.tokens_BW.to(device), batch.documents_BW.to(device))
-    tokens_BW, length = batch.tokens_BW, batch.tokens_BW.shape[1] - 1 - modules
-    if length < 1:
+    batch, length = batch.to(device), batch.targets_HBS.shape[2]
+    if len(batch.targets_HBS) != 1 + modules:
         raise ValueError(
-            f"rows have {tokens_BW.shape[1]} tokens; a model with {modules} MTP modules needs at least "
-            f"{modules + 2}: an input, its target, and one more per module"
+            f"the batch has targets for {len(batch.targets_HBS)} heads; it must have {1 + modules}: the main one and "
+            f"{modules} MTP modules"
         )
-    states = model.forward_hidden(
-        tokens_BW[:, :length],
-        mtp=mtp and modules > 0,
-        lookahead_BM=tokens_BW[:, length : length + modules],
-        compute_dtype=compute_dtype,
+    hidden = model.forward_hidden(
+        batch.inputs, mtp=mtp and modules > 0, lookahead_BM=batch.lookahead, compute_dtype=compute_dtype
     )
-    wanted = [targets(batch, k + 1, modules) for k in range(1 + len(states.mtp_h_BSD))]
-    heads = zip(range(len(wanted)), (states.h_BSD, *states.mtp_h_BSD), wanted, strict=True)
+    h_HBSD = (hidden.h_BSD, *hidden.mtp_h_BSD)
+    targets = batch.targets_HBS[: len(h_HBSD)]
+    heads = zip(range(len(targets)), h_HBSD, targets, strict=True)
     nats, guesses = zip(*(score(model, h_BSD, targets_BS, k) for k, h_BSD, targets_BS in heads), strict=True)
     # Module k at position i and the main head at i+k guess the same token; the last k lack a main guess.
-    compared = [wanted[k][:, : length - k] != IGNORE for k in range(1, len(wanted))]
-    agreed = [(guesses[k][:, : length - k] == guesses[0][:, k:]) & compared[k - 1] for k in range(1, len(wanted))]
+    compared = [targets[k][:, : length - k] != IGNORE for k in range(1, len(targets))]
+    agreed = [(guesses[k][:, : length - k] == guesses[0][:, k:]) & compared[k - 1] for k in range(1, len(targets))]
     return _Part(
         nats_H=torch.stack(nats).cpu(),
-        targets_H=_counts([targets_BS != IGNORE for targets_BS in wanted]),
+        targets_H=_counts([targets_BS != IGNORE for targets_BS in targets]),
         agreed_M=_counts(agreed),
         compared_M=_counts(compared),
-        tokens_per_expert_LE=_loads(model, states, batch.documents_BW),
+        tokens_per_expert_LE=_loads(model, hidden, batch),
     )
 
 
@@ -141,15 +138,16 @@ def score(model: Model, h_BSD: Tensor, targets_BS: Tensor, module: int = 0) -> t
     return nats, torch.cat(guesses).view_as(targets_BS)
 
 
-def _loads(model: Model, states: HiddenStates, documents_BW: Tensor) -> Tensor:
+def _loads(model: Model, hidden: HiddenStates, batch: Batch) -> Tensor:
     """Tokens each expert received, (L, E) on the CPU. The model's own count would include padding."""
-    length, experts = states.h_BSD.shape[1], model.config.n_routed_experts
+    length, experts = hidden.h_BSD.shape[1], model.config.n_routed_experts
     loads = []
-    for layer, topk_ids_BSK in enumerate(states.router.topk_ids_LBSK):
-        # The token that module k routes at position i is t_{i+k}.
-        ahead = max(0, layer + 1 - model.config.num_moe_layers)
-        real_BS = documents_BW[:, ahead : ahead + length] != PADDING_DOCUMENT
-        loads.append(topk_ids_BSK[real_BS].flatten().bincount(minlength=experts))
+    for layer, topk_ids_BSK in enumerate(hidden.router.topk_ids_LBSK):
+        if batch.padding_BT is not None:
+            # The token that module k routes at position i is t_{i+k}.
+            ahead = max(0, layer + 1 - model.config.num_moe_layers)
+            topk_ids_BSK = topk_ids_BSK[~batch.padding_BT[:, ahead : ahead + length]]
+        loads.append(topk_ids_BSK.flatten().bincount(minlength=experts))
     return torch.stack(loads).cpu() if loads else torch.zeros(0, experts, dtype=torch.int64)
 
 

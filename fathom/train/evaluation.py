@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fathom.config import atomic_write
-from fathom.data.dataset import Batch
+from fathom.data.batch import Batch
 from fathom.data.tokenize import TokenizedCorpus
 from fathom.eval.acceptance import draft_acceptance
 from fathom.eval.bits import Evaluation, evaluate
@@ -71,7 +71,7 @@ class Validation:
         every = sequences is None or sequences >= len(self._rows)
         batches = self._all() if every else self._spread(sequences or 0)
         prepared = self._prepared
-        tokens = sum(int((batch.documents_BW[:, self._scored] >= 0).sum()) for batch in batches)
+        tokens = sum(int(batch.target_weights()[0]) for batch in batches)
         # A part of the rows spells about that part of the bytes.
         size = prepared.valid_bytes if every else round(prepared.valid_bytes * tokens / prepared.valid_tokens)
         with torch.compiler.set_stance("force_eager"):
@@ -80,10 +80,6 @@ class Validation:
         if drafts is None:
             return EvalResult(held_out, None, None)
         return EvalResult(held_out, drafts.acceptance, drafts.tokens_per_forward)
-
-    @property
-    def _scored(self) -> slice:
-        return slice(1, 1 + self._run.train.sequence_length)
 
     @property
     def _new_tokens(self) -> int:
@@ -103,7 +99,7 @@ class Validation:
         """Beginnings of held-out rows; prompt and continuation stay within the trained length."""
         count = _PROMPTS if sequences is None else min(_PROMPTS, sequences)
         length = min(128, self._run.train.sequence_length - self._new_tokens)
-        return [self._rows.sequential(row, 1).tokens_BW[0, :length].tolist() for row in self._evenly(count)]
+        return [self._rows.sequential(row, 1).tokens_BT[0, :length].tolist() for row in self._evenly(count)]
 
     def _evenly(self, count: int) -> list[int]:
         rows = len(self._rows)

@@ -1,23 +1,18 @@
-"""The pretraining objective: main loss + λ·mean of the MTP losses + α·balance loss (report, sections 2.1.2 and 2.2).
+"""The pretraining loss: main loss + λ·mean of the MTP losses + α·balance loss (report, sections 2.1.2 and 2.2).
 
-Losses are SUMS over valid targets divided by the global count of valid targets of the whole step, so micro-batches and
-ranks of any size add up to the one-big-batch gradient. The whole logits never exist.
+Losses are SUMS over targets divided by the global sum of the targets' weights (their count) of the whole step, so
+micro-batches and ranks of any size add up to the one-big-batch gradient. The whole logits never exist.
 
-Shapes: B rows, W = S + 1 + M tokens of a row (inputs, target of the last, lookahead of the M MTP modules), S inputs.
+Shapes: B rows, S inputs of a row, M MTP modules, H = 1 + M heads, N = B·S targets of a head, D hidden.
 """
 
 import torch
 from torch import Tensor, nn
 
-from fathom.data.dataset import Batch, targets
+from fathom.data.batch import Batch
 from fathom.model.transformer import Model
-from fathom.ops.loss import IGNORE, linear_cross_entropy
-from fathom.train.step import LossOutput
-
-
-def target_counts(batch: Batch, modules: int) -> Tensor:
-    """Valid targets of the main head and of each MTP module, (1 + M) int64."""
-    return torch.stack([(targets(batch, k + 1, modules) != IGNORE).sum() for k in range(modules + 1)])
+from fathom.ops.loss import linear_cross_entropy
+from fathom.train.step import LossOutput, weighted_means
 
 
 class PretrainLoss(nn.Module):
@@ -36,25 +31,24 @@ class PretrainLoss(nn.Module):
         self.compute_dtype = compute_dtype
         self.activation_checkpointing = activation_checkpointing
 
-    def forward(self, batch: Batch, counts_H: Tensor, mtp_loss_weight: float, fraction: float) -> LossOutput:
-        """`counts_H` are the step's global target counts, `fraction` is this micro-batch's part of its sequences."""
+    def forward(self, batch: Batch, weights_H: Tensor, mtp_loss_weight: float, fraction: float) -> LossOutput:
+        """`weights_H` are the global sums of target weights, `fraction` is this micro-batch's part of the sequences."""
         modules = self.model.config.num_nextn_predict_layers
-        length = batch.tokens_BW.shape[1] - 1 - modules
-        states = self.model.forward_hidden(
-            batch.tokens_BW[:, :length],
+        hidden = self.model.forward_hidden(
+            batch.inputs,
             mtp=modules > 0,
-            lookahead_BM=batch.tokens_BW[:, length : length + modules],
+            lookahead_BM=batch.lookahead,
             compute_dtype=self.compute_dtype,
             activation_checkpointing=self.activation_checkpointing,
         )
         sums = []
-        for k, h_BSD in enumerate((states.h_BSD, *states.mtp_h_BSD)):
-            targets_N = targets(batch, k + 1, modules).flatten()
+        for k, h_BSD in enumerate((hidden.h_BSD, *hidden.mtp_h_BSD)):
+            targets_N = batch.targets_HBS[k].flatten()
             sums.append(linear_cross_entropy(h_BSD.flatten(0, 1), self.model.head_of(k).weight, targets_N))
         sums_H = torch.stack(sums)
-        means_H = sums_H / counts_H.clamp_min(1)
-        total = means_H[0] + self.seq_balance_loss_weight * fraction * states.router.balance_loss
+        means_H = weighted_means(sums_H, weights_H)
+        total = means_H[0] + self.seq_balance_loss_weight * fraction * hidden.router.balance_loss
         if modules:
             total = total + mtp_loss_weight * means_H[1:].mean()
-        balance = states.router.balance_loss.detach() * fraction
-        return LossOutput(total, sums_H.detach(), balance, states.router.tokens_per_expert_LE)
+        balance = hidden.router.balance_loss.detach() * fraction
+        return LossOutput(total, sums_H.detach(), balance, hidden.router.tokens_per_expert_LE)

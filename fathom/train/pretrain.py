@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fathom.checkpoint.training_state import checkpoints, save_checkpoint
 from fathom.config import ConfigError, load_json, save_json
-from fathom.data.dataset import Batch, TokenRows
+from fathom.data.batch import Batch
+from fathom.data.dataset import TokenRows
 from fathom.data.tokenize import TokenizedCorpus
 from fathom.distributed.ranks import Ranks
 from fathom.metrics import MetricsLog
@@ -28,7 +29,6 @@ from fathom.ops import cpu
 from fathom.runtime.hardware import free_memory, keep_freed_memory, matmul_flops, missing_for_compile
 from fathom.train.estimate import estimate, memory_refusal
 from fathom.train.evaluation import EvalResult, Validation, save_evaluation
-from fathom.train.loss import target_counts
 from fathom.train.progress import Progress, duration
 from fathom.train.run import Run
 from fathom.train.schedule import batch_sizes, hyperparameters
@@ -125,16 +125,15 @@ def _loop(
 
 def pretrain_step(state: TrainState, batches: list[Batch], sequences: int, run: Run, ranks: Ranks) -> StepMetrics:
     """One optimizer step over `sequences` sequences, of which `batches` are this rank's micro-batches."""
-    modules = run.model.num_nextn_predict_layers
     hyper = hyperparameters(run, state.step)
-    counts_H = ranks.sum(torch.stack([target_counts(batch, modules) for batch in batches]).sum(0))
+    weights_H = ranks.sum(torch.stack([batch.target_weights() for batch in batches]).sum(0))
 
     def loss(batch: Batch) -> LossOutput:
-        fraction = batch.tokens_BW.shape[0] / sequences
-        output: LossOutput = state.loss(batch, counts_H, hyper.mtp_loss_weight, fraction)
+        fraction = batch.tokens_BT.shape[0] / sequences
+        output: LossOutput = state.loss(batch, weights_H, hyper.mtp_loss_weight, fraction)
         return output
 
-    return optimizer_step(state, batches, loss, counts_H, hyper, ranks)
+    return optimizer_step(state, batches, loss, weights_H, hyper, ranks)
 
 
 def micro_batches(rows: TokenRows, first: int, sequences: int, run: Run, ranks: Ranks) -> list[Batch]:
@@ -144,16 +143,8 @@ def micro_batches(rows: TokenRows, first: int, sequences: int, run: Run, ranks: 
     share = sequences // ranks.world
     begin = first + ranks.rank * share
     size = min(run.train.micro_batch_size, share)
-    batches = []
-    for at in range(begin, begin + share, size):
-        batch = rows.shuffled(at, min(size, begin + share - at))
-        batches.append(Batch(*(_moved(tensor, ranks.device) for tensor in batch)))
-    return batches
-
-
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device; from memory that a GPU reads by itself, so that the host need not wait."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    starts = range(begin, begin + share, size)
+    return [rows.shuffled(at, min(size, begin + share - at)).to(ranks.device) for at in starts]
 
 
 def seconds_per_step(run: Run, directory: Path, ranks: Ranks, steps: int) -> float:

@@ -107,7 +107,7 @@ def optimizer_step(
         balance,
         norm,
         max_violation(tokens_per_expert_LE).max() if tokens_per_expert_LE.numel() else torch.zeros_like(norm),
-        *(sums_H / weights_H.clamp_min(1)),
+        *weighted_means(sums_H, weights_H),
     )
     balance_loss, grad_norm, max_vio, *means_H = torch.stack([value.double() for value in values]).tolist()
 
@@ -144,6 +144,11 @@ def _accumulate(
         ranks.sum(torch.stack(balance).sum()),
         ranks.sum(torch.stack(loads).sum(0)),
     )
+
+
+def weighted_means(sums_H: Tensor, weights_H: Tensor) -> Tensor:
+    """Σ loss / Σ weight of each reported loss; 0 for one that has no targets in the whole batch."""
+    return sums_H / torch.where(weights_H > 0, weights_H, 1).to(sums_H.dtype)
 
 
 @torch.no_grad()

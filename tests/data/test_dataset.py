@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fathom.data.dataset import PADDING_DOCUMENT, TokenRows
+from fathom.data.dataset import TokenRows
+from fathom.ops.loss import IGNORE
 
 EOS_ID = 1
 
@@ -29,19 +30,13 @@ def test_rows_lie_end_to_end(tmp_path: Path, dtype: str) -> None:
     stream = torch.from_numpy(np.fromfile(path, dtype=dtype).astype(np.int64))
     rows = TokenRows(path, dtype, sequence_length=10, lookahead=2, eos_id=EOS_ID)
     assert len(rows) == 10
-    tokens_BW, _ = rows.sequential(0, 10)
-    assert tokens_BW.dtype == torch.int64
-    assert tokens_BW.shape == (10, 13)
-    assert torch.equal(tokens_BW[:, :10].flatten(), stream[:100])
-    for row, tokens_W in enumerate(tokens_BW):
-        assert torch.equal(tokens_W, stream[row * 10 : row * 10 + 13])
-
-
-def test_documents_end_with_their_end_token(tmp_path: Path) -> None:
-    path = tmp_path / "tokens.bin"
-    np.array([5, 6, EOS_ID, 7, EOS_ID, EOS_ID, 8, 9], dtype="uint16").tofile(path)
-    batch = TokenRows(path, "uint16", sequence_length=7, lookahead=0, eos_id=EOS_ID).sequential(0, 1)
-    assert batch.documents_BW.tolist() == [[0, 0, 0, 1, 1, 2, 3, 3]]
+    batch = rows.sequential(0, 10)
+    assert batch.tokens_BT.dtype == torch.int64
+    assert batch.tokens_BT.shape == (10, 12)
+    assert torch.equal(batch.inputs.flatten(), stream[:100])
+    for row, tokens_T in enumerate(batch.tokens_BT):
+        assert torch.equal(tokens_T, stream[row * 10 : row * 10 + 12])
+        assert torch.equal(batch.targets_HBS[0, row], stream[row * 10 + 1 : row * 10 + 11])
 
 
 @pytest.mark.parametrize("lookahead", [0, 1, 3])
@@ -52,9 +47,9 @@ def test_rows_and_tail_predict_every_token_once(tmp_path: Path, count: int, look
     rows = TokenRows(path, "uint16", length, lookahead, EOS_ID)
     batches = [rows.sequential(0, len(rows)), *filter(None, [rows.tail()])]
     targets = []
-    for tokens_BW, documents_BW in batches:
-        assert tokens_BW.shape[1] == length + 1 + lookahead
-        targets += tokens_BW[:, 1 : length + 1][documents_BW[:, 1 : length + 1] != PADDING_DOCUMENT].tolist()
+    for batch in batches:
+        assert batch.tokens_BT.shape[1] == length + lookahead
+        targets += batch.targets_HBS[0][batch.targets_HBS[0] != IGNORE].tolist()
     assert targets == np.fromfile(path, dtype="uint16")[1:].tolist()
 
 
@@ -63,8 +58,9 @@ def test_tail_is_padded_with_marked_end_tokens(tmp_path: Path) -> None:
     np.array([5, 6, 7, 8, EOS_ID, 9], dtype="uint16").tofile(path)
     tail = TokenRows(path, "uint16", sequence_length=3, lookahead=1, eos_id=EOS_ID).tail()
     assert tail is not None
-    assert tail.tokens_BW.tolist() == [[8, EOS_ID, 9, EOS_ID, EOS_ID]]
-    assert tail.documents_BW.tolist() == [[0, 0, 1, -1, -1]]
+    assert tail.tokens_BT.tolist() == [[8, EOS_ID, 9, EOS_ID]]
+    assert tail.targets_HBS.tolist() == [[[EOS_ID, 9, IGNORE]], [[IGNORE, IGNORE, IGNORE]]]
+    assert tail.padding_BT is not None and tail.padding_BT.tolist() == [[False, False, False, True]]
 
 
 def test_tail_is_none_when_rows_cover_all(tmp_path: Path) -> None:
@@ -82,8 +78,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def order(path: Path, first: int, count: int, seed: int = 0) -> list[int]:
     """Row numbers; every row starts with a distinct token."""
     rows = TokenRows(path, "uint16", sequence_length=10, lookahead=0, eos_id=2, seed=seed)
-    whole = {tuple(tokens): row for row, tokens in enumerate(rows.sequential(0, len(rows)).tokens_BW.tolist())}
-    return [whole[tuple(tokens)] for tokens in rows.shuffled(first, count).tokens_BW.tolist()]
+    whole = {tuple(tokens): row for row, tokens in enumerate(rows.sequential(0, len(rows)).tokens_BT.tolist())}
+    return [whole[tuple(tokens)] for tokens in rows.shuffled(first, count).tokens_BT.tolist()]
 
 
 def test_epochs_are_different_permutations(path: Path) -> None:
@@ -104,8 +100,8 @@ def test_any_slicing_gives_the_same_order(path: Path, cuts: list[int]) -> None:
     edges = [0, *cuts, 80]
     # Last slices first: the order must not depend on what was asked before.
     slices = [rows.shuffled(a, b - a) for a, b in reversed(list(itertools.pairwise(edges)))]
-    assert torch.equal(torch.cat([batch.tokens_BW for batch in reversed(slices)]), whole.tokens_BW)
-    assert torch.equal(torch.cat([batch.documents_BW for batch in reversed(slices)]), whole.documents_BW)
+    assert torch.equal(torch.cat([batch.tokens_BT for batch in reversed(slices)]), whole.tokens_BT)
+    assert torch.equal(torch.cat([batch.targets_HBS for batch in reversed(slices)], dim=1), whole.targets_HBS)
 
 
 # --- bad input

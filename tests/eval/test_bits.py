@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fathom.data.dataset import PADDING_DOCUMENT, Batch
+from fathom.data.batch import PADDING_DOCUMENT, Batch, document_ids, next_token_batch
 from fathom.eval import bits
 from fathom.eval.bits import Evaluation, evaluate
 from fathom.model.config import ModelConfig
@@ -18,32 +18,41 @@ from tests.model.configs import lively_model, random_tokens, tiny
 END = 1
 
 
-def make_batches(config: ModelConfig, length: int = 9) -> list[Batch]:
+Rows = list[tuple[Tensor, Tensor]]
+"""Tokens and their documents, batch by batch."""
+
+
+def make_rows(config: ModelConfig, length: int = 9) -> Rows:
     """Two batches whose rows hold several documents each, and a padded row as the end of a file leaves it."""
     width = length + 1 + config.num_nextn_predict_layers
     batches = []
     for seed, rows in ((0, 3), (1, 2)):
         tokens_BW = random_tokens(config, rows, width, seed)
         tokens_BW[:, 4] = END
-        batches.append(Batch(tokens_BW, documents_of(tokens_BW)))
+        batches.append((tokens_BW, document_ids(tokens_BW, END)))
     tokens_BW = random_tokens(config, 1, width, seed=2)
     tokens_BW[:, 5:] = END
-    documents_BW = documents_of(tokens_BW)
+    documents_BW = document_ids(tokens_BW, END)
     documents_BW[:, 6:] = PADDING_DOCUMENT
-    return [*batches, Batch(tokens_BW, documents_BW)]
+    return [*batches, (tokens_BW, documents_BW)]
 
 
-def documents_of(tokens_BW: Tensor) -> Tensor:
-    ends_BW = (tokens_BW == END).long()
-    return ends_BW.cumsum(1) - ends_BW
+def as_batches(config: ModelConfig, rows: Rows) -> list[Batch]:
+    return [
+        next_token_batch(tokens_BW, config.num_nextn_predict_layers, documents_BW) for tokens_BW, documents_BW in rows
+    ]
+
+
+def make_batches(config: ModelConfig) -> list[Batch]:
+    return as_batches(config, make_rows(config))
 
 
 @torch.no_grad()
-def direct(model: Model, batches: list[Batch], modules: int) -> dict[str, Any]:
+def direct(model: Model, rows: Rows, modules: int) -> dict[str, Any]:
     """Every target by itself: which head predicts it where, what it costs, and what each head guesses."""
     nats: list[list[float]] = [[] for _ in range(1 + modules)]
     agreed: list[list[bool]] = [[] for _ in range(modules)]
-    for tokens_BW, documents_BW in batches:
+    for tokens_BW, documents_BW in rows:
         length = tokens_BW.shape[1] - 1 - modules
         states = model.forward_hidden(tokens_BW[:, :length], mtp=modules > 0, lookahead_BM=tokens_BW[:, length:-1])
         heads = [model.logits(h_BSD) for h_BSD in (states.h_BSD, *states.mtp_h_BSD)]
@@ -70,8 +79,8 @@ def test_figures_are_those_of_a_direct_computation(modules: int, monkeypatch: py
     monkeypatch.setattr(bits, "_CHUNK_TOKENS", 7)  # so that chunks end in the middle of rows
     config = tiny(vocab_size=7, num_nextn_predict_layers=modules)
     model = lively_model(config, seed=3, std=0.2, dtype=torch.float64)
-    batches = make_batches(config)
-    found, expected = evaluate(model, iter(batches), total_bytes=123), direct(model, batches, modules)
+    rows = make_rows(config)
+    found, expected = evaluate(model, as_batches(config, rows), total_bytes=123), direct(model, rows, modules)
     assert found.tokens == expected["tokens"] == 3 * 9 + 2 * 9 + 5
     assert found.loss == pytest.approx(expected["losses"][0], rel=1e-12)
     assert found.bits_per_byte == pytest.approx(expected["sum"] / math.log(2) / 123, rel=1e-12)
@@ -100,9 +109,7 @@ def test_balance_counts_every_real_token_once() -> None:
 
 @torch.no_grad()
 def model_loads(model: Model, batch: Batch) -> Tensor:
-    modules = model.config.num_nextn_predict_layers
-    tokens_BS, ahead_BM = batch.tokens_BW[:, : -1 - modules], batch.tokens_BW[:, -1 - modules : -1]
-    return model.forward_hidden(tokens_BS, mtp=True, lookahead_BM=ahead_BM).router.tokens_per_expert_LE
+    return model.forward_hidden(batch.inputs, mtp=True, lookahead_BM=batch.lookahead).router.tokens_per_expert_LE
 
 
 def test_modules_may_be_left_out() -> None:
@@ -116,9 +123,9 @@ def test_modules_may_be_left_out() -> None:
 
 def test_batches_of_any_size_give_the_same_figures() -> None:
     config = tiny(num_nextn_predict_layers=1)
-    model, batches = lively_model(config, dtype=torch.float64), make_batches(config)
-    rows = [Batch(*(t[b : b + 1] for t in batch)) for batch in batches for b in range(len(batch.tokens_BW))]
-    whole, single = evaluate(model, batches, 9), evaluate(model, rows, 9)
+    model, rows = lively_model(config, dtype=torch.float64), make_rows(config)
+    singles = [tuple(t[b : b + 1] for t in both) for both in rows for b in range(len(both[0]))]
+    whole, single = (evaluate(model, as_batches(config, each), 9) for each in (rows, singles))
     assert single.bits_per_byte == pytest.approx(whole.bits_per_byte, rel=1e-12)
     assert single.mtp_losses == pytest.approx(whole.mtp_losses, rel=1e-12)
     assert single.mtp_agreement == whole.mtp_agreement
@@ -147,8 +154,9 @@ def test_a_router_without_tokens_in_a_batch_is_left_out_of_its_mean() -> None:
     """A tail of two real tokens gives the second module nothing to route."""
     config = tiny(num_nextn_predict_layers=2)
     model, batches = lively_model(config), make_batches(config)
-    tail = Batch(batches[2].tokens_BW, torch.full_like(batches[2].documents_BW, PADDING_DOCUMENT))
-    tail.documents_BW[:, :2] = 0
+    tokens_BW, documents_BW = make_rows(config)[2]
+    documents_BW[:, 2:] = PADDING_DOCUMENT
+    tail = next_token_batch(tokens_BW, 2, documents_BW)
     alone, followed = evaluate(model, batches[:1], 9), evaluate(model, [batches[0], tail], 9)
     assert followed.max_vio_batch[-1] == alone.max_vio_batch[-1]
     assert followed.max_vio_batch[0] != alone.max_vio_batch[0]
@@ -168,9 +176,11 @@ def test_impossible_requests_are_named() -> None:
         evaluate(model, batches, 0)
     with pytest.raises(ValueError, match="batches hold no target"):
         evaluate(model, [], 9)
-    padding = [Batch(batch.tokens_BW, torch.full_like(batch.tokens_BW, PADDING_DOCUMENT)) for batch in batches]
+    padding = [
+        next_token_batch(tokens_BW, 1, torch.full_like(tokens_BW, PADDING_DOCUMENT))
+        for tokens_BW, _ in make_rows(config)
+    ]
     with pytest.raises(ValueError, match="batches hold no target"):
         evaluate(model, padding, 9)
-    short = Batch(*(t[:, :2] for t in batches[0]))
-    with pytest.raises(ValueError, match="rows have 2 tokens; a model with 1 MTP modules needs at least 3"):
-        evaluate(model, [short], 9)
+    with pytest.raises(ValueError, match="targets for 3 heads; it must have 2: the main one and 1 MTP modules"):
+        evaluate(model, make_batches(tiny(num_nextn_predict_layers=2)), 9)

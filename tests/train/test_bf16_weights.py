@@ -11,7 +11,7 @@ from fathom.distributed.ranks import Ranks
 from fathom.model.transformer import Model
 from fathom.ops import cpu
 from fathom.train.bf16_weights import Bf16Weights
-from fathom.train.loss import PretrainLoss, target_counts
+from fathom.train.loss import PretrainLoss
 from fathom.train.pretrain import micro_batches, pretrain_step
 from fathom.train.run import Run
 from fathom.train.setup import build_state, prepare_data, resolve, rows_of
@@ -32,13 +32,13 @@ def test_gradients_are_those_of_narrowing_at_every_use(
     rows = rows_of(prepared, run, "train")
     batches = [batch for i in range(times) for batch in micro_batches(rows, 4 * i, 4, run, one_rank)]
     assert len(batches) == times
-    counts_H = torch.stack([target_counts(batch, 1) for batch in batches]).sum(0)
+    weights_H = torch.stack([batch.target_weights() for batch in batches]).sum(0)
     with cpu.disabled():  # the kernels add gradients up in float32 where plain torch rounds them
         copy = Bf16Weights(narrow)
         for computing in (plain, copy.model):
-            objective = PretrainLoss(computing, run.train.seq_balance_loss_weight, torch.bfloat16)
+            loss = PretrainLoss(computing, run.train.seq_balance_loss_weight, torch.bfloat16)
             for batch in batches:
-                objective(batch, counts_H, 0.3, 0.5).total.backward()
+                loss(batch, weights_H, 0.3, 0.5).total.backward()
         copy.collect()
     for (name, expected), (_, found) in zip(plain.named_parameters(), narrow.named_parameters(), strict=True):
         assert found.grad is not None and found.grad.dtype == torch.float32

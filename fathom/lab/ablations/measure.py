@@ -56,7 +56,7 @@ class HeldOut:
         return evaluate(model, self.batches, self.bytes, self.dtype)
 
     def prompts(self) -> list[list[int]]:
-        rows_BW = torch.cat([batch.tokens_BW for batch in self.batches])
+        rows_BW = torch.cat([batch.tokens_BT for batch in self.batches])
         chosen = torch.linspace(0, len(rows_BW) - 1, min(_PROMPTS, len(rows_BW))).long()
         prompts: list[list[int]] = rows_BW[chosen, :_PROMPT_TOKENS].tolist()
         return prompts
@@ -91,7 +91,7 @@ def groups(model: Model, held_out: HeldOut) -> Numbers:
     size = config.n_routed_experts // config.n_group
     means = []
     for batch in held_out.batches:
-        tokens_BS = batch.tokens_BW[:, :-1].to(model.embed_tokens.weight.device)
+        tokens_BS = batch.tokens_BT.to(model.embed_tokens.weight.device)
         for topk_ids_BSK in model.forward_hidden(tokens_BS).router.topk_ids_LBSK:
             touched_BSG = torch.zeros(*topk_ids_BSK.shape[:2], config.n_group, device=topk_ids_BSK.device)
             means.append(touched_BSG.scatter(2, topk_ids_BSK // size, 1.0).sum(-1).mean().item())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fathom import presets
-from fathom.data.dataset import Batch
+from fathom.data.batch import next_token_batch
 from fathom.lab.planner.local.peak import expert_heights, peak
 from fathom.lab.planner.local.rates import Machine, Overhead
 from fathom.lab.planner.local.report import shape_of
@@ -19,7 +19,7 @@ from fathom.model.config import ModelConfig
 from fathom.model.transformer import Model
 from fathom.ops import cpu
 from fathom.ops.moe.experts import _padded as padded_loads
-from fathom.train.loss import PretrainLoss, target_counts
+from fathom.train.loss import PretrainLoss
 from fathom.train.optim import build_optimizers
 from fathom.train.run import Run
 from tests.model.configs import tiny
@@ -32,11 +32,11 @@ def counted(config: ModelConfig, shape: Shape) -> int:
     """Bytes of every storage that a forward pass saves, each once, without the model's own."""
     model = Model(config).train()
     dtype = torch.bfloat16 if shape.itemsize == 2 else torch.float32
-    objective = PretrainLoss(model, 1e-4, dtype, shape.recompute)
+    pretrain_loss = PretrainLoss(model, 1e-4, dtype, shape.recompute)
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     width = shape.length + 1 + config.num_nextn_predict_layers
     tokens_BW = torch.randint(config.vocab_size, (shape.batch, width))
-    batch = Batch(tokens_BW, torch.zeros_like(tokens_BW))
+    batch = next_token_batch(tokens_BW, config.num_nextn_predict_layers)
     held: dict[int, Tensor] = {}  # keeps storages alive, so that no address comes twice
 
     def pack(tensor: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def counted(config: ModelConfig, shape: Shape) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        objective(batch, target_counts(batch, config.num_nextn_predict_layers), 0.3, 1.0)
+        pretrain_loss(batch, batch.target_weights(), 0.3, 1.0)
     return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fathom.data.dataset import Batch
+from fathom.data.batch import next_token_batch
 from fathom.distributed.ranks import Ranks
 from fathom.model.transformer import Model
 from fathom.ops.attention import fused_causal_attention
@@ -194,5 +194,5 @@ def _tiny_step(kind: Literal["adamw", "muon"], layers: int) -> Callable[[], obje
     alone = Ranks(0, 1, _DEVICE)
     state = state_around(Model(config).to(_DEVICE).train(), run, alone)
     tokens_BW = torch.zeros(1, train.sequence_length + 1, dtype=torch.int64, device=_DEVICE)
-    batches = [Batch(tokens_BW, torch.zeros_like(tokens_BW))]
+    batches = [next_token_batch(tokens_BW, modules=0)]
     return lambda: pretrain_step(state, batches, 1, run, alone)

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fathom.data.dataset import Batch
+from fathom.data.batch import next_token_batch
 from fathom.distributed.ranks import Ranks
 from fathom.model.transformer import Model
 from fathom.ops import cpu
@@ -217,7 +217,7 @@ def _tiny_step(kind: Literal["adamw", "muon"], layers: int, micro_batches: int) 
     alone = Ranks(0, 1, torch.device("cpu"))
     state = state_around(Model(config).train(), run, alone)
     tokens_BW = torch.zeros(1, train.sequence_length + 1, dtype=torch.int64)
-    batches = [Batch(tokens_BW, torch.zeros_like(tokens_BW))] * micro_batches
+    batches = [next_token_batch(tokens_BW, modules=0)] * micro_batches
     return lambda: pretrain_step(state, batches, micro_batches, run, alone)
 
 
