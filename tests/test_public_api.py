@@ -28,7 +28,8 @@ def test_the_whole_api_in_one_breath(tmp_path: Path) -> None:
     fathom.save_model(model, tmp_path / "m", tokenizer=tokenizer, max_shard_size=10_000)
     loaded = fathom.load_model(tmp_path / "m", dtype=torch.float32, device="cpu")
     torch.testing.assert_close(loaded(tokens_BS).logits_BSO, out.logits_BSO)
-    again = fathom.load_tokenizer(tmp_path / "m")
+    again = fathom.load_tokenizer(str(tmp_path / "m"))
+    assert again.config == fathom.load_tokenizer(tmp_path / "m").config
     texts = {fathom.generate(loaded, again, "def", 5, temperature=0.0, speculative=s) for s in (True, False)}
     assert len(texts) == 1
     assert isinstance(run.model, fathom.ModelConfig)

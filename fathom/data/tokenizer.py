@@ -221,8 +221,9 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     (directory / "tokenizer_config.json").write_text(config, encoding="utf-8")
 
 
-def load_tokenizer(directory: Path) -> Tokenizer:
+def load_tokenizer(directory: str | Path) -> Tokenizer:
     """Reads what `save_tokenizer` wrote, or DeepSeek-V3's own or any other byte-level tokenizer."""
+    directory = Path(directory)
     content = _read_json(directory / "tokenizer.json")
     config = _read_json(directory / "tokenizer_config.json")
     decoder = (content.get("decoder") or {}).get("type")
