@@ -36,7 +36,8 @@ from fathom.checkpoint.hf.model import load_model, save_model
 from fathom.config import atomic_write, from_json
 from fathom.data.dataset import TokenRows
 from fathom.data.tokenize import TokenizedCorpus, open_tokenized
-from fathom.engine.core import Core
+from fathom.engine.backends.eager import EagerBackend
+from fathom.engine.engine import Engine
 from fathom.engine.sampling.sampler import SamplingParams
 from fathom.eval.bits import evaluate
 from fathom.model.config import ModelConfig
@@ -299,34 +300,37 @@ class Drafting:
     """One engine that goes on with prompt after prompt, as a server's does, and what that took after first tokens."""
 
     def __init__(self, model: Model, speculative: bool | int, batch: int) -> None:
-        self._core = Core(model, speculative=speculative, max_batch=batch)
+        self._engine = Engine(model, speculative=speculative, max_batch=batch)
         self._clock = self.seconds = self.passes = 0.0
         """Passes: seconds inside the model's own passes."""
         self.tokens = self.forwards = self.drafted = 0
-        inner = self._core.runner.few
-        if inner is None:
+        backend, on_gpu = self._engine.backend, model.embed_tokens.weight.is_cuda
+        if isinstance(backend, EagerBackend):
             raise RuntimeError("the kernels are not built here; without them decoding is not what this measures")
-        run, on_gpu = inner.run, model.embed_tokens.weight.is_cuda
 
-        def clocked(*arguments: Any, **named: Any) -> Any:
-            began = time.perf_counter()
-            found = run(*arguments, **named)
-            if on_gpu:
-                torch.cuda.synchronize()
-            self._clock += time.perf_counter() - began
-            return found
+        def clocked(run: Callable[..., Any]) -> Callable[..., Any]:
+            def timed(*arguments: Any) -> Any:
+                began = time.perf_counter()
+                found = run(*arguments)
+                if on_gpu:
+                    torch.cuda.synchronize()
+                self._clock += time.perf_counter() - began
+                return found
 
-        inner.run = clocked  # type: ignore[method-assign]
+            return timed
+
+        for name in ("forward", "forward_mtp", "write_mtp_kv_cache"):
+            setattr(backend, name, clocked(getattr(backend, name)))
 
     def go_on(self, prompts: Sequence[list[int]], counted: bool) -> None:
         params = SamplingParams(max_tokens=DRAFTED, ignore_eos=True)
-        handles = [self._core.submit(prompt, params) for prompt in prompts]
+        handles = [self._engine.submit(prompt, params) for prompt in prompts]
         while not all(handle.token_ids for handle in handles):
-            self._core.step()
+            self._engine.step()
         before, clock = sum(len(handle.token_ids) for handle in handles), self._clock
         began = time.perf_counter()
-        while self._core.has_work:
-            self._core.step()
+        while self._engine.has_work:
+            self._engine.step()
         seconds = time.perf_counter() - began
         if not counted:
             return

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
-from fathom.engine.core import Core
+from fathom.engine.engine import Engine
 from fathom.engine.sampling.sampler import SamplingParams
 from fathom.model.transformer import Model
 
@@ -60,31 +60,31 @@ class Fathom:
 
     def steps(self, prompts: Sequence[list[int]], drafts: int = 0) -> Steps:
         room = sum(len(prompt) + 1024 for prompt in prompts)
-        core = Core(self._model, speculative=drafts, max_batch=len(prompts), cache_tokens=room, prefill_budget=2048)
+        engine = Engine(self._model, speculative=drafts, max_batch=len(prompts), cache_tokens=room, prefill_budget=2048)
         params = SamplingParams(max_tokens=_ENDLESS, ignore_eos=True, temperature=self._temperature, seed=0)
-        handles = [core.submit(prompt, params) for prompt in prompts]
+        handles = [engine.submit(prompt, params) for prompt in prompts]
         while not all(handle.token_ids for handle in handles):
-            core.step()
+            engine.step()
         while True:
             began = time.perf_counter()
-            core.step()
+            engine.step()
             yield time.perf_counter() - began
 
     def prefill(self, prompt: list[int]) -> float:
-        core = Core(self._model, speculative=False, max_batch=1)
-        handle = core.submit(prompt, SamplingParams(max_tokens=2, ignore_eos=True))
+        engine = Engine(self._model, speculative=False, max_batch=1)
+        handle = engine.submit(prompt, SamplingParams(max_tokens=2, ignore_eos=True))
         began = time.perf_counter()
         while not handle.token_ids:
-            core.step()
+            engine.step()
         return time.perf_counter() - began
 
     def serve(self, requests: Sequence[Asked], speculative: bool | int = False) -> float:
-        core = Core(self._model, speculative=speculative, max_batch=len(requests))
+        engine = Engine(self._model, speculative=speculative, max_batch=len(requests))
         began = time.perf_counter()
         for prompt, tokens in requests:
-            core.submit(prompt, SamplingParams(max_tokens=tokens, ignore_eos=True))
-        while core.has_work:
-            core.step()
+            engine.submit(prompt, SamplingParams(max_tokens=tokens, ignore_eos=True))
+        while engine.has_work:
+            engine.step()
         return time.perf_counter() - began
 
 

@@ -19,7 +19,8 @@ import load
 
 from fathom import SamplingParams
 from fathom.cli import main
-from fathom.engine.engine import Engine, Request
+from fathom.engine.engine import Engine
+from fathom.engine.request import Request
 from fathom.serve import server
 from fathom.serve.worker import Worker
 

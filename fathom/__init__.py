@@ -12,7 +12,11 @@ answers = engine.generate(["def a(", "class B"], fathom.SamplingParams(temperatu
 from fathom import presets
 from fathom.checkpoint.hf.model import load_model, save_model
 from fathom.data.tokenizer import load_tokenizer
-from fathom.engine.engine import Completion, Engine, Request, generate
+from fathom.engine.config import EngineConfig
+from fathom.engine.engine import Engine
+from fathom.engine.generate import generate
+from fathom.engine.outputs import Completion
+from fathom.engine.request import Request
 from fathom.engine.sampling.sampler import SamplingParams
 from fathom.model.config import ModelConfig
 from fathom.model.quantize import quantized
@@ -21,6 +25,7 @@ from fathom.model.transformer import Model
 __all__ = [
     "Completion",
     "Engine",
+    "EngineConfig",
     "Model",
     "ModelConfig",
     "Request",

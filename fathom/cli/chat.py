@@ -12,7 +12,9 @@ from fathom.checkpoint.hf.directory import model_directory
 from fathom.checkpoint.hf.model import load_model
 from fathom.config import ConfigError
 from fathom.data.tokenizer import load_tokenizer
-from fathom.engine.engine import Engine, IncrementalDetokenizer, Request
+from fathom.engine.detokenizer import IncrementalDetokenizer
+from fathom.engine.engine import Engine
+from fathom.engine.request import Request
 from fathom.engine.sampling.sampler import SamplingParams
 from fathom.model.quantize import quantized
 from fathom.quantization.integer import Precision
@@ -56,7 +58,7 @@ def run(words: list[str]) -> None:
     model = load_model(directory, dtypes[command.dtype], device)
     if command.quantize is not None:
         model = quantized(model, command.quantize)
-    engine = Engine(model, tokenizer, command.speculative, max_batch=1)
+    engine = Engine(model, tokenizer, speculative=command.speculative, max_batch=1)
     console, beginning = Console(highlight=False), _beginning(command.system)
     messages = list(beginning)
     while (said := _ask(console)) is not None:
@@ -65,10 +67,8 @@ def run(words: list[str]) -> None:
             continue
         messages.append({"role": "user", "content": said})
         ids = template.encode(messages)
-        if len(ids) >= engine.core.max_length:
-            console.print(
-                f"The conversation is longer than the model's {engine.core.max_length} tokens; /new begins anew."
-            )
+        if len(ids) >= engine.max_length:
+            console.print(f"The conversation is longer than the model's {engine.max_length} tokens; /new begins anew.")
             messages.pop()
             continue
         messages.append({"role": "assistant", "content": _answer(engine, Request(ids, command.sampling), console)})

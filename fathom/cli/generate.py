@@ -12,7 +12,9 @@ from rich.console import Console
 from fathom.checkpoint.hf.model import load_model, model_directory
 from fathom.config import ConfigError
 from fathom.data.tokenizer import load_tokenizer
-from fathom.engine.engine import Engine, IncrementalDetokenizer, Request
+from fathom.engine.detokenizer import IncrementalDetokenizer
+from fathom.engine.engine import Engine
+from fathom.engine.request import Request
 from fathom.engine.sampling.sampler import SamplingParams
 from fathom.model.quantize import quantized
 from fathom.quantization.integer import Precision
@@ -52,7 +54,7 @@ def run(words: list[str]) -> None:
         model = quantized(model, command.quantize)
     tokenizer = load_tokenizer(directory)
     prompt = sys.stdin.read() if command.prompt == "-" else command.prompt
-    engine = Engine(model, tokenizer, command.speculative, max_batch=1, eager=command.eager)
+    engine = Engine(model, tokenizer, speculative=command.speculative, max_batch=1, eager=command.eager)
     handle = engine.submit(Request(prompt, command.sampling))
     text = IncrementalDetokenizer(tokenizer)
     began = time.perf_counter()
@@ -62,7 +64,7 @@ def run(words: list[str]) -> None:
             print(text.add(update.tokens), end="", flush=True)
     print(text.rest())
     seconds = time.perf_counter() - began
-    tokens, accepted, compiled = len(handle.token_ids), "", engine.core.runner.compile_seconds
+    tokens, accepted, compiled = len(handle.token_ids), "", engine.compile_seconds
     if handle.drafted:
         accepted = f", {handle.accepted / handle.drafted:.0%} of drafts accepted"
     preparing = f", {compiled:.1f} of them to prepare the GPU's steps" if compiled else ""

@@ -1,150 +1,82 @@
-"""Text around the core: `Engine` encodes prompts, decodes what comes, answers when all is there or piece by piece."""
+"""The inference engine: many requests at once, over a paged latent cache, with drafts by the MTP module.
 
-import codecs
+A step is schedule, draft, verify, append. It feeds every decoding request its last token and the drafts of the next
+ones, and prefills a chunk of the prompts that are not computed yet. The logits decide per request; the latents of
+rejected drafts are overwritten later. Plain decoding is the same step without drafts.
+
+Shapes: N tokens, D hidden, O vocabulary.
+"""
+
+import time
+import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, Self
+
+from torch import Tensor
 
 from fathom.data.tokenizer import Tokenizer
-from fathom.engine.core import Core
-from fathom.engine.outputs import FinishReason, Generation, Update
+from fathom.engine import backends
+from fathom.engine.batch import ForwardOutput, SequenceChunk
+from fathom.engine.config import EngineConfig, merged
+from fathom.engine.detokenizer import IncrementalDetokenizer
+from fathom.engine.outputs import Completion, FinishReason, Generation, Stats, TokenRouting, Update
+from fathom.engine.page_pool import PagePool
+from fathom.engine.proposer import Proposer, max_drafts
+from fathom.engine.request import Prompt, Request, RequestState, check
+from fathom.engine.routing import ExpertLoad
 from fathom.engine.sampling.sampler import SamplingParams
-from fathom.engine.sampling.verify import Constraint, TokenLogprob
+from fathom.engine.sampling.verify import SampledTokens, verify
+from fathom.engine.scheduler import PrefillChunk, Scheduler, SequenceState
+from fathom.model.cached_batch import Routed
 from fathom.model.transformer import Model
 
-Prompt = str | Sequence[int]
-"""A text, where the engine has a tokenizer, or token ids; a text is preceded by the begin token."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt and what is asked of it."""
-
-    prompt: Prompt
-    params: SamplingParams = field(default_factory=SamplingParams)
-    priority: int = 0
-    """Larger goes first."""
-    stream: int = 0
-    """Requests of one seed draw differently if their streams differ."""
-    trace: bool = False
-    """Report which experts each token took, in `Generation.routing`."""
-    constraint: Constraint | None = None
-    """Restricts what may be generated. Its failure ends the request with the finish reason "error"."""
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A finished continuation."""
-
-    generation: Generation
-    text: str | None
-    """The generated text; None in an engine without tokenizer."""
-
-    @property
-    def token_ids(self) -> list[int]:
-        """The generated tokens; a token that ended the text is the last."""
-        return self.generation.token_ids
-
-    @property
-    def finish_reason(self) -> FinishReason | None:
-        """stop: an end-of-text or stop token; length: max_tokens or the model's length; cancelled; error."""
-        return self.generation.finish_reason
-
-    @property
-    def logprobs(self) -> list[TokenLogprob] | None:
-        """Of each generated token, where asked for."""
-        return self.generation.logprobs
-
-    @property
-    def prompt_logprobs(self) -> list[TokenLogprob] | None:
-        """Of each token of the prompt but the first, where asked for."""
-        return self.generation.prompt_logprobs
-
-    @property
-    def acceptance(self) -> float:
-        """Share of the first drafts accepted; NaN when none was made."""
-        return self.generation.acceptance
+_PREFILL_BUDGETS = {"cpu": 512, "cuda": 2048}
+"""Prefill tokens per step while others decode: fewer do not keep a GPU busy."""
 
 
 class Engine:
-    """Continues texts with a model: many at once, each with parameters of its own.
+    """Continues prompts with a model: many at once, each with its own parameters. Not thread-safe.
 
     engine = fathom.Engine(model, tokenizer)
     [answer] = engine.generate(["def main("], fathom.SamplingParams(max_tokens=64))
-    for piece in engine.stream("def main("): print(piece, end="")
+    for text in engine.stream("def main("): print(text, end="")
 
     Or step by step: `submit` requests at any time, call `step` while `has_work`. Greedy tokens do not depend on the
-    other requests (in float32, up to rounding while prompts are read); sampled ones on their own seed and place.
+    other requests (in float32, up to rounding during prefill); sampled ones depend on their own seed and position.
     """
 
     def __init__(
-        self,
-        model: Model,
-        tokenizer: Tokenizer | None = None,
-        speculative: bool | int = True,
-        max_batch: int = 32,
-        page_size: int = 64,
-        cache_tokens: int | None = None,
-        prefill_budget: int | None = None,
-        max_waiting: int | None = None,
-        eager: bool = False,
+        self, model: Model, tokenizer: Tokenizer | None = None, config: EngineConfig | None = None, **overrides: Any
     ) -> None:
-        """Allocates the cache; the model is used where it lies.
+        """Allocates the cache; the model's weights are used where they lie.
 
-        `speculative`: let the first MTP module draft as many tokens as pays by measured acceptance and cost; a number
-        fixes the drafts per step; False decodes plainly. `max_batch`: requests that run at one time, the others wait;
-        `max_waiting` limits those (`submit` then raises scheduler.QueueFull). `page_size`: tokens per page of the
-        cache. `cache_tokens`: tokens the cache has room for; by default 4096 for each of `max_batch`, and one of the
-        model's length at least. `prefill_budget`: tokens of prompts read per step while others decode, which bounds how
-        long those wait; by default 512, on a GPU 2048. `eager`: plain torch alone.
-
-        Raises ValueError for numbers out of range.
+        `overrides` replace single fields of `config`: Engine(model, tokenizer, max_batch=8). Without a tokenizer
+        prompts are token ids. Raises ValueError for settings out of range.
         """
-        self.tokenizer = tokenizer
-        self.core = Core(
-            model,
-            speculative,
-            max_batch,
-            page_size,
-            cache_tokens,
-            prefill_budget,
-            max_waiting,
-            eager,
-            eos_ids=None if tokenizer is None else [tokenizer.eos_id, *model.config.other_eos_token_ids],
-        )
+        self.model, self.tokenizer = model, tokenizer
+        self.config = merged(config, overrides)
+        self.max_length = model.config.max_position_embeddings
+        """Tokens that a prompt and its continuation may have together."""
+        self.speculative = bool(self.config.speculative) and model.config.num_nextn_predict_layers > 0
+        """Whether the MTP module may draft."""
+        device = model.embed_tokens.weight.device
+        pages, size = self.config.pages(self.max_length), self.config.page_size
+        self.pool = PagePool(pages, size)
+        budget = self.config.prefill_budget or _PREFILL_BUDGETS[device.type]
+        self.scheduler = Scheduler(self.pool, self.config.max_batch, budget, self.speculative, self.config.max_waiting)
+        drafts = self.config.fixed_drafts
+        positions = self.max_length + max_drafts(drafts) + 2
+        self.backend = backends.choose(model, pages, size, positions, self.config.eager)
+        self._proposer = Proposer(self.backend, self.speculative, drafts)
+        moe_layers = model.config.num_hidden_layers - model.config.first_k_dense_replace
+        self._load = ExpertLoad(moe_layers, model.config.n_routed_experts, device)
+        self._eos_ids = _eos_ids(model, tokenizer)
+        self._steps = self._prompt_tokens = self._generated_tokens = self._drafted = self._accepted = 0
+        self._requests: dict[SequenceState, RequestState] = {}
+        self._by_generation: dict[Generation, RequestState] = {}
 
-    @property
-    def has_work(self) -> bool:
-        """Whether any request is not finished."""
-        return self.core.has_work
-
-    def prepare(self) -> None:
-        """Compile and record now, on a GPU, the steps of all batches that may decode, not when they first come."""
-        self.core.prepare()
-
-    def submit(self, request: Request) -> Generation:
-        """Queue a request; returns the handle that `step` reports on.
-
-        Raises ValueError for a prompt or parameters that cannot be served, scheduler.QueueFull when too many wait.
-        """
-        prompt = self.encode(request.prompt)
-        return self.core.submit(
-            prompt, request.params, request.priority, request.stream, request.trace, request.constraint
-        )
-
-    def cancel(self, handle: Generation) -> None:
-        """End a request where it is."""
-        self.core.cancel(handle)
-
-    def step(self) -> list[Update]:
-        """Let every request get on by one step; returns what is new."""
-        return self.core.step()
-
-    def step_phases(self) -> Iterator[list[Update]]:
-        """The same in parts, each when it is there: what decoding brings need not wait for prompts to be read.
-
-        Nothing else may be asked of the engine before the last of them.
-        """
-        return self.core.step_phases()
+    # ------------------------------------------------------------------------------------ whole continuations
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -160,8 +92,8 @@ class Engine:
             raise ValueError(f"params has {len(each)} entries for {len(prompts)} prompts; give one, or one for each")
         handles: list[Generation] = []
         try:
-            for place, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
-                handles.append(self.submit(Request(prompt, own, stream=place)))
+            for index, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
+                handles.append(self.submit(Request(prompt, own, stream=index)))
             while not all(handle.finished for handle in handles):
                 self.step()
         except BaseException:
@@ -171,10 +103,10 @@ class Engine:
         return [self.completion(handle) for handle in handles]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
-        """The continuation of one text in pieces, as they become certain."""
+        """The continuation of one prompt, piece by piece as its text becomes final."""
         if self.tokenizer is None:
             raise ValueError("the engine has no tokenizer, so it has no text to stream: use submit and step")
-        handle = self.submit(Request(prompt, params or SamplingParams()))
+        handle = self.submit(prompt, params)
         text = IncrementalDetokenizer(self.tokenizer)
         try:
             while not handle.finished:
@@ -186,7 +118,7 @@ class Engine:
             self.cancel(handle)
 
     def completion(self, handle: Generation) -> Completion:
-        """What a request has come to."""
+        """A request's result."""
         text = None if self.tokenizer is None else self.tokenizer.decode(handle.token_ids)
         return Completion(handle, text)
 
@@ -198,49 +130,238 @@ class Engine:
             raise ValueError("the prompt is text, but the engine has no tokenizer: give it one, or token ids")
         return self.tokenizer.encode(prompt)
 
+    # ------------------------------------------------------------------------------------------- step by step
 
-class IncrementalDetokenizer:
-    """Text from tokens that come one after another; a character of several tokens waits for its last one."""
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is not finished."""
+        return bool(self._requests)
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        # Tokens are bytes, so whole characters depend on no token before.
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.within = False
-        """Whether the last token ended within a character."""
+    def submit(self, request: Request | Prompt, params: SamplingParams | None = None) -> Generation:
+        """Queue a request, or a prompt with these parameters; returns the handle that `step` reports on.
 
-    def add(self, tokens: Sequence[int]) -> str:
-        """The text that these tokens complete."""
-        new = self._tokenizer.text_bytes(tokens)
-        if new.isascii() and not self.within:
-            return new.decode("ascii")
-        text = self._decoder.decode(new)
-        self.within = self._decoder.getstate()[0] != b""
-        return text
+        Raises ValueError for a prompt or parameters that cannot be served, scheduler.QueueFull when too many wait.
+        """
+        if not isinstance(request, Request):
+            request = Request(request, params or SamplingParams())
+        elif params is not None:
+            raise ValueError("params is given beside a Request, which has its own; give one of them")
+        prompt, params = self.encode(request.prompt), request.params
+        check(request, prompt, self.model.config.vocab_size, self.max_length)
+        if not self._requests:
+            self._proposer.resume_if_due(self._steps)
+        # The list of tokens is the sequence's own: it grows.
+        limit = min(len(prompt) + params.max_tokens, self.max_length, self.pool.slots)
+        sequence = SequenceState(list(prompt), limit, request.priority, reuse=params.prompt_logprobs is None)
+        self.scheduler.add(sequence)
+        stop_ids = params.stop_ids if params.ignore_eos else (*params.stop_ids, *self._eos_ids)
+        generation = Generation(prompt, params, routing=[] if request.trace else None)
+        state = RequestState(generation, sequence, request.stream, stop_ids, request.constraint)
+        self._requests[sequence] = self._by_generation[generation] = state
+        return generation
 
-    def rest(self) -> str:
-        """What is left of an unfinished character."""
-        return self._decoder.decode(b"", final=True)
+    def cancel(self, handle: Generation) -> None:
+        """End a request where it is; does nothing to one that has finished."""
+        request = self._by_generation.get(handle)
+        if request is not None:
+            self._finish(request, "cancelled")
+
+    def step(self) -> list[Update]:
+        """Run one engine step; returns the new tokens of every request that got some."""
+        return list(chain.from_iterable(self.step_phases()))
+
+    def step_phases(self) -> Iterator[list[Update]]:
+        """A step in phases, decoding then prefill: the tokens of decoding need not wait for the prefill.
+
+        Must be exhausted before any other method is called.
+        """
+        decoding = sum(sequence.computed >= sequence.to_read for sequence in self.scheduler.running)
+        plan = self.scheduler.schedule(self._proposer.num_drafts(decoding))
+        self._steps += bool(plan.decode or plan.prefill)
+        if plan.decode:
+            yield self._decode([self._requests[sequence] for sequence in plan.decode], plan.drafts)
+        if plan.prefill:
+            yield self._prefill(plan.prefill)
+
+    # ------------------------------------------------------------------------------------------ the whole engine
+
+    def warm_up(self) -> None:
+        """Compile kernels and capture graphs now, on a GPU, for all batches that may decode."""
+        self.backend.warm_up(self.config.max_batch * (1 + self._proposer.max_drafts))
+
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds spent so far on compiling kernels and capturing graphs."""
+        return self.backend.compile_seconds
+
+    def stats(self) -> Stats:
+        """Counts and sizes, as they are now."""
+        pool, cache = self.pool, self.backend.cache
+        return Stats(
+            waiting=len(self.scheduler.waiting),
+            running=len(self.scheduler.running),
+            steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            cached_prompt_tokens=pool.matched_tokens,
+            generated_tokens=self._generated_tokens,
+            drafted=self._drafted,
+            accepted=self._accepted,
+            preempted=self.scheduler.preemptions,
+            pages=pool.pages,
+            pages_used=pool.pages - pool.available,
+            pages_reusable=pool.evictable,
+            page_size=pool.page_size,
+            bytes_per_token=cache.bytes_per_token,
+            cache_bytes=cache.latents_LMW.nbytes,
+            tokens_per_expert_LE=self._load.total(),
+            compile_seconds=self.compile_seconds,
+        )
+
+    @property
+    def core(self) -> Self:
+        """Deprecated: the engine itself."""
+        warnings.warn("Engine.core is the engine itself; use its own methods", DeprecationWarning, stacklevel=2)
+        return self
+
+    def prepare(self) -> None:
+        """Deprecated name of `warm_up`."""
+        warnings.warn("Engine.prepare is now Engine.warm_up", DeprecationWarning, stacklevel=2)
+        self.warm_up()
+
+    # ------------------------------------------------------------------------------------------------- decoding
+
+    def _decode(self, batch: list[RequestState], drafts: int) -> list[Update]:
+        caught_up = self._proposer.is_caught_up(batch)
+        began = time.perf_counter()
+        self._proposer.propose(batch, drafts)
+        fed = drafts + 1
+        output = self._forward([request.decode_chunk() for request in batch], range(fed * len(batch)))
+        sampled = verify(output.logits_NO, [request.sampling_state() for request in batch])
+        updates = []
+        for index, (request, own) in enumerate(zip(batch, sampled, strict=True)):
+            self._drafted, self._accepted = self._drafted + drafts, self._accepted + own.accepted
+            request.generation.count_drafts(drafts, own.accepted)
+            first = index * fed
+            self._trace(request.generation, len(request.sequence.tokens) - 1, output.routed, first, own.accepted + 1)
+            updates.append(self._append(request, own, output.h_ND, first))
+        accepted = [own.accepted for own in sampled]
+        if self._proposer.record(drafts, accepted, time.perf_counter() - began, caught_up):
+            self._proposer.pause(self._steps, self._requests.values())
+        return updates
+
+    def _forward(self, chunks: list[SequenceChunk], logits_indices: Sequence[int]) -> ForwardOutput:
+        output = self.backend.forward(chunks, logits_indices)
+        self._load.add(output.routed.experts_LNK)
+        return output
+
+    @staticmethod
+    def _trace(generation: Generation, start: int, routed: Routed, first: int, count: int) -> None:
+        """Note what `count` tokens took, the first of which is the sequence's token `start` and the pass's `first`."""
+        if generation.routing is None:
+            return
+        experts_NLK = routed.experts_LNK[:, first : first + count].transpose(0, 1).tolist()
+        weights_NLK = routed.weights_LNK[:, first : first + count].transpose(0, 1).tolist()
+        # Tokens whose latents were found in the cache took experts that nobody saw. All in one assignment, as another
+        # thread may be reading the list.
+        known = min(start, len(generation.routing))
+        found: list[TokenRouting | None] = [None] * (start - known)
+        found += [TokenRouting(*facts) for facts in zip(experts_NLK, weights_NLK, strict=True)]
+        generation.routing[known : start + count] = found
+
+    # -------------------------------------------------------------------------------------------------- prefill
+
+    def _prefill(self, scheduled: list[PrefillChunk]) -> list[Update]:
+        logits_indices: list[int] = []
+        chunks, fed = [], 0
+        for part in scheduled:
+            sequence, generation = part.sequence, self._requests[part.sequence].generation
+            tokens = sequence.tokens[part.start : part.end]
+            chunks.append(SequenceChunk(tokens, part.start, sequence.pages, part.write_from))
+            fed += part.num_tokens
+            generation.started = generation.started or time.monotonic()
+            if generation.params.prompt_logprobs is not None:
+                logits_indices += range(fed - part.num_tokens, fed)
+            elif part.is_last:
+                logits_indices.append(fed - 1)
+        self._prompt_tokens += fed
+        output = self._forward(chunks, logits_indices)
+        return self._after_prefill(scheduled, output)
+
+    def _after_prefill(self, scheduled: list[PrefillChunk], output: ForwardOutput) -> list[Update]:
+        """Book what a prefill pass computed; sample the first token where a sequence's last chunk was among it."""
+        complete: list[tuple[RequestState, Tensor]] = []
+        last_logits, fed, used = [], 0, 0
+        mtp_chunks, mtp_hidden = [], []
+        for part in scheduled:
+            sequence, request = part.sequence, self._requests[part.sequence]
+            if sequence.computed == sequence.matched:
+                request.clear_drafting()
+                if sequence.preemptions == 0:
+                    request.generation.cached_tokens = sequence.matched
+            self._trace(request.generation, part.start, output.routed, fed, part.num_tokens)
+            h_ND = output.h_ND[fed : fed + part.num_tokens]
+            fed += part.num_tokens
+            num_logits = int(part.is_last)
+            if request.generation.params.prompt_logprobs is not None:
+                num_logits = part.num_tokens
+                request.add_prompt_logprobs(part.start, output.logits_NO[used : used + num_logits])
+            used += num_logits
+            if self._proposer.is_active:
+                # The pair with the token that is sampled now stays pending until the next draft.
+                pairs = part.num_tokens - part.is_last
+                if pairs:
+                    tokens = sequence.tokens[part.start + 1 : part.start + 1 + pairs]
+                    mtp_chunks.append(SequenceChunk(tokens, part.start + 1, sequence.pages))
+                    mtp_hidden.append(h_ND[:pairs])
+            sequence.computed = sequence.ready = part.end
+            if part.is_last:
+                complete.append((request, h_ND[-1:]))
+                last_logits.append(used - 1)
+            else:
+                self.scheduler.register_prefix(sequence)
+        self._proposer.add_prefill(mtp_chunks, mtp_hidden)
+        if not complete:
+            return []
+        sampled = verify(output.logits_NO[last_logits], [request.sampling_state() for request, _ in complete])
+        return [self._append(request, own, h_1D, 0) for (request, h_1D), own in zip(complete, sampled, strict=True)]
+
+    # ------------------------------------------------------------------------------------------------ new tokens
+
+    def _append(self, request: RequestState, sampled: SampledTokens, h_ND: Tensor, first: int) -> Update:
+        """Append sampled tokens up to one that ends the request; `h_ND` from `first` on holds the hidden states before
+        them."""
+        generation, sequence = request.generation, request.sequence
+        request.drafts = []
+        tokens, reason = request.until_finished(sampled.tokens)
+        request.advance_constraint(tokens)
+        if generation.error:
+            reason = "error"
+        sequence.tokens += tokens
+        generation.token_ids += tokens
+        self._generated_tokens += len(tokens)
+        generation.accepted_mask += [index < sampled.accepted for index in range(len(tokens))]
+        if sampled.logprobs is not None:
+            generation.logprobs = (generation.logprobs or []) + sampled.logprobs[: len(tokens)]
+        sequence.computed = len(sequence.tokens) - 1
+        if generation.routing is not None:
+            # The pass also computed accepted drafts behind a token that ends the request.
+            del generation.routing[sequence.computed :]
+        if self._proposer.is_active:
+            request.pending_ND.append(h_ND[first : first + len(tokens)])
+            request.num_pending += len(tokens)
+        sequence.ready = len(sequence.tokens) - max(request.num_pending, 1)
+        self.scheduler.register_prefix(sequence)
+        if reason:
+            self._finish(request, reason)
+        return Update(generation, tokens)
+
+    def _finish(self, request: RequestState, reason: FinishReason) -> None:
+        request.generation.finish_reason = reason
+        self.scheduler.finish(request.sequence)
+        del self._requests[request.sequence], self._by_generation[request.generation]
 
 
-def generate(
-    model: Model,
-    tokenizer: Tokenizer,
-    prompt: str,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    speculative: bool = True,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    seed: int = 0,
-) -> str:
-    """The text that follows `prompt`, without the prompt; it ends at the end-of-document token if one comes.
-
-    The begin token precedes the prompt, so an empty prompt begins a document. For more than one text, or more control,
-    make an `Engine`.
-    """
-    params = SamplingParams(temperature, top_k, top_p, min_p, seed=seed, max_tokens=max_new_tokens)
-    [completion] = Engine(model, tokenizer, speculative, max_batch=1).generate([prompt], params)
-    assert completion.text is not None
-    return completion.text
+def _eos_ids(model: Model, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """What ends a text: the tokenizer's EOS, or else the model's, and further ones that the model names."""
+    eos_id = model.config.eos_token_id if tokenizer is None else tokenizer.eos_id
+    return () if eos_id is None else (eos_id, *model.config.other_eos_token_ids)

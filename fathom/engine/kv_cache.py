@@ -1,8 +1,8 @@
-"""The latent cache: C+R numbers per token and layer, and nothing else (DeepSeek-V3 report, section 2.1.1).
+"""The latent cache: C+R values per token and layer, and nothing else (DeepSeek-V3 report, section 2.1.1).
 
 One allocation holds every layer of the main model and, after them, of every MTP module, cut into pages of a few tokens
-that sequences take as they grow. A rejected draft is undone by not advancing: its slots are written again before they
-are read. One page beyond the others takes what is to be written nowhere.
+that sequences take as they grow. A rejected draft needs no undoing: its slots are written again before they are read.
+One extra page takes what must not be written anywhere else.
 
 Shapes: L layers and MTP modules, M slots, W = C+R cache width.
 """
@@ -35,6 +35,6 @@ class LatentCache:
         return layers * width * self.latents_LMW.element_size()
 
     @property
-    def nowhere(self) -> int:
+    def null_slot(self) -> int:
         """A slot that no sequence reads."""
         return self.pages * self.page_size

@@ -1,4 +1,4 @@
-"""What the engine tells: of each request, of a step, of all that it has done."""
+"""What the engine returns: each request's output, a step's new tokens, statistics."""
 
 import math
 from dataclasses import dataclass, field
@@ -52,6 +52,14 @@ class Generation:
     """Where asked for, one for each token of the prompt and the output that the model has read, which it does one step
     after it chose a token; the last one of a finished output is never read. None for those found in the cache."""
 
+    def count_drafts(self, drafted: int, accepted: int) -> None:
+        """A forward pass verified drafts."""
+        self.forwards += 1
+        for counts, reached in ((self.offered_at, drafted), (self.accepted_at, accepted)):
+            counts += [0] * (drafted - len(counts))
+            for depth in range(reached):
+                counts[depth] += 1
+
     @property
     def finished(self) -> bool:
         return self.finish_reason is not None
@@ -75,6 +83,40 @@ class Generation:
     def tokens_per_forward(self) -> float:
         """Tokens decided per forward pass; plain decoding makes 1. NaN before the second token."""
         return (len(self.token_ids) - 1) / self.forwards if self.forwards else math.nan
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished request's output."""
+
+    generation: Generation
+    text: str | None
+    """The generated text; None in an engine without tokenizer."""
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The generated tokens; a token that ended the request is the last."""
+        return self.generation.token_ids
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """stop: EOS or a stop token; length: max_tokens or the model's length; cancelled; error."""
+        return self.generation.finish_reason
+
+    @property
+    def logprobs(self) -> list[TokenLogprob] | None:
+        """Of each generated token, where asked for."""
+        return self.generation.logprobs
+
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprob] | None:
+        """Of each token of the prompt but the first, where asked for."""
+        return self.generation.prompt_logprobs
+
+    @property
+    def acceptance(self) -> float:
+        """Acceptance rate of the first drafts; NaN when none was made."""
+        return self.generation.acceptance
 
 
 class Update(NamedTuple):

@@ -65,14 +65,23 @@ class SequenceState:
 
 
 class PrefillChunk(NamedTuple):
-    """Known tokens for a sequence to read: those of the prompt and, after a preemption, generated ones."""
+    """Known tokens of a sequence to compute: those of the prompt and, after a preemption, generated ones."""
 
     sequence: SequenceState
     start: int
     """The first token fed."""
-    count: int  # type: ignore[assignment]  # nobody misses the tuple's method of that name
+    num_tokens: int
     write_from: int
-    """Tokens before it are fed for their state alone: their latents lie in a page that others may share."""
+    """Tokens before it are fed for their hidden state alone: their latents lie in a page that others may share."""
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it ends at the sequence's last token, so that its logits give the next one."""
+        return self.end == len(self.sequence.tokens)
 
 
 class Step(NamedTuple):
@@ -237,7 +246,7 @@ class Scheduler:
                 chunk = self._chunk(sequence, budget)
             if chunk is not None:
                 chunks.append(chunk)
-                budget -= chunk.count
+                budget -= chunk.num_tokens
         return chunks
 
     def _chunk(self, sequence: SequenceState, budget: int) -> PrefillChunk | None:

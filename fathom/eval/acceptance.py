@@ -8,7 +8,7 @@ so `Evaluation.mtp_agreement`, taken on real text, belongs beside it.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fathom.engine.core import Core
+from fathom.engine.engine import Engine
 from fathom.engine.sampling.sampler import SamplingParams
 from fathom.model.transformer import Model
 
@@ -42,11 +42,11 @@ def draft_acceptance(model: Model, prompts: Sequence[Sequence[int]], new_tokens:
     if new_tokens < 2:
         raise ValueError(f"new_tokens is {new_tokens}; it must be at least 2")
     longest = max(len(prompt) for prompt in prompts) + new_tokens
-    core = Core(model, speculative=1, max_batch=_ROWS, cache_tokens=_ROWS * (longest + 64))
+    engine = Engine(model, speculative=1, max_batch=_ROWS, cache_tokens=_ROWS * (longest + 64))
     params = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
-    found = [core.submit(prompt, params) for prompt in prompts]
-    while core.has_work:
-        core.step()
+    found = [engine.submit(prompt, params) for prompt in prompts]
+    while engine.has_work:
+        engine.step()
     drafted = sum(generation.drafted for generation in found)
     forwards = sum(generation.forwards for generation in found)
     return Acceptance(

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from fathom.data.tokenizer import Tokenizer
-from fathom.engine.engine import Engine, Request
+from fathom.engine.engine import Engine
 from fathom.engine.outputs import Generation
+from fathom.engine.request import Request
 from fathom.engine.sampling.sampler import SamplingParams
 from fathom.eval.likelihood import Continuation, likelihoods, windows
 from fathom.model.transformer import Model

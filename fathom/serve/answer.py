@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fathom.data.tokenizer import Tokenizer
-from fathom.engine.engine import IncrementalDetokenizer
+from fathom.engine.detokenizer import IncrementalDetokenizer
 from fathom.engine.outputs import Generation
 from fathom.engine.sampling.verify import TokenLogprob
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fathom.data.tokenizer import Tokenizer
-from fathom.engine.engine import Request
+from fathom.engine.request import Request
 from fathom.serve.answer import Choice, Piece, chat_logprobs, completion_logprobs
 from fathom.serve.errors import ApiError
 from fathom.serve.protocol import Sampling

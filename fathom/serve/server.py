@@ -103,8 +103,8 @@ def serve(command: ServeCommand) -> int:
         engine = loading.submit(_engine, command, device, directory, tokenizer).result()
         if device.type == "cuda":
             console.print("preparing  the GPU's decoding steps (the first time on a machine takes longest)")
-        loading.submit(engine.prepare).result()
-    compiled = engine.core.runner.compile_seconds
+        loading.submit(engine.warm_up).result()
+    compiled = engine.compile_seconds
     if compiled:
         console.print(f"prepared   the GPU's decoding steps in {compiled:.0f} s")
     name = command.name or Path(command.path).absolute().name
@@ -116,7 +116,7 @@ def serve(command: ServeCommand) -> int:
 
     worker = Worker(engine, died)
     service = Service(engine, worker, name, command.deadline)
-    description = describe(engine.core.config, name, engine, service.template is not None)
+    description = describe(engine.model.config, name, engine, service.template is not None)
     description["inspector"] = inspector is not None
     keys = [*command.api_key, *os.environ.get(KEY_VARIABLE, "").split()]
     app = make_app(service, description, keys, command.allow_origin, _hosts(command), command.largest_body, inspector)
@@ -158,8 +158,8 @@ def _engine(command: ServeCommand, device: torch.device, directory: Path, tokeni
     return Engine(
         model,
         tokenizer,
-        command.speculative if command.drafts is None else command.drafts,
-        command.max_batch,
+        speculative=command.speculative if command.drafts is None else command.drafts,
+        max_batch=command.max_batch,
         cache_tokens=command.cache_tokens,
         prefill_budget=command.prefill_budget,
         max_waiting=command.max_waiting,

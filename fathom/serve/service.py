@@ -7,7 +7,8 @@ from typing import Any
 
 from fathom.data.chat_template import ChatError, ChatTemplate
 from fathom.data.tokenizer import Tokenizer
-from fathom.engine.engine import Engine, Request
+from fathom.engine.engine import Engine
+from fathom.engine.request import Request
 from fathom.engine.sampling.sampler import SamplingParams
 from fathom.engine.scheduler import QueueFull
 from fathom.serve.errors import ApiError
@@ -33,8 +34,8 @@ class Service:
         self.name = name
         self._deadline = deadline
         self._engine = engine
-        self._context = engine.core.max_length
-        self._vocabulary = engine.core.config.vocab_size
+        self._context = engine.max_length
+        self._vocabulary = engine.model.config.vocab_size
         self._grammars = Grammars(self.tokenizer, self._vocabulary)
         self.template: ChatTemplate | None
         try:

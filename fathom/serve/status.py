@@ -11,7 +11,7 @@ from fathom.serve.worker import Worker
 def describe(config: ModelConfig, name: str, engine: Engine, chat: bool) -> dict[str, Any]:
     """What does not change: sizes in numbers of parameters and in bytes."""
     counts = config.parameter_counts()
-    per_token = engine.core.stats().bytes_per_token
+    per_token = engine.stats().bytes_per_token
     latent = config.kv_lora_rank + config.qk_rope_head_dim
     keys = config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
     values = config.num_attention_heads * config.v_head_dim
@@ -31,7 +31,7 @@ def describe(config: ModelConfig, name: str, engine: Engine, chat: bool) -> dict
         "cache_bytes_per_token": per_token,
         # The keys and values of all heads, in the numbers and layers that the latents are kept in.
         "plain_cache_bytes_per_token": per_token // latent * (keys + values),
-        "drafts": engine.core.drafting,
+        "drafts": engine.speculative,
         "chat": chat,
     }
 

@@ -16,8 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from fathom.engine.engine import Engine, Request
+from fathom.engine.engine import Engine
 from fathom.engine.outputs import Generation, Stats, Update
+from fathom.engine.request import Request
 
 _IDLE_SECONDS = 0.5
 """How long the thread sleeps at most when there is nothing to do."""
@@ -114,7 +115,7 @@ class Worker:
         self._history: deque[Rate] = deque(maxlen=512)
         self._held: dict[tuple[Job, int], Event] = {}
         self._handed_on = 0.0
-        self.stats: Stats = engine.core.stats()
+        self.stats: Stats = engine.stats()
         """What the engine does; at most a tenth of a second old while it works."""
         self.failure: BaseException | None = None
         """Why the engine's thread ended."""
@@ -219,7 +220,7 @@ class Worker:
         now = time.monotonic()
         if force or now - self._snapshot_at >= _SNAPSHOT_SECONDS:
             self._snapshot_at = now
-            self.stats = self._engine.core.stats()
+            self.stats = self._engine.stats()
             self._history.append(Rate(now, self.stats.generated_tokens))
 
     def _prepare(self, job: Job, prepare: Callable[[], Sequence[Request]]) -> None:

@@ -17,7 +17,7 @@ def test_the_allocation_is_latents_and_shared_keys_alone(dtype: torch.dtype) -> 
     # One page more than asked for takes what belongs nowhere.
     assert allocated == layers * (7 + 1) * 4 * width * dtype.itemsize
     assert cache.bytes_per_token == layers * width * dtype.itemsize
-    assert cache.nowhere == 28
+    assert cache.null_slot == 28
 
 
 def test_the_released_model_takes_70272_bytes_per_token() -> None:

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fathom.engine.core import Core
+from fathom.engine.engine import Engine
 from fathom.engine.outputs import Generation
+from fathom.engine.request import Request
 from fathom.engine.sampling.sampler import SamplingParams
 from fathom.model.config import ModelConfig
 from fathom.ops import cpu
@@ -21,10 +22,10 @@ def config() -> ModelConfig:
     return tiny(vocab_size=11, num_nextn_predict_layers=1)
 
 
-def finish(core: Core) -> None:
-    while core.has_work:
-        core.step()
-    assert core.pool.available == core.pool.pages
+def finish(engine: Engine) -> None:
+    while engine.has_work:
+        engine.step()
+    assert engine.pool.available == engine.pool.pages
 
 
 @ways
@@ -36,18 +37,26 @@ def test_routing_is_that_of_the_whole_model(eager: bool, speculative: bool | int
         pytest.skip(f"the kernels are not built: {cpu.missing()}")
     model = lively_model(config(), seed=2, std=0.3)
     rng = random.Random(1)
-    core = Core(model, speculative, 3, 4, cache_tokens, prefill_budget=8, eager=eager)
+    engine = Engine(
+        model,
+        speculative=speculative,
+        max_batch=3,
+        page_size=4,
+        cache_tokens=cache_tokens,
+        prefill_budget=8,
+        eager=eager,
+    )
     handles: list[Generation] = []
     for count in (1, 5, 14, 20):
         prompt = [rng.randrange(11) for _ in range(count)]
         stops = (4,) if count < 6 else ()
         params = SamplingParams(max_tokens=21, stop_ids=stops, ignore_eos=True, temperature=1.0, seed=count)
-        handles.append(core.submit(prompt, params, trace=True))
-    plain = core.submit([1, 2], SamplingParams(max_tokens=3))
-    finish(core)
+        handles.append(engine.submit(Request(prompt, params, trace=True)))
+    plain = engine.submit([1, 2], SamplingParams(max_tokens=3))
+    finish(engine)
     assert plain.routing is None
     if cache_tokens:
-        assert core.stats().preempted > 0
+        assert engine.stats().preempted > 0
     for handle in handles:
         tokens = handle.prompt_ids + handle.token_ids
         assert handle.routing is not None and len(handle.routing) == len(tokens) - 1
@@ -61,11 +70,11 @@ def test_routing_is_that_of_the_whole_model(eager: bool, speculative: bool | int
 
 
 def test_cached_tokens_have_no_routing() -> None:
-    core = Core(lively_model(config(), seed=2), max_batch=1, page_size=4)
+    engine = Engine(lively_model(config(), seed=2), max_batch=1, page_size=4)
     prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9]
-    first = core.submit(prompt, SamplingParams(max_tokens=4, ignore_eos=True), trace=True)
-    second = core.submit(prompt, SamplingParams(max_tokens=4, ignore_eos=True), trace=True)
-    finish(core)
+    first = engine.submit(Request(prompt, SamplingParams(max_tokens=4, ignore_eos=True), trace=True))
+    second = engine.submit(Request(prompt, SamplingParams(max_tokens=4, ignore_eos=True), trace=True))
+    finish(engine)
     assert second.cached_tokens == 8 and first.routing is not None and second.routing is not None
     assert [facts is None for facts in second.routing] == [place < 7 for place in range(12)], (
         "of the last one the state is read again"
@@ -75,9 +84,9 @@ def test_cached_tokens_have_no_routing() -> None:
 
 def test_routing_can_be_read_while_the_engine_steps() -> None:
     """By a server's thread: a token's routing is there or not there yet, never empty."""
-    core = Core(lively_model(config(), seed=2), max_batch=1)
-    handle = core.submit([1, 2, 3], SamplingParams(max_tokens=124, ignore_eos=True), trace=True)
-    stepping = threading.Thread(target=finish, args=(core,))
+    engine = Engine(lively_model(config(), seed=2), max_batch=1)
+    handle = engine.submit(Request([1, 2, 3], SamplingParams(max_tokens=124, ignore_eos=True), trace=True))
+    stepping = threading.Thread(target=finish, args=(engine,))
     stepping.start()
     reads = gaps = 0
     while stepping.is_alive():
@@ -92,14 +101,14 @@ def test_routing_can_be_read_while_the_engine_steps() -> None:
 @ways
 def test_counts_add_up(eager: bool) -> None:
     model = lively_model(config(), seed=3, std=0.3)
-    core = Core(model, 1, 4, page_size=4, eager=eager)
+    engine = Engine(model, speculative=1, max_batch=4, page_size=4, eager=eager)
     params = SamplingParams(max_tokens=10, ignore_eos=True)
-    found = [core.submit([1, 2, 3, place], params) for place in range(4)]
-    core.step()
-    during = core.stats()
+    found = [engine.submit([1, 2, 3, place], params) for place in range(4)]
+    engine.step()
+    during = engine.stats()
     assert during.running == 4 and during.waiting == 0 and during.pages_used > 0
-    finish(core)
-    stats = core.stats()
+    finish(engine)
+    stats = engine.stats()
     assert stats.generated_tokens == sum(len(handle.token_ids) for handle in found) == 40
     assert stats.prompt_tokens == 16 and stats.cached_prompt_tokens == 0
     assert stats.drafted == sum(handle.drafted for handle in found)
@@ -135,19 +144,23 @@ class Alternating:
 def test_a_constraint_holds_with_drafts_and_beside_free_requests(
     eager: bool, speculative: bool | int, temperature: float
 ) -> None:
-    core = Core(lively_model(config(), seed=4, std=0.3), speculative, 4, page_size=4, eager=eager)
+    engine = Engine(
+        lively_model(config(), seed=4, std=0.3), speculative=speculative, max_batch=4, page_size=4, eager=eager
+    )
     params = SamplingParams(temperature=temperature, max_tokens=30, ignore_eos=True)
     rules = [Alternating(11) for _ in range(2)]
-    bound = [core.submit([1, 2, place], params, constraint=rule) for place, rule in enumerate(rules)]
-    free = core.submit([1, 2, 7], params)
-    finish(core)
+    bound = [engine.submit(Request([1, 2, place], params, constraint=rule)) for place, rule in enumerate(rules)]
+    free = engine.submit([1, 2, 7], params)
+    finish(engine)
     for handle, rule in zip(bound, rules, strict=True):
         assert rule.told == handle.token_ids and len(handle.token_ids) == 30
         assert [token % 2 for token in handle.token_ids] == [0, 1] * 15
         if speculative:
             assert 0 < handle.accepted < handle.drafted
             assert max(map(len, rule.asked)) == 3
-    alone = Core(lively_model(config(), seed=4, std=0.3), speculative, 4, page_size=4, eager=eager)
+    alone = Engine(
+        lively_model(config(), seed=4, std=0.3), speculative=speculative, max_batch=4, page_size=4, eager=eager
+    )
     again = alone.submit([1, 2, 7], params)
     finish(alone)
     assert again.token_ids == free.token_ids
@@ -175,11 +188,11 @@ class Failing(Alternating):
 @pytest.mark.parametrize("speculative", [False, 2])
 @pytest.mark.parametrize("when", ["allowed", "take", "nothing"])
 def test_a_failing_constraint_ends_its_request_alone(when: str, speculative: bool | int) -> None:
-    core = Core(lively_model(config(), seed=4, std=0.3), speculative, 4, page_size=4)
+    engine = Engine(lively_model(config(), seed=4, std=0.3), speculative=speculative, max_batch=4, page_size=4)
     params = SamplingParams(max_tokens=20, ignore_eos=True)
-    broken = core.submit([1, 2], params, constraint=Failing(11, when))
-    other = core.submit([1, 2], params)
-    finish(core)
+    broken = engine.submit(Request([1, 2], params, constraint=Failing(11, when)))
+    other = engine.submit([1, 2], params)
+    finish(engine)
     assert broken.finish_reason == "error" and broken.error is not None
     assert ("no token" if when == "nothing" else "no grammar") in broken.error
     assert 4 <= len(broken.token_ids) < 20
@@ -187,7 +200,7 @@ def test_a_failing_constraint_ends_its_request_alone(when: str, speculative: boo
 
 
 def test_constraint_and_min_tokens_exclude_each_other() -> None:
-    core = Core(lively_model(config()))
+    engine = Engine(lively_model(config()))
     with pytest.raises(ValueError, match="min_tokens is 3"):
-        core.submit([1], SamplingParams(min_tokens=3, max_tokens=5), constraint=Alternating(11))
-    assert not core.has_work
+        engine.submit(Request([1], SamplingParams(min_tokens=3, max_tokens=5), constraint=Alternating(11)))
+    assert not engine.has_work

@@ -78,7 +78,7 @@ class Core:
         for sequence in step.decode:
             self._decode(sequence, step.drafts)
         for chunk in step.prefill:
-            self._read(chunk.sequence, chunk.start, chunk.start + chunk.count, chunk.write_from)
+            self._read(chunk.sequence, chunk.start, chunk.start + chunk.num_tokens, chunk.write_from)
         for sequence in [*step.decode, *(chunk.sequence for chunk in step.prefill)]:
             if len(sequence.tokens) == sequence.limit:
                 self._finish(sequence)
@@ -117,7 +117,7 @@ class Core:
         assert 0 <= step.drafts <= drafts
         assert step.decode == [sequence for sequence in running if len(sequence.tokens) > sequence.to_read]
         assert all(sequence.computed == len(sequence.tokens) - 1 for sequence in step.decode)
-        assert sum(chunk.count for chunk in step.prefill) <= self.budget * (1 if step.decode else 4)
+        assert sum(chunk.num_tokens for chunk in step.prefill) <= self.budget * (1 if step.decode else 4)
         assert reading == [sequence for sequence in running if sequence in reading], "out of order or twice"
         assert running[0] in (step.decode + reading), "the first in order must get on"
         for sequence in running:
@@ -336,8 +336,8 @@ def test_a_shared_prefix_is_not_read_again(overlap: bool) -> None:
     longer = core.add([0, 1, 2, 0, 1, 2, 0, 1, 1], 4)
     chunks = core.step().prefill
     assert [chunk.sequence for chunk in chunks] == [same, longer]
-    assert (chunks[0].start, chunks[0].count, chunks[0].write_from) == (4 - overlap, 4 + overlap, 4)
-    assert (chunks[1].start, chunks[1].count, chunks[1].write_from) == (8 - overlap, 1 + overlap, 8)
+    assert (chunks[0].start, chunks[0].num_tokens, chunks[0].write_from) == (4 - overlap, 4 + overlap, 4)
+    assert (chunks[1].start, chunks[1].num_tokens, chunks[1].write_from) == (8 - overlap, 1 + overlap, 8)
     assert same.pages[0] == longer.pages[0] == first.pages[0] and longer.pages[1] == first.pages[1] != same.pages[1]
     assert (same.matched, longer.matched) == (4, 8)
     core.run(2)

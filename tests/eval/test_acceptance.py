@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fathom.engine.core import Core
+from fathom.engine.engine import Engine
 from fathom.engine.outputs import Generation
 from fathom.engine.sampling.sampler import SamplingParams
 from fathom.eval import acceptance
@@ -37,10 +37,10 @@ def test_a_perfect_drafter_doubles_the_tokens_per_forward() -> None:
 
 
 def continue_alone(model: Model, prompt: list[int], count: int) -> Generation:
-    core = Core(model, speculative=1)
-    found = core.submit(prompt, SamplingParams(max_tokens=count, ignore_eos=True))
-    while core.has_work:
-        core.step()
+    engine = Engine(model, speculative=1)
+    found = engine.submit(prompt, SamplingParams(max_tokens=count, ignore_eos=True))
+    while engine.has_work:
+        engine.step()
     return found
 
 

@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 
-from fathom.engine.backends.eager import Runner, SequenceChunk
-from fathom.engine.core import Core
+from fathom.engine.backends import choose
+from fathom.engine.backends.eager import EagerBackend
+from fathom.engine.batch import SequenceChunk
+from fathom.engine.engine import Engine
 from fathom.engine.kv_cache import LatentCache
 from fathom.engine.sampling.sampler import SamplingParams
 from fathom.model.quantize import quantized
@@ -39,17 +41,17 @@ def test_a_quantized_model_computes_what_its_dequantized_weights_do(
     config = tiny(**WIDE, num_nextn_predict_layers=1)
     model = lively_model(config, seed=5, std=0.2).to(dtype)
     low_bit = quantized(model, precision)
-    expected = Runner(dequantized(low_bit, model), 4, 8, 64, eager)
-    found = Runner(low_bit, 4, 8, 64, eager)
-    assert (found.few is None) == eager
-    stretches = [SequenceChunk([3, 1, 4, 1, 5], 0, [0, 1]), SequenceChunk([9, 2], 0, [2])]
-    theirs, ours = (runner.main(stretches, range(7)) for runner in (expected, found))
+    expected = choose(dequantized(low_bit, model), 4, 8, 64, eager)
+    found = choose(low_bit, 4, 8, 64, eager)
+    assert isinstance(found, EagerBackend) == eager
+    chunks = [SequenceChunk([3, 1, 4, 1, 5], 0, [0, 1]), SequenceChunk([9, 2], 0, [2])]
+    theirs, ours = (backend.forward(chunks, range(7)) for backend in (expected, found))
     # The int8 kernel scales the sum of a row, plain torch every weight, which bfloat16 then rounds.
     tolerance = 2e-5 if dtype == torch.float32 else 0.03
     scale = theirs.logits_NO.abs().max()
     assert (ours.logits_NO - theirs.logits_NO).abs().max() < tolerance * scale
     modules = [SequenceChunk([1, 4, 1, 5], 1, [0, 1])]
-    drafted, ours_drafted = (runner.draft(modules, theirs.h_ND[:4], [3]) for runner in (expected, found))
+    drafted, ours_drafted = (backend.forward_mtp(modules, theirs.h_ND[:4], [3]) for backend in (expected, found))
     assert (ours_drafted.logits_NO - drafted.logits_NO).abs().max() < tolerance * drafted.logits_NO.abs().max()
 
 
@@ -76,10 +78,10 @@ def test_sampled_tokens_are_those_of_the_dequantized_model(tied: bool) -> None:
     params = SamplingParams(temperature=1.0, max_tokens=20, ignore_eos=True)
     texts = []
     for which in (low_bit, dequantized(low_bit, model)):
-        core = Core(which, speculative=2)
-        handle = core.submit([1, 2, 3] * 20, params)
-        while core.has_work:
-            core.step()
+        engine = Engine(which, speculative=2)
+        handle = engine.submit([1, 2, 3] * 20, params)
+        while engine.has_work:
+            engine.step()
         texts.append(handle.token_ids)
     assert texts[0] == texts[1] and len(set(texts[0])) > 3
 

@@ -7,7 +7,9 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fathom.engine.backends.eager import Runner, SequenceChunk
+from fathom.engine.backends import Backend, choose
+from fathom.engine.backends.eager import EagerBackend
+from fathom.engine.batch import SequenceChunk
 from fathom.model.layers import RMSNorm
 from fathom.ops import cpu, gpu
 from fathom.ops.attention import SeqLens, heads_reference, varlen_attention
@@ -18,7 +20,7 @@ from fathom.ops.moe import triton_permute as rows
 from fathom.ops.moe.experts import combine, dispatch, routed_experts, routed_experts_reference
 from fathom.ops.rope import Rope
 from fathom.ops.swiglu import swiglu
-from tests.engine.backends.test_cuda_graph import token_errors
+from tests.engine.backends.test_conformance import token_errors
 from tests.gpu import DEVICE, ON_GPU, PRODUCT_DTYPES
 from tests.model.configs import lively_model, tiny
 from tests.ops.errors import scale_free_error
@@ -172,27 +174,28 @@ def test_prompts_are_read_as_by_plain_torch(
     lengths, size = (20, 1, 9, 3, 3, 33, 11), 8
     pages = [list(range(20 * i, 20 * i + 20)) for i in range(len(lengths))]
 
-    def read(runner: Runner) -> list[Tensor]:
+    def read(backend: Backend) -> list[Tensor]:
         found = []
         for start in (0, 70):
-            stretches = [
+            chunks = [
                 SequenceChunk(
                     [token % 61 for token in range(length if start == 0 else 8 - row)], start and length, pages[row]
                 )
                 for row, length in enumerate(lengths)
             ]
-            count = sum(len(stretch.tokens) for stretch in stretches)
-            main = runner.main(stretches, range(0, count, 3))
-            later = [stretch._replace(start=stretch.start + 1) for stretch in stretches]
-            module = runner.draft(later, main.h_ND, range(0, count, 5))
+            count = sum(len(chunk.tokens) for chunk in chunks)
+            main = backend.forward(chunks, range(0, count, 3))
+            later = [chunk._replace(start=chunk.start + 1) for chunk in chunks]
+            module = backend.forward_mtp(later, main.h_ND, range(0, count, 5))
             found += [main.h_ND, main.logits_NO, main.routed.weights_LNK.sort().values[0], module.h_ND]
         return found
 
-    theirs = Runner(lively_model(model.config, seed=4).to(dtype).float(), 150, size, 128, eager=True)
+    theirs = choose(lively_model(model.config, seed=4).to(dtype).float(), 150, size, 128, eager=True)
     expected = read(theirs)
     act_as_a_gpu(monkeypatch)
-    ours = Runner(model.to(DEVICE), 150, size, 128, eager=True)
-    ours._gathers = True
+    ours = choose(model.to(DEVICE), 150, size, 128, eager=True)
+    assert isinstance(ours, EagerBackend)
+    ours._varlen = True
     for found, there in zip(read(ours), expected, strict=True):
         errors = sorted(token_errors(found, there))
         assert errors[-1] <= 2e-5 if dtype == torch.float32 else errors[len(errors) // 2] <= 0.02

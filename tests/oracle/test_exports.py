@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 
 from fathom.checkpoint.hf.model import load_model, save_model
 from fathom.cli import main
-from fathom.engine.core import Core
+from fathom.engine.engine import Engine
 from fathom.engine.sampling.sampler import SamplingParams
 from tests.model.configs import lively_model, random_tokens, relative_error, tiny
 from tests.oracle.peers import PLAIN, mtp_layers_known, quietly
@@ -70,9 +70,9 @@ def test_drafts_of_our_module_leave_the_greedy_text_as_it_is(export: Path, their
         plain = theirs.generate(prompt, pad_token_id=0, **options)
         drafted = theirs.generate(prompt, pad_token_id=0, use_mtp=True, **options)
     assert drafted.tolist() == plain.tolist()
-    core = Core(load_model(export).float(), speculative=1)
-    answer = core.submit(prompt[0].tolist(), SamplingParams(max_tokens=CONTINUATION, ignore_eos=True))
-    while core.has_work:
-        core.step()
+    engine = Engine(load_model(export).float(), speculative=1)
+    answer = engine.submit(prompt[0].tolist(), SamplingParams(max_tokens=CONTINUATION, ignore_eos=True))
+    while engine.has_work:
+        engine.step()
     assert prompt[0].tolist() + answer.token_ids == drafted[0].tolist()
     assert len(set(answer.token_ids)) > 3, "a continuation that repeats itself proves little"

@@ -18,7 +18,8 @@ from torch import Tensor
 from fathom.checkpoint.hf.model import load_model
 from fathom.data.chat_template import ChatTemplate
 from fathom.data.tokenizer import load_tokenizer
-from fathom.engine.engine import Engine, Request
+from fathom.engine.engine import Engine
+from fathom.engine.request import Request
 from fathom.engine.sampling.sampler import SamplingParams
 from fathom.serve.app import make_app
 from fathom.serve.grammar import Grammars
@@ -78,7 +79,7 @@ def test_an_exception_in_one_request_is_that_requests_alone(engine: Engine) -> N
     assert [handle.finish_reason for handle in broken.handles] == ["error"]
     assert "made to fail" in (broken.handles[0].error or "")
     assert [handle.token_ids for handle in others.handles] == [each.token_ids for each in expected]
-    assert engine.core.stats().pages_used == 0
+    assert engine.stats().pages_used == 0
 
 
 def test_a_cancelled_request_gives_its_pages_back_within_one_step(engine: Engine) -> None:
@@ -89,7 +90,7 @@ def test_a_cancelled_request_gives_its_pages_back_within_one_step(engine: Engine
     def counted() -> Any:
         time.sleep(0.01)
         yield from step_phases()
-        steps.append(engine.core.stats().pages_used)
+        steps.append(engine.stats().pages_used)
 
     engine.step_phases = counted  # type: ignore[method-assign]
 
@@ -98,7 +99,7 @@ def test_a_cancelled_request_gives_its_pages_back_within_one_step(engine: Engine
         worker.start()
         job = worker.open(lambda: [Request("f", SamplingParams(max_tokens=400, ignore_eos=True))])
         await job.next_events()
-        assert engine.core.stats().pages_used > 0
+        assert engine.stats().pages_used > 0
         worker.close(job)
         before = len(steps)
         while engine.has_work:
@@ -107,7 +108,7 @@ def test_a_cancelled_request_gives_its_pages_back_within_one_step(engine: Engine
         return len(steps) - before
 
     assert asyncio.run(serve()) <= 1
-    assert engine.core.stats().pages_used == 0
+    assert engine.stats().pages_used == 0
 
 
 def test_many_tokens_a_second_are_handed_on_in_few_pieces(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,10 +202,10 @@ REFUSED = [
 def test_what_is_wrong_never_reaches_the_engine(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(engine.core, "step", lambda: pytest.fail("the engine was asked"))
+    monkeypatch.setattr(engine, "step", lambda: pytest.fail("the engine was asked"))
     [reply] = asked(engine, ("/v1/chat/completions", CHAT | change))
     assert reply.status_code == 400 and reply.json()["error"]["type"] == "invalid_request_error"
-    assert engine.core.stats().prompt_tokens == 0
+    assert engine.stats().prompt_tokens == 0
 
 
 def test_a_defect_is_told_without_its_trace(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

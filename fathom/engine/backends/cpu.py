@@ -1,21 +1,24 @@
-"""The whole model in one call on the CPU, for the few tokens of a decoding step (fathom/ops/decode/decode.cpp).
+"""The whole model in one call of compiled C++, for the few tokens of a decoding step (fathom/ops/decode/decode.cpp).
 
-Says where every weight of a model lies, in the structures that the C++ reads. They are the same in both languages.
+Reading the weights is what takes the time, so they are read where they lie. The structures below give their addresses
+to the C++, which declares the same ones. Passes of many tokens, where matmuls dominate, go to the eager backend.
 
-Shapes: N tokens, D hidden, O vocabulary, E experts, J pairs of rotary numbers.
+Shapes: N tokens, D hidden, O vocabulary, L MoE layers, K experts per token.
 """
 
 import ctypes
 from array import array
-from collections.abc import Iterable
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from fathom.engine.backends.eager import EagerBackend
 from fathom.engine.backends.raw_weights import layer_weights
-from fathom.engine.batch import BatchMetadata
+from fathom.engine.batch import BatchMetadata, ForwardOutput, SequenceChunk, num_tokens
+from fathom.engine.kv_cache import LatentCache
 from fathom.model.block import Block
 from fathom.model.cached_batch import Routed
 from fathom.model.layers import LATENT_NORM_EPS, RMSNorm
@@ -94,25 +97,31 @@ class _Step(Structure):
     )
 
 
-class NativeModel:
-    """A model on the CPU; it is read where it lies, not copied."""
+_MAX_TOKENS = 48
+"""Tokens up to which reading the weights takes longer than multiplying with them."""
 
-    max_tokens_per_call = 48
-    """Tokens up to which reading the weights takes longer than multiplying with them."""
-    max_cache_write_tokens = 512
-    """The same where a drafting module only writes latents: two products a token."""
+_MAX_CACHE_WRITE_TOKENS = 512
+"""The same for `write_mtp_kv_cache`, which is two matmuls."""
+
+
+class CpuBackend:
+    """See `backends.Backend`. Float32 passes are batch-invariant: a token's result is the same bits in every batch."""
+
     compile_seconds = 0.0
-    """The kernels are compiled once for all models."""
 
-    def __init__(self, model: Model, cache_LMW: Tensor, page_size: int, positions: int) -> None:
+    def __init__(self, model: Model, cache: LatentCache, max_positions: int) -> None:
+        """`max_positions`: slots that one sequence may take at most."""
         config = model.config
-        self._kept: list[Tensor] = []  # what the structures point to and nobody else holds
-        self._hidden, self._words, self._cache_LMW = config.hidden_size, config.vocab_size, cache_LMW
-        self._sparse_layers = sum(isinstance(cast(Block, layer).mlp, MoE) for layer in model.layers)
-        rope = rope_table(config, torch.arange(positions))
+        self.cache = cache
+        self._eager = EagerBackend(model, cache)
+        self._alive: list[Tensor] = []  # what the structures point to
+        self._copies: list[tuple[Tensor, Tensor]] = []  # those among them that are copies, with what they copy
+        self._hidden_size, self._vocab_size = config.hidden_size, config.vocab_size
+        self._moe_layers = sum(isinstance(cast(Block, layer).mlp, MoE) for layer in model.layers)
+        rope = rope_table(config, torch.arange(max_positions))
         layers = [self._layer(cast(Block, layer)) for layer in model.layers]
         modules = [self._module(cast(MTPModule, module)) for module in model.mtp]
-        common = config.moe_intermediate_size * config.n_shared_experts
+        shared = config.moe_intermediate_size * config.n_shared_experts
         self._plan = _Plan(
             hidden=config.hidden_size,
             heads=config.num_attention_heads,
@@ -125,104 +134,137 @@ class NativeModel:
             groups=config.n_group,
             topk_group=config.topk_group,
             normalise=config.norm_topk_prob,
-            page_size=page_size,
-            slots=cache_LMW.shape[1],
-            widest=max(2 * config.hidden_size, config.intermediate_size, config.moe_intermediate_size, common),
+            page_size=cache.page_size,
+            slots=cache.latents_LMW.shape[1],
+            widest=max(2 * config.hidden_size, config.intermediate_size, config.moe_intermediate_size, shared),
             eps=config.rms_norm_eps,
             latent_eps=LATENT_NORM_EPS,
             scale=softmax_scale(config),
             routed_scale=config.routed_scaling_factor,
-            embed=self._weight(*stored(model.embed_tokens, "weight")),
-            norm=self._floats(model.norm.weight),
-            head=self._weight(*stored(model.lm_head, "weight")),
+            embed=self._matrix(*stored(model.embed_tokens, "weight")),
+            norm=self._vector(model.norm.weight),
+            head=self._matrix(*stored(model.lm_head, "weight")),
             layer_count=len(layers),
             layers=(_Layer * len(layers))(*layers),
             modules=(_Module * len(modules))(*modules),
-            cosines=self._keep(rope.cos),
-            sines=self._keep(rope.sin),
+            cosines=self._address(rope.cos),
+            sines=self._address(rope.sin),
         )
-        self._plan_at, self._dtype = ctypes.addressof(self._plan), cache_LMW.dtype
+        self._plan_address, self._dtype = ctypes.addressof(self._plan), cache.latents_LMW.dtype
 
-    def prepare(self, tokens: int) -> None:
-        """Nothing: it is ready."""
+    @torch.no_grad()
+    def forward(self, chunks: Sequence[SequenceChunk], logits_indices: Sequence[int]) -> ForwardOutput:
+        """Run the main model."""
+        if num_tokens(chunks) > _MAX_TOKENS:
+            return self._eager.forward(chunks, logits_indices)
+        return self._run(-1, chunks, logits_indices, None)
 
-    def run(
+    @torch.no_grad()
+    def forward_mtp(
+        self, chunks: Sequence[SequenceChunk], prev_hidden_ND: Tensor, logits_indices: Sequence[int]
+    ) -> ForwardOutput:
+        """Run the first MTP module."""
+        if num_tokens(chunks) > _MAX_TOKENS:
+            return self._eager.forward_mtp(chunks, prev_hidden_ND, logits_indices)
+        return self._run(0, chunks, logits_indices, prev_hidden_ND)
+
+    @torch.no_grad()
+    def write_mtp_kv_cache(self, chunks: Sequence[SequenceChunk], prev_hidden_ND: Tensor) -> None:
+        """Write the first MTP module's latents."""
+        if num_tokens(chunks) > _MAX_CACHE_WRITE_TOKENS:
+            self._eager.write_mtp_kv_cache(chunks, prev_hidden_ND)
+        else:
+            self._run(0, chunks, (), prev_hidden_ND, cache_only=True)
+
+    def warm_up(self, tokens: int) -> None:
+        """Nothing: the kernels are compiled once, for all models."""
+
+    @torch.no_grad()
+    def refresh_weights(self) -> None:
+        """Copy again what had to be copied: vectors of bfloat16 models, which the C++ reads in float32."""
+        for copy, original in self._copies:
+            copy.copy_(original)
+
+    def _run(
         self,
-        module: int | None,
-        metadata: BatchMetadata,
-        logits_indices: Iterable[int],
-        prev_hidden_ND: Tensor | None = None,
+        module: int,
+        chunks: Sequence[SequenceChunk],
+        logits_indices: Sequence[int],
+        prev_hidden_ND: Tensor | None,
         cache_only: bool = False,
-    ) -> tuple[Tensor, Tensor, Routed]:
-        """States (N, D) of the main model or of MTP module number `module`, and the logits of the tokens
-        `logits_indices`.
+    ) -> ForwardOutput:
+        """One call for all layers of the main model (`module` −1) or for MTP module number `module`.
 
-        States and logits are float32. The routing is that of the main model, of no layer for a module. With
-        `cache_only` a module writes its latents and no more: there are no states.
+        With `cache_only` the module writes its latents and stops: h_ND is empty.
         """
+        metadata = BatchMetadata.of(chunks, self.cache.page_size, self.cache.null_slot)
         n, indices = len(metadata.token_ids), array("q", logits_indices)
-        states_ND = torch.empty(0 if cache_only else n, self._hidden)
-        logits = torch.empty(len(indices), self._words)
-        routed = (self._sparse_layers if module is None else 0, n, self._plan.choices)
-        experts_LNK, weights_LNK = torch.empty(routed, dtype=torch.int64), torch.empty(routed)
+        h_ND = torch.empty(0 if cache_only else n, self._hidden_size)
+        logits_NO = torch.empty(len(indices), self._vocab_size)
+        shape = (self._moe_layers if module < 0 else 0, n, self._plan.choices)
+        experts_LNK, weights_LNK = torch.empty(shape, dtype=torch.int64), torch.empty(shape)
         step = _Step(
             tokens=n,
             max_blocks_per_seq=metadata.max_blocks_per_seq,
-            token_ids=_address(metadata.token_ids),
-            positions=_address(metadata.positions),
-            slot_mapping=_address(metadata.slot_mapping),
-            seq_indices=_address(metadata.seq_indices),
-            block_tables=_address(metadata.block_tables),
-            cache=self._cache_LMW.data_ptr(),
+            token_ids=_array_address(metadata.token_ids),
+            positions=_array_address(metadata.positions),
+            slot_mapping=_array_address(metadata.slot_mapping),
+            seq_indices=_array_address(metadata.seq_indices),
+            block_tables=_array_address(metadata.block_tables),
+            cache=self.cache.latents_LMW.data_ptr(),
             prev_hidden=None if prev_hidden_ND is None else prev_hidden_ND.data_ptr(),
-            hidden=None if cache_only else states_ND.data_ptr(),
+            hidden=None if cache_only else h_ND.data_ptr(),
             logits_count=len(indices),
-            logits_indices=_address(indices),
-            logits=logits.data_ptr(),
+            logits_indices=_array_address(indices),
+            logits=logits_NO.data_ptr(),
             experts=experts_LNK.data_ptr(),
             weights=weights_LNK.data_ptr(),
         )
-        cpu.call("decode", self._dtype, self._plan_at, ctypes.addressof(step), -1 if module is None else module)
-        return states_ND, logits, Routed(experts_LNK, weights_LNK)
+        cpu.call("decode", self._dtype, self._plan_address, ctypes.addressof(step), module)
+        return ForwardOutput(h_ND, logits_NO, Routed(experts_LNK, weights_LNK))
 
     def _layer(self, block: Block) -> _Layer:
         weights = layer_weights(block)
-        matrices = {name: self._weight(*matrix) for name, matrix in weights.matrices.items()}
-        return _Layer(**matrices, **{name: self._floats(vector) for name, vector in weights.vectors.items()})
+        matrices = {name: self._matrix(*matrix) for name, matrix in weights.matrices.items()}
+        return _Layer(**matrices, **{name: self._vector(vector) for name, vector in weights.vectors.items()})
 
     def _module(self, module: MTPModule) -> _Module:
         return _Module(
-            embed_norm=self._floats(module.enorm.weight),
-            state_norm=self._floats(module.hnorm.weight),
-            join=self._weight(*stored(module.eh_proj, "weight")),
+            embed_norm=self._vector(module.enorm.weight),
+            state_norm=self._vector(module.hnorm.weight),
+            join=self._matrix(*stored(module.eh_proj, "weight")),
             layer=self._layer(module),
-            norm=self._floats(cast(RMSNorm, module.shared_head["norm"]).weight),
+            norm=self._vector(cast(RMSNorm, module.shared_head["norm"]).weight),
         )
 
-    def _weight(self, numbers: Tensor, scales: Tensor | None) -> _Weight:
+    def _matrix(self, values: Tensor, scales: Tensor | None) -> _Weight:
         """A matrix, or a stack of matrices of this many rows and columns each, where it lies."""
-        rows, columns = numbers.shape[-2:]
-        if numbers.dtype == torch.int32:
+        rows, columns = values.shape[-2:]
+        if values.dtype == torch.int32:  # eight int4 values each
             columns *= 8
-        scales_at = None if scales is None else self._keep(scales)
-        return _Weight(self._keep(numbers), scales_at, _FORMATS[numbers.dtype], rows, columns)
+        scales_address = None if scales is None else self._address(scales)
+        return _Weight(self._address(values), scales_address, _FORMATS[values.dtype], rows, columns)
 
-    def _floats(self, numbers: Tensor) -> _Weight:
+    def _vector(self, values: Tensor) -> _Weight:
         """A vector in float32."""
-        return _Weight(self._keep(numbers.float()), None, _FORMATS[torch.float32], 1, len(numbers))
+        return _Weight(self._address(values, torch.float32), None, _FORMATS[torch.float32], 1, len(values))
 
-    def _keep(self, tensor: Tensor) -> int:
-        tensor = tensor.detach().contiguous()
-        self._kept.append(tensor)
-        return tensor.data_ptr()
+    def _address(self, tensor: Tensor, dtype: torch.dtype | None = None) -> int:
+        """Where it lies; a copy lies there only where another type is needed, or it is not contiguous."""
+        original = tensor.detach()
+        found = original.to(dtype or original.dtype).contiguous()
+        self._alive.append(found)
+        if found.data_ptr() != original.data_ptr():
+            self._copies.append((found, original))
+        return found.data_ptr()
 
 
-def _address(numbers: "array[int]") -> int:
-    return numbers.buffer_info()[0]
+def _array_address(values: "array[int]") -> int:
+    return values.buffer_info()[0]
 
 
-def usable(model: Model) -> bool:
-    """Whether this model can run here: all of it on the CPU, in float32 or bfloat16, with the kernels built.
+def supports(model: Model) -> bool:
+    """Whether this backend can run the model: all of it on the CPU, in float32 or bfloat16, with the kernels built.
 
     The router in C++ is DeepSeek-V3's.
     """

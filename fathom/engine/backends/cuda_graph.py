@@ -1,8 +1,9 @@
 """The whole model on a GPU for the few tokens of a decoding step: the kernels of fathom/ops, replayed as one graph.
 
-A step is some two hundred launches, each shorter than asking for it would take. So a step of a given size is recorded
-once as a CUDA graph, in which everything but the numbers in a few buffers is fixed, and asked for as a whole. Sizes are
-rounded up; the tokens that fill them up stand nowhere, choose no experts and are not looked at.
+A step is some two hundred kernels, each shorter than its launch would take. So a step of a given size is captured once
+as a CUDA graph, in which everything but the contents of a few buffers is fixed, and replayed as a whole. Sizes are
+rounded up; padding tokens have position −1, choose no experts, and their results are ignored. Passes of more tokens go
+to the eager backend.
 
 Shapes: N tokens, D hidden, O vocabulary, H heads, X = P+R query width, C latent, V value width, W = C+R, L layers,
 K experts per token.
@@ -10,14 +11,18 @@ K experts per token.
 
 import time
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from fathom.engine.backends.eager import EagerBackend
 from fathom.engine.backends.raw_weights import LayerWeights, layer_weights
-from fathom.engine.batch import BatchMetadata
+from fathom.engine.batch import BatchMetadata, ForwardOutput, SequenceChunk, num_tokens
+from fathom.engine.kv_cache import LatentCache
 from fathom.model.block import Block
 from fathom.model.cached_batch import Routed
 from fathom.model.layers import LATENT_NORM_EPS, RMSNorm
@@ -34,22 +39,16 @@ from fathom.ops.norm.triton import add_and_normalise
 from fathom.quantization.weight_only import stored
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-"""Tokens that a step may have."""
+"""Tokens that a captured step may have; more run eagerly."""
 
 
 class _Inputs(NamedTuple):
     """A step's buffers: what differs from one replay to the next."""
 
-    numbers: Tensor
-    """Ids, positions, slots, owners, the length of a row of pages, the pages: one copy fills it."""
+    metadata: Tensor
+    """Token ids, positions, slot mapping, sequence indices, length of a block table, block tables: one int64 copy."""
     prev_hidden_ND: Tensor | None
-    """For a module, the states before the tokens, float32."""
-
-
-class _Outputs(NamedTuple):
-    states_ND: Tensor
-    logits_NO: Tensor
-    routed: Routed
+    """For an MTP module, the hidden states of the tokens before, float32."""
 
 
 class _Step(NamedTuple):
@@ -57,88 +56,115 @@ class _Step(NamedTuple):
 
     inputs: _Inputs
     replay: Callable[[], None]
-    outputs: _Outputs | None
+    outputs: ForwardOutput | None
+    """Where each replay leaves its results; none where only the cache is written."""
 
 
-class GraphedModel:
-    """A model on a GPU, ready for steps of up to `max_tokens_per_call`; its weights are read where they lie, not
-    copied."""
+class CudaGraphBackend:
+    """See `backends.Backend`. Weights are read where they lie, not copied."""
 
-    max_tokens_per_call = max_cache_write_tokens = SIZES[-1]
-
-    def __init__(self, model: Model, cache_LMW: Tensor, page_size: int, positions: int) -> None:
-        """`positions`: slots that one sequence may take at most."""
+    def __init__(self, model: Model, cache: LatentCache, max_positions: int) -> None:
+        """`max_positions`: slots that one sequence may take at most."""
         config = model.config
         self.compile_seconds = 0.0
-        """Spent so far on compiling and recording."""
-        self._model, self._config, self._cache_LMW, self._page_size = model, config, cache_LMW, page_size
-        self._device, self._dtype = cache_LMW.device, cache_LMW.dtype
-        self._most_pages = -(-positions // page_size)
-        self._nowhere = cache_LMW.shape[1] - page_size
-        self._rope = rope_table(config, torch.arange(positions, device=self._device))
+        self.cache = cache
+        self._eager = EagerBackend(model, cache)
+        self._model, self._config, self._cache_LMW, self._page_size = model, config, cache.latents_LMW, cache.page_size
+        self._device, self._dtype = self._cache_LMW.device, self._cache_LMW.dtype
+        self._max_pages = -(-max_positions // self._page_size)
+        self._rope = rope_table(config, torch.arange(max_positions, device=self._device))
+        # Triton's kernels go to the current device.
+        self._on_device = partial(torch.cuda.device, self._device) if self._device.type == "cuda" else nullcontext
         self._scale = softmax_scale(config)
         self._layers = [layer_weights(cast(Block, layer)) for layer in model.layers]
         self._modules = [layer_weights(cast(MTPModule, module)) for module in model.mtp]
         self._head = Weight(*stored(model.lm_head, "weight"))
         self._moe_layers = sum(isinstance(cast(Block, layer).mlp, MoE) for layer in model.layers)
         self._steps: dict[tuple[int | None, bool, int], _Step] = {}
-        self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
+        self._graph_pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
 
     @torch.no_grad()
-    def prepare(self, tokens: int) -> None:
-        """Make ready now, not when it is asked for, whatever steps of up to so many tokens may need."""
-        most = next((size for size in SIZES if size >= tokens), SIZES[-1])
+    def forward(self, chunks: Sequence[SequenceChunk], logits_indices: Sequence[int]) -> ForwardOutput:
+        """Run the main model."""
+        if num_tokens(chunks) > SIZES[-1]:
+            return self._eager.forward(chunks, logits_indices)
+        return self._run(None, chunks, logits_indices, None)
+
+    @torch.no_grad()
+    def forward_mtp(
+        self, chunks: Sequence[SequenceChunk], prev_hidden_ND: Tensor, logits_indices: Sequence[int]
+    ) -> ForwardOutput:
+        """Run the first MTP module."""
+        if num_tokens(chunks) > SIZES[-1]:
+            return self._eager.forward_mtp(chunks, prev_hidden_ND, logits_indices)
+        return self._run(0, chunks, logits_indices, prev_hidden_ND)
+
+    @torch.no_grad()
+    def write_mtp_kv_cache(self, chunks: Sequence[SequenceChunk], prev_hidden_ND: Tensor) -> None:
+        """Write the first MTP module's latents."""
+        if num_tokens(chunks) > SIZES[-1]:
+            self._eager.write_mtp_kv_cache(chunks, prev_hidden_ND)
+        else:
+            self._run(0, chunks, (), prev_hidden_ND, cache_only=True)
+
+    @torch.no_grad()
+    def warm_up(self, tokens: int) -> None:
+        """Capture steps of all sizes up to `tokens`."""
+        largest = next((size for size in SIZES if size >= tokens), SIZES[-1])
         kinds: list[tuple[int | None, bool]] = [(None, False)]
         if self._modules:
             kinds += [(0, False), (0, True)]
-        for size in SIZES[: SIZES.index(most) + 1]:
-            for module, cache_only in kinds:
-                self._step(module, cache_only, size)
+        with self._on_device():
+            for size in SIZES[: SIZES.index(largest) + 1]:
+                for module, cache_only in kinds:
+                    self._step(module, cache_only, size)
 
-    @torch.no_grad()
-    def run(
+    def refresh_weights(self) -> None:
+        """Nothing: the graphs read the model's parameters where they lie."""
+
+    def _run(
         self,
         module: int | None,
-        metadata: BatchMetadata,
-        logits_indices: Iterable[int],
-        prev_hidden_ND: Tensor | None = None,
+        chunks: Sequence[SequenceChunk],
+        logits_indices: Sequence[int],
+        prev_hidden_ND: Tensor | None,
         cache_only: bool = False,
-    ) -> tuple[Tensor, Tensor, Routed]:
-        """States (N, D) of the main model or of MTP module number `module`, and the logits of the tokens
-        `logits_indices`.
+    ) -> ForwardOutput:
+        """Replay the step of the main model or of MTP module number `module`.
 
-        States and logits are float32. The routing is that of the main model, of no layer for a module. With
-        `cache_only` a module writes its latents and no more: there are no states. The logits hold until the next call.
+        With `cache_only` the module writes its latents and stops: h_ND is empty.
         """
-        count, which = len(metadata.token_ids), list(logits_indices)
-        size = next(size for size in SIZES if size >= count)
-        step = self._step(module, cache_only, size)
-        self._fill(step.inputs, metadata, size, prev_hidden_ND)
-        step.replay()
-        if step.outputs is None:
-            nothing_ND = torch.empty(0, self._config.hidden_size, device=self._device)
-            return nothing_ND, nothing_ND, self._unrouted(0)
-        states_ND, logits_NO, routed = step.outputs
-        if which != list(range(count)):
-            logits_NO = logits_NO[torch.tensor(which, device=self._device, dtype=torch.int64)]
-        found = Routed(routed.experts_LNK[:, :count].clone(), routed.weights_LNK[:, :count].clone())
-        return states_ND[:count].clone(), logits_NO[: len(which)], found
+        metadata = BatchMetadata.of(chunks, self._page_size, self.cache.null_slot)
+        count, wanted = len(metadata.token_ids), list(logits_indices)
+        with self._on_device():
+            size = next(size for size in SIZES if size >= count)
+            step = self._step(module, cache_only, size)
+            self._fill(step.inputs, metadata, prev_hidden_ND, size)
+            step.replay()
+            if step.outputs is None:
+                none_ND = self._empty(0, self._config.hidden_size)
+                return ForwardOutput(none_ND, none_ND, self._unrouted(0))
+            h_ND, logits_NO, routed = step.outputs
+            if wanted != list(range(count)):
+                logits_NO = logits_NO[torch.tensor(wanted, device=self._device, dtype=torch.int64)]
+            found = Routed(routed.experts_LNK[:, :count].clone(), routed.weights_LNK[:, :count].clone())
+            return ForwardOutput(h_ND[:count].clone(), logits_NO[: len(wanted)], found)
 
     def _step(self, module: int | None, cache_only: bool, size: int) -> _Step:
         key = (module, cache_only, size)
         if key not in self._steps:
-            self._steps[key] = self._made(*key)
+            self._steps[key] = self._capture(*key)
         return self._steps[key]
 
-    def _made(self, module: int | None, cache_only: bool, size: int) -> _Step:
-        """Compile what is not compiled yet, and record the step where there are graphs."""
+    def _capture(self, module: int | None, cache_only: bool, size: int) -> _Step:
+        """Compile what is not compiled yet, and capture the step where there are graphs."""
         began = time.perf_counter()
-        numbers = torch.zeros(4 * size + 1 + size * self._most_pages, dtype=torch.int64, device=self._device)
+        metadata = torch.zeros(4 * size + 1 + size * self._max_pages, dtype=torch.int64, device=self._device)
         hidden = self._config.hidden_size
         prev_hidden_ND = None if module is None else torch.zeros(size, hidden, device=self._device)
-        inputs = _Inputs(numbers, prev_hidden_ND)
-        self._fill(inputs, BatchMetadata(1), size, prev_hidden_ND)
-        outputs: list[_Outputs | None] = []
+        inputs = _Inputs(metadata, prev_hidden_ND)
+        self._fill(inputs, BatchMetadata(1), prev_hidden_ND, size)
+        outputs: list[ForwardOutput | None] = []
 
         def compute() -> None:
             outputs[:] = [self._compute(module, cache_only, size, inputs)]
@@ -148,13 +174,13 @@ class GraphedModel:
             return self._interpreted(inputs, compute, outputs)
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._graph_pool):
             compute()
         self.compile_seconds += time.perf_counter() - began
         return _Step(inputs, graph.replay, outputs[0])
 
-    def _interpreted(self, inputs: _Inputs, compute: Callable[[], None], outputs: list[_Outputs | None]) -> _Step:
-        """The same without a graph: outputs stay where they were first."""
+    def _interpreted(self, inputs: _Inputs, compute: Callable[[], None], outputs: list[ForwardOutput | None]) -> _Step:
+        """The same without a graph: each run's results are copied to where the first run's lie."""
         kept = outputs[0]
 
         def replay() -> None:
@@ -166,30 +192,30 @@ class GraphedModel:
 
         return _Step(inputs, replay, kept)
 
-    def _fill(self, inputs: _Inputs, metadata: BatchMetadata, size: int, prev_hidden_ND: Tensor | None) -> None:
-        """Put a step's tokens into its buffers. The copy is staged by the driver, so that nobody waits for it."""
-        spare = size - len(metadata.token_ids)
-        numbers = array("q", metadata.token_ids)
-        numbers.extend([0] * spare)
-        numbers.extend(metadata.positions)
-        numbers.extend([-1] * spare)
-        numbers.extend(metadata.slot_mapping)
-        numbers.extend([self._nowhere] * spare)
-        numbers.extend(metadata.seq_indices)
-        numbers.extend([0] * spare)
-        numbers.append(metadata.max_blocks_per_seq)
-        numbers.extend(metadata.block_tables)
-        inputs.numbers[: len(numbers)].copy_(torch.frombuffer(numbers, dtype=torch.int64), non_blocking=True)
+    def _fill(self, inputs: _Inputs, metadata: BatchMetadata, prev_hidden_ND: Tensor | None, size: int) -> None:
+        """Copy a step's tokens into its buffers, padded to `size`. The driver stages the copy: nothing waits for it."""
+        padding = size - len(metadata.token_ids)
+        flat = array("q", metadata.token_ids)
+        flat.extend([0] * padding)
+        flat.extend(metadata.positions)
+        flat.extend([-1] * padding)
+        flat.extend(metadata.slot_mapping)
+        flat.extend([self.cache.null_slot] * padding)
+        flat.extend(metadata.seq_indices)
+        flat.extend([0] * padding)
+        flat.append(metadata.max_blocks_per_seq)
+        flat.extend(metadata.block_tables)
+        inputs.metadata[: len(flat)].copy_(torch.frombuffer(flat, dtype=torch.int64), non_blocking=True)
         if prev_hidden_ND is not None and inputs.prev_hidden_ND is not None:
             inputs.prev_hidden_ND[: len(prev_hidden_ND)].copy_(prev_hidden_ND)
 
     # ---------------------------------------------------------------------------------------------- one step
 
-    def _compute(self, module: int | None, cache_only: bool, size: int, inputs: _Inputs) -> _Outputs | None:
-        ids_N, positions_N, slot_mapping_N, owners_N = inputs.numbers[: 4 * size].view(4, size)
-        pages = inputs.numbers[4 * size :]
-        first = 0 if module is None else 1  # slot 0 of a module is never written
-        places = attention.Places(positions_N, slot_mapping_N, owners_N, pages, self._page_size, first)
+    def _compute(self, module: int | None, cache_only: bool, size: int, inputs: _Inputs) -> ForwardOutput | None:
+        ids_N, positions_N, slot_mapping_N, seq_indices_N = inputs.metadata[: 4 * size].view(4, size)
+        block_tables = inputs.metadata[4 * size :]
+        first = 0 if module is None else 1  # an MTP module never writes slot 0
+        places = attention.Places(positions_N, slot_mapping_N, seq_indices_N, block_tables, self._page_size, first)
         x_ND = self._model.embed_tokens(ids_N).float()
         if module is None:
             norm, layers, caches = self._model.norm, self._layers, self._cache_LMW
@@ -201,11 +227,11 @@ class GraphedModel:
             caches = self._cache_LMW[len(self._layers) + module :]
             routed = self._unrouted(0, size)
             choices = iter(zip(*self._unrouted(1, size), strict=True))
-            x_ND = self._joined(part, x_ND, inputs.prev_hidden_ND)
+            x_ND = self._join(part, x_ND, inputs.prev_hidden_ND)
         normed_ND = self._empty(size, self._config.hidden_size, dtype=self._dtype)
         add_and_normalise(x_ND, None, *self._norm(layers[0], "input_norm"), normed_ND)
         if cache_only:
-            self._remember(normed_ND, layers[0], places, caches[0])
+            self._project_and_write(normed_ND, layers[0], places, caches[0])
             return None
         for layer, cache_MW, following in zip(layers, caches, [*layers[1:], None], strict=False):
             attended_ND = self._attend(normed_ND, layer, places, cache_MW)
@@ -218,10 +244,10 @@ class GraphedModel:
         add_and_normalise(x_ND, y_NKD, norm.weight, norm.eps, h_ND)
         logits_NO = self._empty(size, self._config.vocab_size)
         linear(h_ND.to(self._dtype), [self._head], [logits_NO])
-        return _Outputs(h_ND, logits_NO, routed)
+        return ForwardOutput(h_ND, logits_NO, routed)
 
-    def _joined(self, part: MTPModule, embedded_ND: Tensor, prev_hidden_ND: Tensor | None) -> Tensor:
-        """What a module's layer is fed."""
+    def _join(self, part: MTPModule, embedded_ND: Tensor, prev_hidden_ND: Tensor | None) -> Tensor:
+        """h', the input of an MTP module's layer (N, D)."""
         assert prev_hidden_ND is not None
         halves = [self._empty(*embedded_ND.shape, dtype=self._dtype) for _ in range(2)]
         for x_ND, norm, out_ND in zip((embedded_ND, prev_hidden_ND), (part.enorm, part.hnorm), halves, strict=True):
@@ -235,7 +261,7 @@ class GraphedModel:
         config, tokens = self._config, len(normed_ND)
         heads, nope, latent = config.num_attention_heads, config.qk_nope_head_dim, config.kv_lora_rank
         q_NHX = self._empty(tokens, heads, config.qk_head_dim, dtype=self._dtype)
-        q_NQ = self._remember(normed_ND, layer, places, cache_MW, q_NHX)
+        q_NQ = self._project_and_write(normed_ND, layer, places, cache_MW, q_NHX)
         if q_NQ is not None:
             linear(q_NQ, [_matrix(layer, "q_b")], [q_NHX.flatten(1)])
         up_HYC = layer.matrices["kv_b"][0].unflatten(0, (heads, -1))
@@ -251,7 +277,7 @@ class GraphedModel:
         linear(heads_NHV.flatten(1), [_matrix(layer, "o")], [attended_ND])
         return attended_ND
 
-    def _remember(
+    def _project_and_write(
         self,
         normed_ND: Tensor,
         layer: LayerWeights,
@@ -259,19 +285,19 @@ class GraphedModel:
         cache_MW: Tensor,
         q_NHX: Tensor | None = None,
     ) -> Tensor | None:
-        """Write the latents. Where there is room for queries, they are computed beside it, or their latents given."""
+        """Write the latents; project the queries into `q_NHX` if given, or return their latents (N, Q)."""
         kv_NW = self._empty(len(normed_ND), self._config.cache_width)
-        maps, outs, query = [_matrix(layer, "kv_a")], [kv_NW], None
+        matrices, outs, query = [_matrix(layer, "kv_a")], [kv_NW], None
         if q_NHX is not None and "q_a" in layer.matrices:
-            maps.insert(0, _matrix(layer, "q_a"))
+            matrices.insert(0, _matrix(layer, "q_a"))
             raw_NQ = self._empty(len(normed_ND), len(layer.matrices["q_a"][0]))
             outs.insert(0, raw_NQ)
             normed_NQ = torch.empty_like(raw_NQ, dtype=self._dtype)
             query = attention.QueryLatent(raw_NQ, layer.vectors["q_a_norm"], normed_NQ)
         elif q_NHX is not None:
-            maps.insert(0, _matrix(layer, "q_b"))
+            matrices.insert(0, _matrix(layer, "q_b"))
             outs.insert(0, q_NHX.flatten(1))
-        linear(normed_ND, maps, outs)
+        linear(normed_ND, matrices, outs)
         norm = (layer.vectors["kv_a_norm"], LATENT_NORM_EPS)
         attention.write_kv_cache(kv_NW, *norm, self._rope, places.positions_N, places.slot_mapping_N, cache_MW, query)
         return None if query is None else query.normed_NQ
@@ -283,7 +309,7 @@ class GraphedModel:
         places: attention.Places,
         choice: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
-        """What the experts add (N, K+1, D); which ones and with what weights goes to `choice`."""
+        """The experts' outputs (N, K+1, D); their ids and weights (N, K) are written to `choice`."""
         config, (tokens, hidden) = self._config, normed_ND.shape
         routed, choices, width = None, 0, 0
         if choice is not None:
@@ -310,7 +336,7 @@ class GraphedModel:
         return torch.empty(shape, dtype=dtype, device=self._device)
 
     def _unrouted(self, layers: int, tokens: int = 0) -> Routed:
-        """Room for what so many layers choose."""
+        """Room for the routing of so many layers."""
         shape = (layers, tokens, self._config.num_experts_per_tok)
         return Routed(self._empty(*shape, dtype=torch.int64), self._empty(*shape))
 
@@ -319,13 +345,13 @@ def _matrix(layer: LayerWeights, name: str) -> Weight:
     return Weight(*layer.matrices[name])
 
 
-def usable(model: Model) -> bool:
-    """Whether this model can run here: all of it on one GPU, in float32 or bfloat16, with DeepSeek-V3's router.
+def supports(model: Model) -> bool:
+    """Whether this backend can run the model: all of it on one GPU, in float32 or bfloat16, with DeepSeek-V3's router.
 
-    Products have the activations' type, which gates must then have, too.
+    Matmuls have the activations' type, which the routers' weights must then have, too.
     """
     weights, own = list(model.parameters()), model.embed_tokens.weight.dtype
-    kinds = {torch.float32, torch.bfloat16, torch.int8, torch.int32}
-    on_one = len({weight.device for weight in weights}) == 1 and weights[0].is_cuda
-    known = all(weight.dtype in kinds for weight in weights)
-    return on_one and known and not model.config.is_v2 and all(r.weight.dtype == own for r in model.routers())
+    dtypes = {torch.float32, torch.bfloat16, torch.int8, torch.int32}
+    on_one_gpu = len({weight.device for weight in weights}) == 1 and weights[0].is_cuda
+    supported = all(weight.dtype in dtypes for weight in weights)
+    return on_one_gpu and supported and not model.config.is_v2 and all(r.weight.dtype == own for r in model.routers())

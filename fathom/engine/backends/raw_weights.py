@@ -1,6 +1,6 @@
-"""Where every weight of a layer lies, as those read it who run a whole model themselves (native.py, graphed.py).
+"""The weight tensors of one layer as they are stored, for the backends that run a whole model themselves.
 
-A matrix is what is stored: its numbers, and scales where it is quantised.
+A matrix is what is stored: its values, and scales where it is quantised.
 """
 
 from typing import NamedTuple
@@ -12,18 +12,18 @@ from fathom.model.moe import MoE
 from fathom.quantization.weight_only import stored
 
 Matrix = tuple[Tensor, Tensor | None]
-"""Numbers (…, rows, columns) and scales."""
+"""Values (…, rows, columns), and scales where they are quantised."""
 
 
 class LayerWeights(NamedTuple):
-    """A layer's weights under short names; those it does not have are absent."""
+    """A layer's weights under short names; those a layer does not have are absent."""
 
     matrices: dict[str, Matrix]
     vectors: dict[str, Tensor]
 
 
 def layer_weights(block: Block) -> LayerWeights:
-    """A layer's; of an MTP module, those of the layer in it."""
+    """The weights of a layer, or of the layer inside an MTP module."""
     attention, mlp = block.self_attn, block.mlp
     matrices = {
         "kv_a": stored(attention.kv_a_proj_with_mqa, "weight"),
@@ -46,8 +46,8 @@ def layer_weights(block: Block) -> LayerWeights:
         vectors["bias"] = mlp.gate.e_score_correction_bias
         matrices["gate_up"] = stored(mlp.experts, "gate_up_proj")
         matrices["down"] = stored(mlp.experts, "down_proj")
-    common = mlp.shared_experts if isinstance(mlp, MoE) else mlp
-    matrices["gate"] = stored(common.gate_proj, "weight")
-    matrices["up"] = stored(common.up_proj, "weight")
-    matrices["out"] = stored(common.down_proj, "weight")
+    shared = mlp.shared_experts if isinstance(mlp, MoE) else mlp
+    matrices["gate"] = stored(shared.gate_proj, "weight")
+    matrices["up"] = stored(shared.up_proj, "weight")
+    matrices["out"] = stored(shared.down_proj, "weight")
     return LayerWeights(matrices, vectors)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fathom.data.dataset import TokenRows
 from fathom.data.tokenize import TokenizedCorpus
-from fathom.engine.core import Core
+from fathom.engine.engine import Engine
 from fathom.engine.outputs import Generation
 from fathom.engine.sampling.sampler import SamplingParams
 from fathom.eval.bits import Evaluation, evaluate
@@ -103,7 +103,7 @@ def drafting(model: Model, held_out: HeldOut, clock: Callable[[], float]) -> tup
     prompts = held_out.prompts()
     numbers = {"tokens_per_forward": 1.0}
     if model.mtp:
-        one, two = (_continue(_core(model, drafts, len(prompts)), prompts) for drafts in (1, 2))
+        one, two = (_continue(_engine(model, drafts, len(prompts)), prompts) for drafts in (1, 2))
         numbers["tokens_per_forward"] = (_tokens(one) - len(one)) / sum(g.forwards for g in one)
         for place in range(2):
             offered = sum(g.offered_at[place] for g in two if len(g.offered_at) > place)
@@ -114,12 +114,12 @@ def drafting(model: Model, held_out: HeldOut, clock: Callable[[], float]) -> tup
 
 def _drafting_speed(model: Model, prompts: Sequence[Sequence[int]], clock: Callable[[], float]) -> Numbers:
     """One text at a time, without and with a draft by turns, so that the machine's moods meet both alike."""
-    cores = [_core(model, drafts, 1) for drafts in ((0, 1) if model.mtp else (0,))]
-    seconds = [0.0] * len(cores)
+    engines = [_engine(model, drafts, 1) for drafts in ((0, 1) if model.mtp else (0,))]
+    seconds = [0.0] * len(engines)
     for prompt in prompts:
-        for place, core in enumerate(cores):
+        for place, engine in enumerate(engines):
             began = clock()
-            _continue(core, [prompt])
+            _continue(engine, [prompt])
             seconds[place] += clock() - began
     return {
         "plain_tokens_per_second": _NEW_TOKENS * len(prompts) / seconds[0],
@@ -127,17 +127,17 @@ def _drafting_speed(model: Model, prompts: Sequence[Sequence[int]], clock: Calla
     }
 
 
-def _core(model: Model, drafts: int, together: int) -> Core:
+def _engine(model: Model, drafts: int, together: int) -> Engine:
     room = together * (_PROMPT_TOKENS + _NEW_TOKENS + 64)
-    return Core(model, speculative=drafts, max_batch=together, cache_tokens=room)
+    return Engine(model, speculative=drafts, max_batch=together, cache_tokens=room)
 
 
-def _continue(core: Core, prompts: Sequence[Sequence[int]]) -> list[Generation]:
+def _continue(engine: Engine, prompts: Sequence[Sequence[int]]) -> list[Generation]:
     """Greedy continuations of all prompts."""
     params = SamplingParams(max_tokens=_NEW_TOKENS, ignore_eos=True)
-    found = [core.submit(prompt, params) for prompt in prompts]
-    while core.has_work:
-        core.step()
+    found = [engine.submit(prompt, params) for prompt in prompts]
+    while engine.has_work:
+        engine.step()
     return found
 
 

@@ -12,7 +12,7 @@ import torch
 from fathom.checkpoint.hf.model import CheckpointError, load_model, load_part, save_model
 from fathom.checkpoint.hf.safetensors_io import StoredTensor
 from fathom.checkpoint.info import weight_bytes
-from fathom.engine.core import Core
+from fathom.engine.engine import Engine
 from fathom.engine.sampling.sampler import SamplingParams
 from fathom.model.quantize import quantized
 from fathom.model.transformer import Model
@@ -129,10 +129,10 @@ def test_what_stays_in_fp8_and_how_much_memory_that_is(narrow: Path) -> None:
 def test_the_engine_runs_with_kept_blocks(narrow: Path) -> None:
     answers = []
     for keep in (False, True):
-        core = Core(load_model(narrow, keep_fp8=keep), speculative=1)
-        handle = core.submit([3, 1, 4, 1, 5], SamplingParams(max_tokens=20, ignore_eos=True))
-        while core.has_work:
-            core.step()
+        engine = Engine(load_model(narrow, keep_fp8=keep), speculative=1)
+        handle = engine.submit([3, 1, 4, 1, 5], SamplingParams(max_tokens=20, ignore_eos=True))
+        while engine.has_work:
+            engine.step()
         answers.append(handle.token_ids)
     assert answers[0] == answers[1] and len(set(answers[0])) > 3
 

@@ -16,7 +16,7 @@ from fathom.checkpoint.hf.model import CheckpointError, load_config, load_model,
 from fathom.checkpoint.info import weight_bytes
 from fathom.config import ConfigError
 from fathom.data.tokenizer import train_tokenizer
-from fathom.engine.engine import generate
+from fathom.engine.generate import generate
 from fathom.model.config import ModelConfig
 from fathom.train.run import Run
 from tests.model.configs import lively_model, tiny

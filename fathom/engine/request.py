@@ -1,0 +1,145 @@
+"""A request: what the caller asks for, and its state inside the engine.
+
+Shapes: N tokens, D hidden, T = drafts + 1 positions, O vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fathom.engine.batch import SequenceChunk
+from fathom.engine.outputs import FinishReason, Generation
+from fathom.engine.sampling.sampler import SamplingParams, check_against
+from fathom.engine.sampling.verify import Constraint, SamplingState, prompt_logprobs
+from fathom.engine.scheduler import SequenceState
+
+Prompt = str | Sequence[int]
+"""Text, where the engine has a tokenizer, or token ids. BOS is put before a text, not before ids."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt, and how to continue it."""
+
+    prompt: Prompt
+    params: SamplingParams = field(default_factory=SamplingParams)
+    priority: int = 0
+    """Requests of higher priority are scheduled first."""
+    stream: int = 0
+    """Requests with the same seed draw differently if their streams differ."""
+    trace: bool = False
+    """Report which experts each token took, in `Generation.routing`."""
+    constraint: Constraint | None = None
+    """Restricts what may be generated. If it fails, the request ends with the finish reason "error"."""
+
+
+@dataclass(eq=False)
+class RequestState:
+    """A request that is waiting or running."""
+
+    generation: Generation
+    sequence: SequenceState
+    stream: int
+    stop_ids: tuple[int, ...]
+    """Token ids that end it."""
+    constraint: Constraint | None
+    drafts: list[int] = field(default_factory=list)
+    pending_ND: list[Tensor] = field(default_factory=list)
+    """Hidden states of the latest tokens, whose pairs with the token after them the MTP module has not seen."""
+    num_pending: int = 0
+
+    def sampling_state(self) -> SamplingState:
+        """What sampling needs in this step."""
+        sequence, params = self.sequence, self.generation.params
+        allowed_TO = self._allowed()
+        return SamplingState(
+            params, self.stream, sequence.tokens, sequence.prompt_length, self.stop_ids, self.drafts, allowed_TO
+        )
+
+    def decode_chunk(self) -> SequenceChunk:
+        """The last token and its drafts, which a decoding step feeds."""
+        tokens = self.sequence.tokens
+        return SequenceChunk([tokens[-1], *self.drafts], len(tokens) - 1, self.sequence.pages)
+
+    def advance_constraint(self, tokens: list[int]) -> None:
+        """Tokens were generated."""
+        if self.constraint is not None and not self.generation.error:
+            try:
+                self.constraint.take(tokens)
+            except Exception as error:
+                self.generation.error = f"{type(error).__name__}: {error}"
+
+    def pending_chunk(self, keep: int) -> SequenceChunk:
+        """The tokens of the pending pairs, all but the last `keep`."""
+        tokens = self.sequence.tokens
+        start = len(tokens) - self.num_pending
+        return SequenceChunk(tokens[start : len(tokens) - keep], start, self.sequence.pages)
+
+    def pop_pending(self, keep: int) -> Tensor:
+        """Remove and return the pending hidden states (N, D), all but the last `keep`."""
+        h_ND = torch.cat(self.pending_ND)
+        end, self.num_pending = self.num_pending - keep, keep
+        self.pending_ND = [h_ND[end:]] if keep else []
+        return h_ND[:end]
+
+    def clear_drafting(self) -> None:
+        """Drop drafts and pending hidden states: it was preempted, or drafting has been switched off."""
+        self.drafts, self.pending_ND, self.num_pending = [], [], 0
+
+    def until_finished(self, sampled: list[int]) -> tuple[list[int], FinishReason | None]:
+        """The sampled tokens up to one that ends the request, and why it does."""
+        if self.generation.error:  # its constraint failed, and the tokens were sampled without it
+            return [], "error"
+        for count, token in enumerate(sampled, start=1):
+            if token in self.stop_ids:
+                return sampled[:count], "stop"
+            if len(self.sequence.tokens) + count == self.sequence.limit:
+                return sampled[:count], "length"
+        return sampled, None
+
+    def add_prompt_logprobs(self, start: int, logits_NO: Tensor) -> None:
+        """Report the prompt's tokens behind `start`, by the logits from there on."""
+        generation = self.generation
+        following = generation.prompt_ids[start + 1 : start + 1 + len(logits_NO)]
+        known = generation.prompt_logprobs or []
+        top = generation.params.prompt_logprobs or 0
+        # After a preemption the prompt is prefilled again.
+        if following and len(known) <= start:
+            ids = torch.tensor(following, device=logits_NO.device)
+            known = known + prompt_logprobs(logits_NO[: len(following)], ids, top)
+        generation.prompt_logprobs = known
+
+    def _allowed(self) -> Tensor | None:
+        """Which tokens the constraint allows (T, O). If it fails, this request alone ends, when the step is done."""
+        if self.constraint is None or self.generation.error:
+            return None
+        try:
+            allowed_TO = self.constraint.allowed(self.drafts)
+            if not allowed_TO[0].any():
+                raise ValueError("the constraint allows no token after the output so far")
+        except Exception as error:
+            self.generation.error = f"{type(error).__name__}: {error}"
+            return None
+        # Positions behind a draft that is not allowed do not matter, but an empty row cannot be sampled from.
+        return allowed_TO | ~allowed_TO.any(-1, keepdim=True)
+
+
+def check(request: Request, prompt: list[int], vocab_size: int, max_length: int) -> None:
+    """Raises ValueError for a request that cannot be served; `prompt` holds its token ids."""
+    if not prompt:
+        raise ValueError("the prompt is empty; it needs at least one token, such as BOS")
+    wrong = next((token for token in prompt if not (isinstance(token, int) and 0 <= token < vocab_size)), None)
+    if wrong is not None:
+        raise ValueError(f"the prompt has token {wrong!r}; ids are integers from 0 to {vocab_size - 1}")
+    if len(prompt) >= max_length:
+        raise ValueError(
+            f"the prompt has {len(prompt)} tokens; with one more it must fit the model's length, "
+            f"max_position_embeddings = {max_length}"
+        )
+    check_against(request.params, vocab_size)
+    if request.constraint is not None and request.params.min_tokens:
+        raise ValueError(
+            f"min_tokens is {request.params.min_tokens}; with a constraint, which may allow only EOS, it must be 0"
+        )
