@@ -36,6 +36,7 @@ from fathom.ops.linear.triton_tiles import Weight
 from fathom.ops.moe import triton_experts as experts
 from fathom.ops.moe.triton_routing import route
 from fathom.ops.norm.triton import add_and_normalise
+from fathom.ops.rope import Rope
 from fathom.quantization.weight_only import stored
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -72,7 +73,9 @@ class CudaGraphBackend:
         self._model, self._config, self._cache_LMW, self._page_size = model, config, cache.latents_LMW, cache.page_size
         self._device, self._dtype = self._cache_LMW.device, self._cache_LMW.dtype
         self._max_pages = -(-max_positions // self._page_size)
-        self._rope = rope_table(config, torch.arange(max_positions, device=self._device))
+        # An MTP module never sees slot 0, and as in the other backends its positions count from slot 1.
+        positions = torch.arange(max_positions, device=self._device)
+        self._ropes = rope_table(config, positions), rope_table(config, (positions - 1).clamp_min(0))
         # Triton's kernels go to the current device.
         self._on_device = partial(torch.cuda.device, self._device) if self._device.type == "cuda" else nullcontext
         self._scale = softmax_scale(config)
@@ -215,7 +218,10 @@ class CudaGraphBackend:
         ids_N, positions_N, slot_mapping_N, seq_indices_N = inputs.metadata[: 4 * size].view(4, size)
         block_tables = inputs.metadata[4 * size :]
         first = 0 if module is None else 1  # an MTP module never writes slot 0
-        places = attention.Places(positions_N, slot_mapping_N, seq_indices_N, block_tables, self._page_size, first)
+        rope, places = (
+            self._ropes[first],
+            attention.Places(positions_N, slot_mapping_N, seq_indices_N, block_tables, self._page_size, first),
+        )
         x_ND = self._model.embed_tokens(ids_N).float()
         if module is None:
             norm, layers, caches = self._model.norm, self._layers, self._cache_LMW
@@ -231,10 +237,10 @@ class CudaGraphBackend:
         normed_ND = self._empty(size, self._config.hidden_size, dtype=self._dtype)
         add_and_normalise(x_ND, None, *self._norm(layers[0], "input_norm"), normed_ND)
         if cache_only:
-            self._project_and_write(normed_ND, layers[0], places, caches[0])
+            self._project_and_write(normed_ND, layers[0], rope, places, caches[0])
             return None
         for layer, cache_MW, following in zip(layers, caches, [*layers[1:], None], strict=False):
-            attended_ND = self._attend(normed_ND, layer, places, cache_MW)
+            attended_ND = self._attend(normed_ND, layer, rope, places, cache_MW)
             add_and_normalise(x_ND, attended_ND[:, None], *self._norm(layer, "post_norm"), normed_ND)
             choice = next(choices) if "router" in layer.matrices else None
             y_NKD = self._feed_forward(normed_ND, layer, places, choice)
@@ -256,12 +262,14 @@ class CudaGraphBackend:
         linear(torch.cat(halves, dim=-1), [Weight(*stored(part.eh_proj, "weight"))], [joined_ND])
         return joined_ND
 
-    def _attend(self, normed_ND: Tensor, layer: LayerWeights, places: attention.Places, cache_MW: Tensor) -> Tensor:
+    def _attend(
+        self, normed_ND: Tensor, layer: LayerWeights, rope: Rope, places: attention.Places, cache_MW: Tensor
+    ) -> Tensor:
         """What attention adds to the residual stream (N, D)."""
         config, tokens = self._config, len(normed_ND)
         heads, nope, latent = config.num_attention_heads, config.qk_nope_head_dim, config.kv_lora_rank
         q_NHX = self._empty(tokens, heads, config.qk_head_dim, dtype=self._dtype)
-        q_NQ = self._project_and_write(normed_ND, layer, places, cache_MW, q_NHX)
+        q_NQ = self._project_and_write(normed_ND, layer, rope, places, cache_MW, q_NHX)
         if q_NQ is not None:
             linear(q_NQ, [_matrix(layer, "q_b")], [q_NHX.flatten(1)])
         up_HYC = layer.matrices["kv_b"][0].unflatten(0, (heads, -1))
@@ -269,7 +277,7 @@ class CudaGraphBackend:
         q_NHC, out_NHC = (self._empty(tokens, heads, latent, dtype=self._dtype) for _ in range(2))
         head_linear(q_NHX[..., :nope], up_k_HPC.transpose(1, 2), q_NHC)
         scratch = attention.Scratch.of(tokens, heads, latent, self._device)
-        q = (q_NHC, q_NHX[..., nope:], self._rope)
+        q = (q_NHC, q_NHX[..., nope:], rope)
         attention.paged_latent_attention(*q, places, cache_MW, self._scale, scratch, out_NHC)
         heads_NHV = self._empty(tokens, heads, config.v_head_dim, dtype=self._dtype)
         head_linear(out_NHC, up_v_HVC, heads_NHV)
@@ -281,6 +289,7 @@ class CudaGraphBackend:
         self,
         normed_ND: Tensor,
         layer: LayerWeights,
+        rope: Rope,
         places: attention.Places,
         cache_MW: Tensor,
         q_NHX: Tensor | None = None,
@@ -299,7 +308,7 @@ class CudaGraphBackend:
             outs.insert(0, q_NHX.flatten(1))
         linear(normed_ND, matrices, outs)
         norm = (layer.vectors["kv_a_norm"], LATENT_NORM_EPS)
-        attention.write_kv_cache(kv_NW, *norm, self._rope, places.positions_N, places.slot_mapping_N, cache_MW, query)
+        attention.write_kv_cache(kv_NW, *norm, rope, places.positions_N, places.slot_mapping_N, cache_MW, query)
         return None if query is None else query.normed_NQ
 
     def _feed_forward(
