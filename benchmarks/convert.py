@@ -1,12 +1,12 @@
-"""Conversions against copying the same files with a checksum, and the memory that they take.
+"""Speed of conversions against copying the same files with a checksum, and their peak memory.
 
     python benchmarks/convert.py                    # a checkpoint of 8 GB (28 GB of disk, a quarter of an hour)
     python benchmarks/convert.py --quick            # of 0.5 GB
     python benchmarks/convert.py --json FILE        # rows {name, ours, peer, ratio, floor, goal, resident} as well
 
-Every turn is a process of its own, so that its peak of memory is its own; all take turns, so that a drifting disk
-meets all alike. Speed is the bf16 model's bytes per second, whichever side of the conversion it is on. All flush what
-they wrote to the disk. Weights are random.
+Every step runs in a process of its own, so that its peak memory can be measured; steps are interleaved, so that a
+drift of the disk's speed affects all alike. Speed is the bf16 model's bytes per second, whichever side of the
+conversion it is on. All flush their output to the disk. Weights are random.
 """
 
 import argparse
@@ -31,11 +31,12 @@ from torch import Tensor
 
 from fathom import presets
 from fathom.checkpoint.convert import convert, convert_gguf
-from fathom.checkpoint.hf.model import staged, write_config
+from fathom.checkpoint.hf.atomic_directory import atomic_directory
+from fathom.checkpoint.hf.model import write_config
 from fathom.checkpoint.hf.name_mapping import released_tensors
-from fathom.checkpoint.hf.safetensors_io import check_disk, sync
-from fathom.checkpoint.hf.save import plan, write_tensors
-from fathom.checkpoint.hf.weights import Entry, blank_model
+from fathom.checkpoint.hf.safetensors_io import check_disk_space, sync
+from fathom.checkpoint.hf.save import plan_save, write_tensors
+from fathom.checkpoint.hf.weights import TensorSpec, meta_model
 from fathom.checkpoint.info import weight_bytes
 from fathom.model.config import ModelConfig
 
@@ -46,28 +47,28 @@ _CHUNK = 1 << 24
 
 
 class RandomWeights:
-    """A checkpoint of any size from a million random numbers."""
+    """A checkpoint of any size from a million random values."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
-        tensors = released_tensors(blank_model(config), config)
-        self._entries = [Entry(name, tuple(tensor.shape), torch.bfloat16) for name, tensor in tensors]
-        self._shapes = {entry.name: entry.shape for entry in self._entries}
+        tensors = released_tensors(meta_model(config), config)
+        self._specs = [TensorSpec(name, tuple(tensor.shape), torch.bfloat16) for name, tensor in tensors]
+        self._shapes = {spec.name: spec.shape for spec in self._specs}
         generator = torch.Generator().manual_seed(0)
         self._pool = torch.randn(1 << 20, generator=generator).mul(0.02).bfloat16()
 
-    def entries(self) -> list[Entry]:
-        return self._entries
+    def specs(self) -> list[TensorSpec]:
+        return self._specs
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
         shape = self._shapes[name]
         columns = shape[1] if len(shape) > 1 else 1
-        numbers = (last - first) * columns
-        return self._pool.repeat(-(-numbers // len(self._pool)))[:numbers].view(-1, columns)
+        elements = (last - first) * columns
+        return self._pool.repeat(-(-elements // len(self._pool)))[:elements].view(-1, columns)
 
 
 def synthetic(target_bytes: float) -> ModelConfig:
-    """A model with MTP module whose bf16 weights take about so many bytes: layers of one shape, as many as needed."""
+    """A model with an MTP module whose bf16 weights take about `target_bytes`: as many equal layers as needed."""
     shape = presets.ALL["16b-a3b"]().model
     config = replace(shape, num_hidden_layers=2, n_routed_experts=16, n_group=1, topk_group=1)
     if target_bytes < 2e9:
@@ -81,7 +82,7 @@ def synthetic(target_bytes: float) -> ModelConfig:
 
 
 def copy(source: Path, target: Path) -> None:
-    """What conversion is measured against: every byte read, summed and written."""
+    """The baseline: every byte is read, hashed and written."""
     target.mkdir()
     for file in sorted(source.iterdir()):
         digest = hashlib.sha256()
@@ -103,7 +104,7 @@ STEPS: dict[str, Callable[[Path, Path], object]] = {
 
 
 def step(name: str, source: Path, target: Path) -> None:
-    """One turn, in this process; prints its seconds and its peak of resident bytes."""
+    """One step, in this process; prints its seconds and its peak resident bytes."""
     began = time.perf_counter()
     STEPS[name](source, target)
     seconds = time.perf_counter() - began
@@ -113,7 +114,7 @@ def step(name: str, source: Path, target: Path) -> None:
 
 
 def measure(name: str, source: Path, target: Path) -> tuple[float, int]:
-    """Seconds, and the peak of resident bytes."""
+    """Seconds and peak resident bytes of a step in a new process."""
     words = [sys.executable, __file__, "--step", name, str(source), str(target)]
     answer = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, text=True)
     found = json.loads(answer.stdout.splitlines()[-1])
@@ -121,7 +122,7 @@ def measure(name: str, source: Path, target: Path) -> tuple[float, int]:
 
 
 def turn(folder: Path) -> dict[str, tuple[float, int]]:
-    """Everything once; what was written is removed as soon as nothing needs it."""
+    """Every step once; output is removed as soon as no later step needs it."""
     bf16 = folder / "bf16"
     found = {}
     for name, source, unneeded in (
@@ -150,10 +151,10 @@ def main() -> None:
     config, turns = synthetic(0.5e9 if options.quick else 8e9), 3 if options.quick else 2
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         weights = RandomWeights(config)
-        planned = plan(weights.entries(), "bf16")
+        planned = plan_save(weights.specs(), "bf16")
         total = sum(tensor.bytes for tensor in planned)
-        check_disk(Path(name) / "bf16", 3 * total)
-        with staged(Path(name) / "bf16") as staging:
+        check_disk_space(Path(name) / "bf16", 3 * total)
+        with atomic_directory(Path(name) / "bf16") as staging:
             write_config(config, staging, "bf16")
             write_tensors(weights, planned, staging, SHARD_BYTES)
         found = [turn(Path(name)) for _ in range(turns)]

@@ -1,1 +1,1 @@
-"""Models on disk: the Hugging Face directories everyone reads, and our own training state beside them."""
+"""Models on disk: Hugging Face model directories, GGUF files, and the training state of a run."""

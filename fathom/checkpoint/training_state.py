@@ -1,12 +1,12 @@
-"""Checkpoints of a run: a Hugging Face model directory each, with our own training state beside it.
+"""Checkpoints of a run: each is a Hugging Face model directory with the training state in a subdirectory.
 
-    RUN/checkpoints/step-000200/            config.json, model.safetensors, tokenizer: opens anywhere as it lies
-    RUN/checkpoints/step-000200/ema/        the averaged weights, where they are kept: a model directory too
+    RUN/checkpoints/step-000200/            config.json, model.safetensors, tokenizer: opens anywhere
+    RUN/checkpoints/step-000200/ema/        the exponential moving average of the weights, also a model directory
     RUN/checkpoints/step-000200/training_state/state.pt
     RUN/model                               link to the newest complete checkpoint
 
-A checkpoint is written under a hidden name, flushed, and renamed last: one that has its name is complete, whatever
-moment the process was killed at.
+A checkpoint is written under a hidden name, flushed, and renamed last: one that has its final name is complete, no
+matter when the process was killed.
 """
 
 import os
@@ -37,7 +37,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """How many optimizer steps a checkpoint has behind it."""
+    """The number of optimizer steps before a checkpoint; raises CheckpointError for any other directory."""
     step = checkpoint_step(checkpoint)
     if step is None:
         raise CheckpointError(f"{checkpoint} is not named like a checkpoint (step-000200)")
@@ -45,7 +45,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def checkpoint_step(directory: Path) -> int | None:
-    """The same; None for a directory that is not named like a checkpoint."""
+    """As `step_of`, but None for a directory that is not named like a checkpoint."""
     match = _NAME.fullmatch(directory.name)
     return None if match is None else int(match[1])
 
@@ -61,7 +61,7 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint of `step`, point RUN/model at it, and delete all but the newest `keep_last`.
 
-    `state` is plain tensors, numbers, strings, lists and dicts; `average` the moving average of the parameters.
+    `state` consists of tensors, numbers, strings, lists and dicts; `average` is the moving average of the parameters.
     """
     final = run / "checkpoints" / f"step-{step:06d}"
     if final.exists():
@@ -70,7 +70,7 @@ def save_checkpoint(
     shutil.rmtree(staging, ignore_errors=True)
     save_model(model, staging, tokenizer)
     if average is not None:
-        with _holding(model, average):
+        with _swapped_weights(model, average):
             save_model(model, staging / "ema", tokenizer)
     (staging / _STATE).parent.mkdir()
     with open(staging / _STATE, "wb") as file:
@@ -79,14 +79,14 @@ def save_checkpoint(
         os.fsync(file.fileno())
     os.rename(staging, final)
     sync(final.parent)
-    _link(run / "model", final)
+    _replace_link(run / "model", final)
     for old in checkpoints(run)[:-keep_last]:
         shutil.rmtree(old)
     return final
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
-    """The private training state of a checkpoint; only plain data is unpickled."""
+    """The training state of a checkpoint; only plain data is unpickled."""
     file = checkpoint / _STATE
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
@@ -96,14 +96,14 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def load_ema(checkpoint: Path, device: torch.device) -> dict[str, Tensor]:
-    """The averaged weights saved beside a checkpoint, by parameter name."""
+    """The moving average of the weights that was saved with a checkpoint, by parameter name."""
     model = load_model(checkpoint / "ema", device=device)
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
 @contextmanager
-def _holding(model: Model, weights: dict[str, Tensor]) -> Iterator[None]:
-    """The model with other weights for a while."""
+def _swapped_weights(model: Model, weights: dict[str, Tensor]) -> Iterator[None]:
+    """The model has these weights within the block, and its own again after it."""
     own = {name: p.data for name, p in model.named_parameters()}
     try:
         for name, parameter in model.named_parameters():
@@ -114,9 +114,9 @@ def _holding(model: Model, weights: dict[str, Tensor]) -> Iterator[None]:
             parameter.data = own[name]
 
 
-def _link(link: Path, target: Path) -> None:
-    """Point `link` at `target` in one step."""
-    aside = link.with_name(f".{link.name}.tmp")
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(target.relative_to(link.parent))
-    os.replace(aside, link)
+def _replace_link(link: Path, target: Path) -> None:
+    """Point `link` at `target` atomically."""
+    temporary = link.with_name(f".{link.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target.relative_to(link.parent))
+    os.replace(temporary, link)

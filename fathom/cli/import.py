@@ -1,7 +1,7 @@
 # ruff: noqa: N999
-"""`fathom import`: any model that can be loaded, in Fathom's own layout.
+"""`fathom import`: convert any model that can be loaded into Fathom's own layout.
 
-The file's name is a word of the language, which only `import` statements mind; commands are imported by name.
+The file is named like a keyword, which only `import` statements cannot spell; commands are imported by name.
 """
 
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ from fathom.cli.export import report
 
 @dataclass(frozen=True)
 class ImportCommand:
-    """Write any loadable model (FP8 blocks, stacked experts, a name on the hub) in our layout, float32 or bfloat16."""
+    """Convert any loadable model (FP8, stacked experts, on the hub) to our layout in bfloat16 or float32."""
 
     path: tyro.conf.Positional[str]
     """A Hugging Face model directory, or a name on the hub."""
     out: Path
-    """The directory to write; a model that is there is replaced when the new one is complete."""
+    """The output directory; an existing model there is replaced once the new one is complete."""
     dtype: Literal["bf16", "f32"] = "bf16"
-    """Type of the weights; correction biases are float32 in both."""
+    """Type of the weights; correction biases are always float32."""
     verify: bool = False
-    """Read the result back and compare every number with its source."""
+    """Read the result back and compare every value with its source."""
 
 
 def run(words: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""`fathom info`: what a model is and what it needs, without loading it."""
+"""`fathom info`: the size and cost of a model, without loading it."""
 
 from dataclasses import dataclass
 
@@ -6,13 +6,15 @@ import tyro
 
 from fathom.checkpoint.info import Info, model_info
 
+_NO_INT4 = "not possible: a matrix has a number of columns that is not a multiple of 32"
+
 
 @dataclass(frozen=True)
 class InfoCommand:
-    """Show a model's architecture, parameters, cache and memory, from config.json and the files' headers alone."""
+    """Show a model's architecture, parameters, KV cache and memory, from config.json and the files' headers alone."""
 
     path: tyro.conf.Positional[str]
-    """A Hugging Face model directory, or a name on the hub (offline: what was downloaded before)."""
+    """A Hugging Face model directory, or a name on the hub (offline: an earlier download)."""
 
 
 def run(words: list[str]) -> None:
@@ -33,16 +35,11 @@ def _rows(info: Info) -> list[tuple[str, str]]:
     ]
     cache = f"{info.cache_bytes:,} bytes per token in bf16"
     if counts.mtp:
-        rows.append(("MTP modules", f"{_count(counts.mtp)} ({counts.mtp:,}) more"))
-        cache += f"; {info.cache_bytes_mtp:,} with the MTP modules' own"
-    rows.append(("cache", cache))
+        rows.append(("MTP modules", f"{_count(counts.mtp)} ({counts.mtp:,}) in addition"))
+        cache += f"; {info.cache_bytes_mtp:,} with the MTP modules"
+    rows.append(("KV cache", cache))
     for precision, size in info.memory.items():
-        rows.append(
-            (
-                f"weights in {precision}",
-                "not possible: 32 does not divide every matrix's width" if size is None else _size(size),
-            )
-        )
+        rows.append((f"weights in {precision}", _NO_INT4 if size is None else _size(size)))
     rows.append(("stored", _stored(info)))
     return rows
 
@@ -73,9 +70,9 @@ def _architecture(info: Info) -> list[tuple[str, str]]:
 
 def _stored(info: Info) -> str:
     if info.stored is None:
-        return "no weights here"
-    total = sum(info.stored.numbers.values())
-    types = ", ".join(f"{dtype} {count / total:.2%}" for dtype, count in info.stored.numbers.items())
+        return "no weights found"
+    total = sum(info.stored.elements.values())
+    types = ", ".join(f"{dtype} {count / total:.2%}" for dtype, count in info.stored.elements.items())
     return f"{_size(info.stored.bytes)} in {info.stored.files} files: {types}"
 
 

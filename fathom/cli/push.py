@@ -1,4 +1,4 @@
-"""`fathom push`: a model directory onto the Hugging Face hub."""
+"""`fathom push`: upload a model directory to the Hugging Face hub."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,16 +10,16 @@ from fathom.checkpoint.hf.hub import push
 
 @dataclass(frozen=True)
 class PushCommand:
-    """Upload a model directory to the Hugging Face hub, as whoever is logged in (`hf auth login`)."""
+    """Upload a model directory to the Hugging Face hub, with the account of `hf auth login`."""
 
     directory: tyro.conf.Positional[Path]
-    """A Hugging Face model directory, such as `fathom export` writes."""
+    """A Hugging Face model directory, or one with a GGUF file, as `fathom export` writes them."""
     repo: tyro.conf.Positional[str]
-    """Its name on the hub: owner/name; made where it does not exist."""
+    """The repository on the hub, owner/name; created if it does not exist."""
     private: bool = False
-    """Make a new repository private."""
+    """Create a new repository as private."""
     message: str = "Upload a model with Fathom"
-    """What the commit says."""
+    """The commit message."""
 
 
 def run(words: list[str]) -> None:

@@ -65,8 +65,8 @@ def test_export_to_gguf_writes_what_save_gguf_writes(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--to", "hf", "--dtype", "q8_0"], "only gguf knows"),
-        (["--to", "fp8", "--dtype", "f32"], "types of its own"),
+        (["--to", "hf", "--dtype", "q8_0"], "needs --to gguf"),
+        (["--to", "fp8", "--dtype", "f32"], "determines the types"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(

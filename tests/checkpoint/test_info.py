@@ -70,8 +70,8 @@ def test_a_directory_is_read_without_its_weights(tmp_path: Path, monkeypatch: py
     assert found.stored is not None and found.stored.files == len(files) > 1
     copies = 2 * EVEN.vocab_size * EVEN.hidden_size  # of embedding and head, in the MTP layer
     counts = found.parameters
-    assert found.stored.numbers == {"F32": counts.total + counts.mtp + copies}
-    assert found.stored.bytes == 4 * found.stored.numbers["F32"]
+    assert found.stored.elements == {"F32": counts.total + counts.mtp + copies}
+    assert found.stored.bytes == 4 * found.stored.elements["F32"]
 
 
 def test_a_directory_without_weights_and_a_damaged_one(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_headers_come_from_the_hub_when_the_weights_are_not_here(
     file = huggingface_hub.utils.SafetensorsFileMetadata({}, {"a": tensor})
     answer = huggingface_hub.utils.SafetensorsRepoMetadata(None, False, {"a": "x"}, {"x": file})
     monkeypatch.setattr(huggingface_hub.HfApi, "get_safetensors_metadata", lambda self, name: answer)
-    assert model_info("org/model").stored == info_module.Stored(1, 30, {"BF16": 15})
+    assert model_info("org/model").stored == info_module.StoredFiles(1, 30, {"BF16": 15})
 
 
 def test_the_command_prints_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

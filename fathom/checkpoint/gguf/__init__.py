@@ -1,1 +1,1 @@
-"""GGUF files, which llama.cpp runs as they lie."""
+"""GGUF files, which llama.cpp runs."""

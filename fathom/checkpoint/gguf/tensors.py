@@ -1,4 +1,4 @@
-"""A model's tensors as llama.cpp wants them in a GGUF file: other names, stacked experts, W_kvb in two halves.
+"""A model's tensors as llama.cpp expects them in a GGUF file: other names, stacked experts, W_kvb in two halves.
 
 Shapes: E routed experts, H heads, P nope width, V value width, C latent rank, Y = P+V; in stacked matrices the last two
 letters are rows and columns.
@@ -12,22 +12,23 @@ from typing import Any, Literal, NamedTuple
 import gguf
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType as Kind
+from gguf import GGMLQuantizationType as GGMLType
 from numpy.typing import NDArray
 from torch import Tensor
 
 from fathom.checkpoint.hf.safetensors_io import CheckpointError
-from fathom.checkpoint.hf.weights import Weights, whole
+from fathom.checkpoint.hf.save import Verification
+from fathom.checkpoint.hf.weights import Weights, read_tensor
 from fathom.model.config import ModelConfig
 from fathom.model.layers import LATENT_NORM_EPS
 from fathom.quantization import fp8
 
 DType = Literal["f32", "bf16", "q8_0"]
 
-KINDS = {"f32": Kind.F32, "bf16": Kind.BF16, "q8_0": Kind.Q8_0}
+GGML_TYPES = {"f32": GGMLType.F32, "bf16": GGMLType.BF16, "q8_0": GGMLType.Q8_0}
 _Q8_BLOCK = 32
 
-# The released names within a layer, without «.weight», and llama.cpp's. W_kvb and the experts are cut or stacked.
+# Released names within a layer, without «.weight», to llama.cpp's. W_kvb is split and experts are stacked further down.
 _NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -58,37 +59,37 @@ class GGUFTensor(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    parts: list[str]
-    """The released tensors it is made of, one behind the other."""
-    change: Literal["key half", "value half", "rescaled"] | None = None
-    """What is done to them on the way."""
+    sources: list[str]
+    """The released tensors that it consists of, concatenated."""
+    transform: Literal["key half", "value half", "rescaled"] | None = None
+    """What is applied to them."""
     exact: bool = False
     """Stays float32 whatever the file's type."""
 
-    def kind(self, dtype: DType) -> Kind:
-        """The type it has in a file of type `dtype`."""
+    def ggml_type(self, dtype: DType) -> GGMLType:
+        """Its type in a file of type `dtype`."""
         if self.exact or len(self.shape) == 1:
-            return Kind.F32
+            return GGMLType.F32
         if dtype == "q8_0" and self.shape[-1] % _Q8_BLOCK:
-            return Kind.BF16
-        return KINDS[dtype]
+            return GGMLType.BF16
+        return GGML_TYPES[dtype]
 
     def bytes(self, dtype: DType) -> int:
         """Its size in a file of type `dtype`."""
-        block, bytes_ = gguf.GGML_QUANT_SIZES[self.kind(dtype)]
+        block, bytes_ = gguf.GGML_QUANT_SIZES[self.ggml_type(dtype)]
         return math.prod(self.shape) // block * int(bytes_)
 
 
 def gguf_tensors(weights: Weights, modules: int) -> list[GGUFTensor]:
-    """Every tensor of the file, in order; `modules` of the MTP modules are among them."""
+    """Every tensor of the file, in order; those of the first `modules` MTP modules included."""
     config = weights.config
-    shapes = {entry.name: entry.shape for entry in weights.entries()}
+    shapes = {spec.name: spec.shape for spec in weights.specs()}
     embedding, norm, head = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
     tensors = [
         GGUFTensor("token_embd.weight", shapes[embedding], [embedding]),
         GGUFTensor("output_norm.weight", shapes[norm], [norm]),
     ]
-    if not config.tie_word_embeddings:  # where it is missing, llama.cpp takes the embedding
+    if not config.tie_word_embeddings:  # where it is missing, llama.cpp uses the embedding
         tensors.append(GGUFTensor("output.weight", shapes[head], [head]))
     for layer in range(config.num_hidden_layers + modules):
         prefix = f"model.layers.{layer}."
@@ -101,73 +102,72 @@ def gguf_tensors(weights: Weights, modules: int) -> list[GGUFTensor]:
 def _layer_tensors(prefix: str, shapes: dict[str, tuple[int, ...]], config: ModelConfig) -> Iterator[GGUFTensor]:
     heads, latent = config.num_attention_heads, config.kv_lora_rank
     for name, shape in shapes.items():
-        part, parts = name.removesuffix(".weight"), [prefix + name]
+        part, sources = name.removesuffix(".weight"), [prefix + name]
         if part == "self_attn.kv_b_proj":
             key_shape = (heads, latent, config.qk_nope_head_dim)
-            yield GGUFTensor("attn_k_b.weight", key_shape, parts, "key half")
-            yield GGUFTensor("attn_v_b.weight", (heads, config.v_head_dim, latent), parts, "value half")
+            yield GGUFTensor("attn_k_b.weight", key_shape, sources, "key half")
+            yield GGUFTensor("attn_v_b.weight", (heads, config.v_head_dim, latent), sources, "value half")
         elif part == "mlp.gate.e_score_correction_bias":
-            yield GGUFTensor("exp_probs_b.bias", shape, parts)
+            yield GGUFTensor("exp_probs_b.bias", shape, sources)
         elif part in ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa") and config.rms_norm_eps != LATENT_NORM_EPS:
-            yield GGUFTensor(f"{_NAMES[part]}.weight", shape, parts, "rescaled", exact=True)
+            yield GGUFTensor(f"{_NAMES[part]}.weight", shape, sources, "rescaled", exact=True)
         elif part in _NAMES:
-            yield GGUFTensor(f"{_NAMES[part]}.weight", shape, parts, exact=part == "mlp.gate")
-    for kind, ours in _EXPERTS.items():
-        if (first := shapes.get(f"mlp.experts.0.{kind}_proj.weight")) is not None:
+            yield GGUFTensor(f"{_NAMES[part]}.weight", shape, sources, exact=part == "mlp.gate")
+    for kind, stacked_name in _EXPERTS.items():
+        if (shape_of_one := shapes.get(f"mlp.experts.0.{kind}_proj.weight")) is not None:
             count = config.n_routed_experts
-            parts = [f"{prefix}mlp.experts.{expert}.{kind}_proj.weight" for expert in range(count)]
-            yield GGUFTensor(f"{ours}.weight", (count, *first), parts)
+            sources = [f"{prefix}mlp.experts.{expert}.{kind}_proj.weight" for expert in range(count)]
+            yield GGUFTensor(f"{stacked_name}.weight", (count, *shape_of_one), sources)
 
 
-def encoded(weights: Weights, tensor: GGUFTensor, dtype: DType) -> Iterator[NDArray[Any]]:
-    """The tensor's numbers as they lie in the file, a piece at a time."""
-    for piece in _pieces(weights, tensor):
-        yield encode(piece, tensor.kind(dtype))
+def encoded_chunks(weights: Weights, tensor: GGUFTensor, dtype: DType) -> Iterator[NDArray[Any]]:
+    """The tensor's data as it is stored in the file, a chunk at a time."""
+    for chunk in _chunks(weights, tensor):
+        yield encode(chunk, tensor.ggml_type(dtype))
 
 
-def compare_file(weights: Weights, tensors: list[GGUFTensor], file: Path, dtype: DType) -> float:
-    """Read a finished file back and compare every tensor with its source; returns √(Σ(found − source)² / Σ source²).
+def verify_file(weights: Weights, tensors: list[GGUFTensor], file: Path, dtype: DType) -> Verification:
+    """Read a finished file back and compare every tensor with its source.
 
-    Raises CheckpointError for the first number that is not its source's rounding.
+    Raises CheckpointError for the first value that is not its source, rounded.
     """
-    places = {tensor.name: tensor.data_offset for tensor in gguf.GGUFReader(file).tensors}
+    offsets = {tensor.name: tensor.data_offset for tensor in gguf.GGUFReader(file).tensors}
     squares = np.zeros(2)
     with open(file, "rb", buffering=0) as stored:
         for tensor in tensors:
-            stored.seek(places[tensor.name])
-            for piece in _pieces(weights, tensor):
-                expected = encode(piece, tensor.kind(dtype)).view(np.uint8)
+            stored.seek(offsets[tensor.name])
+            for chunk in _chunks(weights, tensor):
+                expected = encode(chunk, tensor.ggml_type(dtype)).view(np.uint8)
                 found = np.frombuffer(stored.read(expected.nbytes), np.uint8)
                 if found.tobytes() != expected.tobytes():
-                    raise CheckpointError(f"{file}: tensor {tensor.name} is not what was read from the source")
-                source = piece.float().numpy()
-                values = gguf.quants.dequantize(found.reshape(expected.shape), tensor.kind(dtype))
+                    raise CheckpointError(f"{file}: tensor {tensor.name}: what was written differs from the source")
+                source = chunk.float().numpy()
+                values = gguf.quants.dequantize(found.reshape(expected.shape), tensor.ggml_type(dtype))
                 squares += np.square(values - source).sum(), np.square(source).sum()
-    return math.sqrt(squares[0] / squares[1]) if squares[1] else 0.0
+    return Verification.from_squares(len(tensors), *squares.tolist())
 
 
-def _pieces(weights: Weights, tensor: GGUFTensor) -> Iterator[Tensor]:
+def _chunks(weights: Weights, tensor: GGUFTensor) -> Iterator[Tensor]:
     config = weights.config
-    for name in tensor.parts:
-        if tensor.change is None:
-            shape = tensor.shape[-2:]
-            for first, last in fp8.row_chunks(shape):
+    for name in tensor.sources:
+        if tensor.transform is None:
+            for first, last in fp8.row_chunks(tensor.shape[-2:]):
                 yield weights.rows(name, first, last)
-        elif tensor.change == "rescaled":
-            yield _rescaled(whole(weights, name, tensor.shape), name, config)
+        elif tensor.transform == "rescaled":
+            yield _rescaled(read_tensor(weights, name, tensor.shape), name, config)
         else:
             width = config.qk_nope_head_dim + config.v_head_dim
-            up_YC = whole(weights, name, (config.num_attention_heads * width, config.kv_lora_rank))
+            up_YC = read_tensor(weights, name, (config.num_attention_heads * width, config.kv_lora_rank))
             up_HYC = up_YC.unflatten(0, (config.num_attention_heads, width))
             key_HPC, value_HVC = up_HYC.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
-            yield key_HPC.transpose(1, 2) if tensor.change == "key half" else value_HVC
+            yield key_HPC.transpose(1, 2) if tensor.transform == "key half" else value_HVC
 
 
 def _rescaled(weight: Tensor, name: str, config: ModelConfig) -> Tensor:
-    """The map in front of a latent norm, so scaled that rms_norm_eps acts in the norm as the latents' own epsilon.
+    """The matrix before a latent norm, scaled so that rms_norm_eps has the effect of the latent norms' own epsilon.
 
     llama.cpp has one epsilon for all norms, and x·s / sqrt(mean((x·s)²) + ε) = x / sqrt(mean(x²) + ε/s²). The rows of
-    the shared rotary key pass no norm.
+    the shared rotary key are not normalised.
     """
     scaled = weight.float().clone()
     rows = config.kv_lora_rank if name.endswith("kv_a_proj_with_mqa.weight") else len(scaled)
@@ -175,11 +175,11 @@ def _rescaled(weight: Tensor, name: str, config: ModelConfig) -> Tensor:
     return scaled
 
 
-def encode(tensor: Tensor, kind: Kind) -> NDArray[Any]:
-    """Numbers in the file's own form."""
-    if kind is Kind.Q8_0:
-        blocks: NDArray[np.uint8] = gguf.quants.quantize(tensor.float().contiguous().numpy(), kind)
+def encode(tensor: Tensor, ggml_type: GGMLType) -> NDArray[Any]:
+    """Values in the file's own format."""
+    if ggml_type is GGMLType.Q8_0:
+        blocks: NDArray[np.uint8] = gguf.quants.quantize(tensor.float().contiguous().numpy(), ggml_type)
         return blocks
-    if kind is Kind.BF16:
+    if ggml_type is GGMLType.BF16:
         return tensor.to(torch.bfloat16).contiguous().view(torch.int16).numpy()  # NumPy has no bfloat16
     return tensor.float().contiguous().numpy()

@@ -1,4 +1,4 @@
-"""What a Hugging Face model directory holds: its configuration and its tensors' places. No weight is read here."""
+"""The layout of a Hugging Face model directory: its configuration and where its tensors are. No weights are read."""
 
 import json
 from pathlib import Path
@@ -10,24 +10,25 @@ from fathom.model.config import ModelConfig
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model"]
+_DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "*.model"]
 
 
 def model_directory(path: str | Path, weights: bool = True) -> Path:
-    """The directory itself, or the local copy of the hub's model of that name (downloaded when it is not there yet).
+    """The directory itself, or the local copy of the model of that name on the hub, downloaded if necessary.
 
-    Without `weights` nothing large is downloaded; what an earlier download left is there all the same.
+    Without `weights` nothing large is downloaded; weights from an earlier download may be there nevertheless.
+    Raises CheckpointError where `path` is neither a directory nor a model on the hub.
     """
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = _WANTED if weights else ["*.json"]
+    patterns = _DOWNLOADED if weights else ["*.json"]
     try:
-        return Path(snapshot_download(str(path), allow_patterns=wanted))
+        return Path(snapshot_download(str(path), allow_patterns=patterns))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        message = f"{path} is neither a directory nor a model that the hub gave: {error}"
+        message = f"{path} is neither a directory nor a model that can be downloaded from the hub: {error}"
         raise CheckpointError(message) from error
 
 
@@ -42,14 +43,22 @@ def load_config(path: str | Path) -> ModelConfig:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """`config.json` as it lies."""
+    """The content of `config.json`, unchecked."""
     file = directory / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{file} does not exist: {directory} is not a Hugging Face model directory")
-    raw = _read_json(file)
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{file} holds {type(raw).__name__}, not an object")
-    return raw
+    return read_json_object(file)
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object; raises CheckpointError for anything else."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file} holds {type(found).__name__}, not an object")
+    return found
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
@@ -64,21 +73,20 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
         header = read_header(shard)
         for name in names:
             if name not in header:
-                raise CheckpointError(f"{shard}: tensor {name} is not in it, but {INDEX} says so")
+                raise CheckpointError(f"{shard} has no tensor {name}, which {INDEX} assigns to it")
             tensors[name] = header[name]
     return tensors
 
 
 def _shards(index: Path) -> dict[Path, list[str]]:
-    """The files that the index lists, each with the names of the tensors to take from it."""
-    content = _read_json(index)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    """The shards that the index lists, each with the names of its tensors."""
+    weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} has no readable weight_map: it must name each tensor's file")
+        raise CheckpointError(f"{index} has no valid weight_map: it must map each tensor's name to a file")
     shards: dict[Path, list[str]] = {}
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not shard or Path(shard).name != shard:
-            raise CheckpointError(f"{index}: {name} points to {shard!r:.200}, which is not a file of this directory")
+            raise CheckpointError(f"{index} maps {name} to {shard!r:.200}, which is not a file of this directory")
         shards.setdefault(index.parent / shard, []).append(name)
     for path in shards:
         if not _is_file(path):
@@ -89,12 +97,5 @@ def _shards(index: Path) -> dict[Path, list[str]]:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # a name too long for any file
+    except OSError:  # the name is longer than the file system allows
         return False
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error

@@ -4,10 +4,10 @@ import re
 from pathlib import Path
 
 from fathom.checkpoint.hf.safetensors_io import CheckpointError
-from fathom.checkpoint.hf.weights import StoredWeights
+from fathom.checkpoint.hf.weights import CheckpointWeights
 
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
-_PUBLIC = [
+_UPLOADED = [
     "*.safetensors",
     "*.gguf",
     "*.json",
@@ -17,22 +17,22 @@ _PUBLIC = [
     "README.md",
     "LICENSE*",
 ]
-_PRIVATE = ["*/*"]
-"""Folders within, such as a checkpoint's training state, stay at home."""
+_IGNORED = ["*/*"]
+"""Subdirectories, such as a checkpoint's training state, are not uploaded."""
 
 
 def push(directory: Path, repo: str, private: bool, message: str) -> str:
-    """Upload the model in `directory` to the hub's repository `repo`, made where needed; returns its address.
+    """Upload the model in `directory` to the hub's repository `repo`, created if necessary; returns its URL.
 
-    The directory must hold a model that loads, whole, or a GGUF file: a broken upload is found before it begins.
-    Raises CheckpointError where it does not, ValueError for a `repo` that is no owner/name.
+    Raises CheckpointError, before anything is uploaded, where the directory holds neither a complete model that loads
+    nor a GGUF file; ValueError where `repo` is not owner/name.
     """
     if not _REPO.fullmatch(repo):
         raise ValueError(f"REPO is {repo!r}; it must be owner/name")
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory")
     if not any(directory.glob("*.gguf")):
-        StoredWeights(directory)
+        CheckpointWeights(directory)
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -41,7 +41,7 @@ def push(directory: Path, repo: str, private: bool, message: str) -> str:
         repo_id=repo,
         folder_path=directory,
         commit_message=message,
-        allow_patterns=_PUBLIC,
-        ignore_patterns=_PRIVATE,
+        allow_patterns=_UPLOADED,
+        ignore_patterns=_IGNORED,
     )
     return str(url)

@@ -5,17 +5,17 @@ from typing import cast
 from torch import Tensor, nn
 
 from fathom.checkpoint.hf.name_mapping import is_fp8_weight, locate
-from fathom.checkpoint.hf.weights import StoredWeights
+from fathom.checkpoint.hf.weights import CheckpointWeights
 from fathom.model.layers import Linear
 from fathom.model.moe import Experts
 from fathom.model.transformer import Model
 from fathom.quantization.fp8_layers import FP8Experts, FP8Linear
 
 
-def insert_fp8_layers(model: Model, weights: StoredWeights) -> frozenset[str]:
+def insert_fp8_layers(model: Model, weights: CheckpointWeights) -> frozenset[str]:
     """Replace the modules whose matrices `weights` holds in FP8; returns the released names of those matrices."""
     released: dict[str, set[str]] = {}
-    for entry in weights.entries():
+    for entry in weights.specs():
         if weights.is_fp8(entry.name) and is_fp8_weight(entry.name):
             released.setdefault(_module_name(entry.name, model), set()).add(entry.name)
     for name, matrices in list(released.items()):

@@ -1,11 +1,10 @@
-"""The model card: what an exported directory's README.md says, with the figures that were measured, and no others."""
+"""The model card: the README.md of an exported directory, with the figures that were measured and no others."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
-from fathom.checkpoint.hf.safetensors_io import CheckpointError
+from fathom.checkpoint.hf.directory import read_json_object
 from fathom.checkpoint.hf.save import write_json
 from fathom.checkpoint.training_state import checkpoint_step
 from fathom.model.config import ModelConfig
@@ -13,8 +12,8 @@ from fathom.model.config import ModelConfig
 EVALUATION = "evaluation.json"
 """What training writes about a run's newest checkpoint (fathom/train/evaluation.py)."""
 
-_STORED = {"f32": "float32", "bf16": "bfloat16", "fp8": "FP8 blocks of 128x128, as DeepSeek-V3 is released"}
-_HEAD = """---
+_STORED_AS = {"f32": "float32", "bf16": "bfloat16", "fp8": "FP8 blocks of 128x128, as DeepSeek-V3 is released"}
+_FRONT_MATTER = """---
 library_name: transformers
 pipeline_tag: text-generation
 tags:
@@ -25,8 +24,8 @@ tags:
 """
 
 
-def write_card(config: ModelConfig, source: Path, target: Path, storage: str) -> None:
-    """Write README.md into the directory `target`, and beside it the figures it shows, for the next export."""
+def write_model_card(config: ModelConfig, source: Path, target: Path, storage: str) -> None:
+    """Write README.md into the directory `target`, and the figures it shows beside it, for the next export."""
     (target / "README.md").write_text(model_card(config, source, storage), encoding="utf-8")
     if (found := evaluation(source)) is not None:
         write_json(target / EVALUATION, found)
@@ -36,15 +35,15 @@ def model_card(config: ModelConfig, directory: Path, storage: str) -> str:
     """The text of README.md for the model in `directory`, exported as `storage` (`Storage`, or a GGUF type)."""
     counts = config.parameter_counts()
     rows = [
-        ("parameters", f"{counts.total:,}, of which a token uses {counts.active:,}"),
+        ("parameters", f"{counts.total:,}, of which {counts.active:,} are active per token"),
         ("layers", f"{config.num_hidden_layers}, the first {config.first_k_dense_replace} dense"),
         ("experts", f"{config.num_experts_per_tok} of {config.n_routed_experts}, and {config.n_shared_experts} shared"),
         ("multi-token prediction", f"{config.num_nextn_predict_layers} modules, {counts.mtp:,} parameters"),
         ("context", f"{config.max_position_embeddings:,} tokens"),
-        ("stored as", _STORED.get(storage, storage)),
+        ("stored as", _STORED_AS.get(storage, storage)),
     ]
     parts = [
-        _HEAD,
+        _FRONT_MATTER,
         f"# {display_name(directory)}\n",
         "A language model of the DeepSeek-V3 architecture, exported by Fathom.\n",
         _table(rows),
@@ -56,7 +55,7 @@ def model_card(config: ModelConfig, directory: Path, storage: str) -> str:
 
 
 def display_name(directory: Path) -> str:
-    """What the model is called: a run's name for its checkpoints, the hub's for its snapshots, else the directory's."""
+    """The model's name: of a checkpoint the run's, of a hub snapshot the repository's, else the directory's."""
     real = directory.resolve()
     if checkpoint_step(real) is not None and real.parent.name == "checkpoints":
         return real.parent.parent.name
@@ -68,47 +67,38 @@ def display_name(directory: Path) -> str:
 def evaluation(directory: Path) -> dict[str, Any] | None:
     """The figures of the model in `directory`: its own evaluation.json, or its run's if that is of the same step.
 
-    Raises CheckpointError for a file that is not what training writes.
+    Raises CheckpointError for a file that training cannot have written.
     """
     file = directory / EVALUATION
     if file.is_file():
-        return _read(file)
+        return read_json_object(file)
     checkpoint = directory.resolve()
     step = checkpoint_step(checkpoint)
     file = checkpoint.parent.parent / EVALUATION
     if step is None or not file.is_file():
         return None
-    found = _read(file)
+    found = read_json_object(file)
     return found if found.get("step") == step else None
 
 
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{file} holds {type(found).__name__}, not an object")
-    return found
-
-
 def _measured(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """The figures that are there, in words; what is absent, or was measured on nothing (NaN), is left out."""
-    largest = max(_numbers(found.get("max_vio_global")), default=None)
-    agreement = next(iter(_numbers(found.get("mtp_agreement"))), None)
+    """The figures to show; those that are absent, or NaN because nothing was measured, are left out."""
+    max_vio = max(_finite(found.get("max_vio_global")), default=None)
+    agreement = next(iter(_finite(found.get("mtp_agreement"))), None)
     rows = [
         ("training step", found.get("step"), "{:,}"),
         ("bits per byte", found.get("bits_per_byte"), "{:.4f}"),
         ("held-out tokens", found.get("tokens"), "{:,}"),
-        ("imbalance of the experts, MaxVio of the worst layer", largest, "{:.3f}"),
+        ("imbalance of the experts, MaxVio of the worst layer", max_vio, "{:.3f}"),
         ("MTP drafts accepted in greedy continuations", found.get("mtp_acceptance"), "{:.1%}"),
         ("MTP first choices that are the model's own", agreement, "{:.1%}"),
         ("tokens per forward pass with drafts", found.get("tokens_per_forward"), "{:.2f}"),
     ]
-    return [(name, form.format(value)) for name, value, form in rows if _numbers([value])]
+    return [(name, form.format(value)) for name, value, form in rows if _finite([value])]
 
 
-def _numbers(values: Any) -> list[float]:
+def _finite(values: Any) -> list[float]:
+    """Those of the values that are finite numbers."""
     if not isinstance(values, list):
         return []
     return [v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)]

@@ -1,7 +1,7 @@
-"""The released checkpoints' tensor names, and where each lives in our model.
+"""The released checkpoints' tensor names, and which of our model's parameters each belongs to.
 
-Almost the identity: drop the prefix `model.`, stack experts into (E, …) tensors, and find MTP module k as layer
-num_hidden_layers + k − 1, which carries copies of the shared embedding and head.
+Almost the identity: the prefix `model.` is dropped, experts are stacked into (E, …) tensors, and MTP module k is layer
+num_hidden_layers + k − 1, which has copies of the shared embedding and head.
 """
 
 import re
@@ -24,8 +24,8 @@ SCALE_SUFFIX = "_scale_inv"
 """An FP8 matrix `NAME.weight` has its scales in the tensor `NAME.weight_scale_inv`."""
 
 
-class Location(NamedTuple):
-    """Where a checkpoint tensor goes: a whole parameter, or rows of one expert's slice of a stacked one."""
+class ParameterSlice(NamedTuple):
+    """What a checkpoint tensor fills: a whole parameter, or rows of one expert's matrix in a stacked one."""
 
     parameter: str
     expert: int | None = None
@@ -36,14 +36,14 @@ class Location(NamedTuple):
         return parameter if self.expert is None else parameter[self.expert][self.rows]
 
 
-def locate(name: str, config: ModelConfig) -> Location | None:
-    """Where checkpoint tensor `name` belongs; None for the MTP layers' copies of the shared embedding and head.
+def locate(name: str, config: ModelConfig) -> ParameterSlice | None:
+    """The part of a parameter that tensor `name` fills; None for the MTP layers' copies of embedding and head.
 
-    Names that are no part of this architecture come back as a place that no model has.
+    For a name that is not of this architecture, the parameter is one that no model has.
     """
     match = _LAYER.fullmatch(name)
     if match is None:
-        return Location(name.removeprefix("model."))
+        return ParameterSlice(name.removeprefix("model."))
     layer, rest = int(match[1]), match[2]
     module = layer - config.num_hidden_layers
     if module >= 0 and rest in _SHARED_COPIES:
@@ -51,14 +51,14 @@ def locate(name: str, config: ModelConfig) -> Location | None:
     prefix = f"layers.{layer}." if module < 0 else f"mtp.{module}."
     expert = _EXPERT.fullmatch(rest)
     if expert is None:
-        return Location(prefix + rest)
+        return ParameterSlice(prefix + rest)
     number, kind, width = int(expert[1]), expert[2], config.moe_intermediate_size
     if number >= config.n_routed_experts:
-        return Location(name)
+        return ParameterSlice(name)
     if kind == "down":
-        return Location(prefix + "mlp.experts.down_proj", number)
+        return ParameterSlice(prefix + "mlp.experts.down_proj", number)
     rows = slice(0, width) if kind == "gate" else slice(width, 2 * width)
-    return Location(prefix + "mlp.experts.gate_up_proj", number, rows)
+    return ParameterSlice(prefix + "mlp.experts.gate_up_proj", number, rows)
 
 
 def is_fp8_weight(name: str) -> bool:
@@ -72,13 +72,17 @@ def layer_of(name: str) -> int | None:
     return None if match is None else int(match[1])
 
 
-def released_tensors(model: nn.Module, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """The model's tensors under the released names, one per expert, as every other program reads them.
+def parameters_and_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """All tensors of a model under its own names; tied ones under both of theirs."""
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
 
-    The head is always written, even when tied, and every MTP layer carries its copies of embedding and head: vLLM
-    reads both.
+
+def released_tensors(model: nn.Module, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """The model's tensors under the released names, experts one by one, as every other program reads them.
+
+    The head is included even when tied, and every MTP layer has its copies of embedding and head: vLLM reads both.
     """
-    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    tensors = parameters_and_buffers(model)
     for name, tensor in tensors.items():
         released = _released_name(name, config)
         if name.endswith("mlp.experts.gate_up_proj"):

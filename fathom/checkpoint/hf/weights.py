@@ -1,7 +1,7 @@
-"""A model's tensors under the released names, a few rows at a time, from memory or from a directory alike.
+"""A model's tensors under the released names, read a few rows at a time, from memory or from a directory.
 
-Everything that writes a model (`huggingface.py`, `gguf.py`, `convert.py`) and everything that reads one goes through
-here, so whatever can be loaded can be converted, without ever being in memory as a whole.
+Everything that writes a model (hf/model.py, gguf/, convert.py) and everything that loads one reads it through here, so
+whatever can be loaded can be converted, without ever being in memory as a whole.
 """
 
 import warnings
@@ -14,30 +14,40 @@ import torch
 from torch import Tensor
 
 from fathom.checkpoint.hf.directory import load_config, stored_tensors
-from fathom.checkpoint.hf.name_mapping import SCALE_SUFFIX, Location, locate, released_tensors
+from fathom.checkpoint.hf.name_mapping import (
+    SCALE_SUFFIX,
+    ParameterSlice,
+    locate,
+    parameters_and_buffers,
+    released_tensors,
+)
 from fathom.checkpoint.hf.safetensors_io import DTYPES, CheckpointError, StoredTensor
 from fathom.model.config import ModelConfig
 from fathom.model.transformer import Model
 from fathom.quantization import fp8
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_FP8 = "F8_E4M3"
+
+_SliceKey = tuple[str, int | None, int]
+"""What identifies a `ParameterSlice`: parameter, expert, first row."""
 
 
-class Entry(NamedTuple):
+class TensorSpec(NamedTuple):
     """One tensor under its released name."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    """The type its values come in."""
+    """The type in which its values are read."""
 
 
 class Weights(Protocol):
-    """A model whose tensors are read when they are asked for."""
+    """A model's weights, each tensor read on demand."""
 
     config: ModelConfig
 
-    def entries(self) -> list[Entry]:
+    def specs(self) -> list[TensorSpec]:
         """Every released tensor, in the order in which reading is fastest."""
         ...
 
@@ -46,25 +56,25 @@ class Weights(Protocol):
         ...
 
 
-def whole(weights: Weights, name: str, shape: tuple[int, ...]) -> Tensor:
-    """The whole tensor."""
+def read_tensor(weights: Weights, name: str, shape: tuple[int, ...]) -> Tensor:
+    """The whole tensor, of the shape that its spec says."""
     return weights.rows(name, 0, shape[0]).view(shape)
 
 
 class ModelWeights:
-    """The tensors of a model in memory; CheckpointError for one whose matrices are packed."""
+    """The weights of a model in memory; raises CheckpointError for a model with quantised weights."""
 
     def __init__(self, model: Model) -> None:
         self.config = model.config
         if not all(tensor.is_floating_point() for tensor in parameters_and_buffers(model).values()):
             raise CheckpointError(
-                "the model's matrices are packed (int8, int4, or kept in FP8), which is for running it; save the model "
-                "that it was made of"
+                "the model's weights are quantised (int8, int4, or kept in FP8), which is for inference; save the "
+                "model that it was made from"
             )
         self._tensors = {name: tensor.detach() for name, tensor in released_tensors(model, model.config)}
 
-    def entries(self) -> list[Entry]:
-        return [Entry(name, tuple(tensor.shape), tensor.dtype) for name, tensor in self._tensors.items()]
+    def specs(self) -> list[TensorSpec]:
+        return [TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in self._tensors.items()]
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
         part = self._tensors[name][first:last].cpu()
@@ -72,45 +82,45 @@ class ModelWeights:
 
 
 class _Source(NamedTuple):
-    """Where a released tensor is found: in a stored one, from some row on."""
+    """The stored tensor that holds a released one, and the row of its first row there."""
 
     stored: StoredTensor
     first: int = 0
 
     @property
     def position(self) -> tuple[Path, int, int]:
-        """The order in which sources lie on the disk."""
+        """The order of sources on the disk."""
         return self.stored.file, self.stored.begin, self.first
 
 
-class StoredWeights:
-    """The tensors of a model directory, wherever and in whatever spelling they lie; FP8 blocks come dequantised.
+class CheckpointWeights:
+    """The weights of a model directory, in whatever layout they are stored; FP8 weights are dequantised.
 
-    All of them are there, each once and in its shape, or the constructor raises CheckpointError. A directory whose MTP
-    weights are absent is a model without MTP modules, with a warning. MTP layers' copies of embedding and head are
-    left alone; that they are copies is checked where they begin and end.
+    The constructor raises CheckpointError unless every tensor is there exactly once and in its shape. A directory whose
+    MTP weights are absent is a model without MTP modules, with a warning. MTP layers' copies of embedding and head are
+    not read, only compared with their originals in the first and the last chunk.
     """
 
     def __init__(self, directory: Path) -> None:
         config = load_config(directory)
         self._stored = stored_tensors(directory)
         self.config = _without_absent_mtp(config, self._stored, directory)
-        self._model = blank_model(self.config)
+        self._model = meta_model(self.config)
         self._sources = self._find_all(directory)
         self._check_tied()
         self._check_copies()
 
-    def entries(self) -> list[Entry]:
+    def specs(self) -> list[TensorSpec]:
         shapes = {name: tuple(tensor.shape) for name, tensor in released_tensors(self._model, self.config)}
         ordered = sorted(self._sources.items(), key=lambda item: item[1].position)
-        return [Entry(name, shapes[name], _values(source.stored)) for name, source in ordered]
+        return [TensorSpec(name, shapes[name], _read_dtype(source.stored)) for name, source in ordered]
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
         """As in `Weights`; of an FP8 tensor, `first` must be a multiple of 128."""
         stored, start = self._sources[name]
-        return self._values_of(stored, start, first, last)
+        return self._read(stored, start, first, last)
 
-    def _values_of(self, stored: StoredTensor, start: int, first: int, last: int) -> Tensor:
+    def _read(self, stored: StoredTensor, start: int, first: int, last: int) -> Tensor:
         rows = stored.rows(start + first, start + last)
         if rows.dtype != torch.float8_e4m3fn:
             return rows
@@ -118,16 +128,16 @@ class StoredWeights:
         return fp8.dequantize(rows, scales.float())
 
     @property
-    def holds_fp8(self) -> bool:
-        """Whether any tensor lies in FP8."""
+    def has_fp8(self) -> bool:
+        """Whether any tensor is stored in FP8."""
         return any(self.is_fp8(name) for name in self._sources)
 
     def is_fp8(self, name: str) -> bool:
-        """Whether a tensor lies in FP8."""
-        return self._sources[name].stored.dtype == "F8_E4M3"
+        """Whether a tensor is stored in FP8."""
+        return self._sources[name].stored.dtype == _FP8
 
-    def blocks(self, name: str) -> tuple[Tensor, Tensor]:
-        """An FP8 tensor as it lies: numbers (R, I) in E4M3, scales (r, i) in float32."""
+    def fp8_blocks(self, name: str) -> tuple[Tensor, Tensor]:
+        """An FP8 tensor as it is stored: values (R, I) in E4M3, scales (r, i) in float32."""
         stored = self._sources[name].stored
         scales = self._stored[stored.name + SCALE_SUFFIX]
         return stored.rows(0, stored.shape[0]), scales.rows(0, scales.shape[0]).float()
@@ -135,12 +145,12 @@ class StoredWeights:
     # ------------------------------------------------------------------------------------------- finding
 
     def _find_all(self, directory: Path) -> dict[str, _Source]:
-        """A source for every released name; raises CheckpointError for what is missing, unknown, misshapen, twice."""
-        homes = self._homes()
+        """A source for every released name; raises CheckpointError for missing, unknown, misshapen, duplicate ones."""
+        stored = self._by_slice()
         sources, missing = {}, []
         for name, _ in released_tensors(self._model, self.config):
             original = _original(name, self.config)
-            source = self._find(original, homes)
+            source = self._find(original, stored)
             if source is None:
                 missing.append(original)
             else:
@@ -151,51 +161,51 @@ class StoredWeights:
             raise CheckpointError(f"{directory}: no weights for {listed}")
         return sources
 
-    def _homes(self) -> dict[tuple[str, int | None, int], StoredTensor]:
-        """Every stored tensor by the place it has in our model."""
-        targets = parameters_and_buffers(self._model)
-        homes: dict[tuple[str, int | None, int], StoredTensor] = {}
+    def _by_slice(self) -> dict[_SliceKey, StoredTensor]:
+        """Every stored tensor by what it fills of our model."""
+        parameters = parameters_and_buffers(self._model)
+        found: dict[_SliceKey, StoredTensor] = {}
         for name, stored in self._stored.items():
-            where = None if name.endswith(SCALE_SUFFIX) else locate(name, self.config)
-            if where is None:
+            target = None if name.endswith(SCALE_SUFFIX) else locate(name, self.config)
+            if target is None:
                 continue
-            if where.parameter not in targets:
+            if target.parameter not in parameters:
                 raise CheckpointError(
                     f"{stored.file}: tensor {name} is no part of the model that config.json describes"
                 )
-            expected = tuple(where.of(targets[where.parameter]).shape)
+            expected = tuple(target.of(parameters[target.parameter]).shape)
             if stored.shape != expected:
                 raise CheckpointError(
-                    f"{stored.file}: tensor {name} has shape {stored.shape}, config.json asks for {expected}"
+                    f"{stored.file}: tensor {name} has shape {stored.shape}, config.json implies {expected}"
                 )
-            self._check_values(stored)
-            if _key(where) in homes:
-                raise _twice(stored)
-            homes[_key(where)] = stored
-        for (parameter, expert, _), stored in homes.items():
-            if expert is not None and (parameter, None, 0) in homes:
-                raise _twice(stored)
-        return homes
+            self._check_type(stored)
+            if _key(target) in found:
+                raise _duplicate(stored)
+            found[_key(target)] = stored
+        for (parameter, expert, _), stored in found.items():
+            if expert is not None and (parameter, None, 0) in found:
+                raise _duplicate(stored)
+        return found
 
-    def _find(self, name: str, homes: dict[tuple[str, int | None, int], StoredTensor]) -> _Source | None:
-        where = locate(name, self.config)
-        assert where is not None
-        if (stored := homes.get(_key(where))) is not None:
-            return _Source(stored)
-        if where.expert is not None and (stored := homes.get((where.parameter, None, 0))) is not None:
-            return _Source(stored, where.expert * stored.shape[1] + (where.rows.start or 0))
+    def _find(self, name: str, stored: dict[_SliceKey, StoredTensor]) -> _Source | None:
+        target = locate(name, self.config)
+        assert target is not None
+        if (own := stored.get(_key(target))) is not None:
+            return _Source(own)
+        if target.expert is not None and (stack := stored.get((target.parameter, None, 0))) is not None:
+            return _Source(stack, target.expert * stack.shape[1] + (target.rows.start or 0))
         if name == _HEAD and self.config.tie_word_embeddings:
-            return self._find(_EMBEDDING, homes)
+            return self._find(_EMBEDDING, stored)
         return None
 
     # ------------------------------------------------------------------------------------------ checking
 
-    def _check_values(self, stored: StoredTensor) -> None:
-        """The type must be one of weights; FP8 needs its scales, one per block."""
+    def _check_type(self, stored: StoredTensor) -> None:
+        """The type must be one that weights may have; FP8 needs scales, one per block."""
         name, file = stored.name, stored.file
         if stored.dtype not in DTYPES:
             raise CheckpointError(f"{file}: tensor {name} has type {stored.dtype}; weights must be {', '.join(DTYPES)}")
-        if stored.dtype != "F8_E4M3":
+        if stored.dtype != _FP8:
             return
         if len(stored.shape) != 2:
             raise CheckpointError(
@@ -203,7 +213,7 @@ class StoredWeights:
             )
         scales = self._stored.get(name + SCALE_SUFFIX)
         if scales is None:
-            raise CheckpointError(f"{file}: FP8 tensor {name} has no {name}{SCALE_SUFFIX} beside it")
+            raise CheckpointError(f"{file}: FP8 tensor {name} has no scales: {name}{SCALE_SUFFIX} is missing")
         rows, columns = stored.shape
         if scales.shape != fp8.scale_shape(rows, columns) or scales.dtype not in ("F32", "BF16"):
             raise CheckpointError(
@@ -212,7 +222,7 @@ class StoredWeights:
             )
 
     def _check_tied(self) -> None:
-        """Two different tensors for one parameter: `transformers` would untie them, others take one of the two."""
+        """Two different tensors for one parameter: `transformers` would untie them, others use one of the two."""
         head, embedding = self._sources[_HEAD], self._sources[_EMBEDDING]
         if not self.config.tie_word_embeddings or head == embedding:
             return
@@ -223,36 +233,31 @@ class StoredWeights:
                 )
 
     def _check_copies(self) -> None:
-        """An MTP layer's own embedding or head would be another model than the one that is loaded."""
+        """An MTP layer with an embedding or head of its own is a different model from the one that would be loaded."""
         for name, stored in self._stored.items():
             if name.endswith(SCALE_SUFFIX) or locate(name, self.config) is not None:
                 continue
             original = _original(name, self.config)
             expected = self._sources[original].stored
-            self._check_values(stored)
-            pieces = list(fp8.row_chunks(expected.shape))
+            self._check_type(stored)
+            chunks = list(fp8.row_chunks(expected.shape))
             if stored.shape != expected.shape or not all(
-                torch.equal(self._values_of(stored, 0, *piece).float(), self.rows(original, *piece).float())
-                for piece in (pieces[0], pieces[-1])
+                torch.equal(self._read(stored, 0, *chunk).float(), self.rows(original, *chunk).float())
+                for chunk in (chunks[0], chunks[-1])
             ):
                 raise CheckpointError(
-                    f"{stored.file}: tensor {name} differs from {original}: MTP layers share embedding and head here"
+                    f"{stored.file}: tensor {name} differs from {original}; MTP layers must share embedding and head"
                 )
 
 
-def blank_model(config: ModelConfig) -> Model:
-    """A model without memory for its weights."""
+def meta_model(config: ModelConfig) -> Model:
+    """A model on the meta device: shapes and types, without memory for its weights."""
     with torch.device("meta"):
         return Model(config)
 
 
-def parameters_and_buffers(model: Model) -> dict[str, Tensor]:
-    """All tensors of our model by our names; tied ones under both."""
-    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-
-
-def _values(stored: StoredTensor) -> torch.dtype:
-    """The type that values of the stored tensor are read in."""
+def _read_dtype(stored: StoredTensor) -> torch.dtype:
+    """The type in which values of the stored tensor are read."""
     dtype = DTYPES[stored.dtype]
     return torch.float32 if dtype == torch.float8_e4m3fn else dtype
 
@@ -264,11 +269,11 @@ def _original(name: str, config: ModelConfig) -> str:
     return _EMBEDDING if name.endswith("embed_tokens.weight") else _HEAD
 
 
-def _key(where: Location) -> tuple[str, int | None, int]:
-    return where.parameter, where.expert, where.rows.start or 0
+def _key(target: ParameterSlice) -> _SliceKey:
+    return target.parameter, target.expert, target.rows.start or 0
 
 
-def _twice(stored: StoredTensor) -> CheckpointError:
+def _duplicate(stored: StoredTensor) -> CheckpointError:
     return CheckpointError(f"{stored.file}: tensor {stored.name} is there twice, under another name or stacked as well")
 
 
@@ -280,8 +285,8 @@ def _without_absent_mtp(config: ModelConfig, names: Iterable[str], directory: Pa
     if any(name.startswith(prefix) for name in names):
         return config
     warnings.warn(
-        f"{directory}: config.json promises {config.num_nextn_predict_layers} MTP module(s) but no tensor begins "
-        f"with {prefix}; loading without them",
+        f"{directory}: config.json has num_nextn_predict_layers {config.num_nextn_predict_layers}, but no tensor's "
+        f"name begins with {prefix}; loading without MTP modules",
         stacklevel=4,
     )
     return replace(config, num_nextn_predict_layers=0)

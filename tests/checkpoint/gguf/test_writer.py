@@ -30,7 +30,7 @@ from fathom.checkpoint.hf.safetensors_io import CheckpointError  # noqa: E402
 from fathom.checkpoint.hf.weights import ModelWeights  # noqa: E402
 
 ARCH = "deepseek2"
-Kind = gguf.GGMLQuantizationType
+GGMLType = gguf.GGMLQuantizationType
 
 
 @pytest.fixture(scope="module")
@@ -112,12 +112,12 @@ def test_every_weight_is_in_the_file(tmp_path_factory: pytest.TempPathFactory, c
     model = lively_model(replace(config, rope_scaling=None), seed)
     path = tmp_path_factory.mktemp("weights") / "model.gguf"
     save_gguf(model, None, path, "f32")
-    keys, tensors, kinds = read(path)
+    keys, tensors, types = read(path)
     expected = expected_tensors(model)
     assert tensors.keys() == expected.keys()
     for name, tensor in tensors.items():
         assert torch.allclose(tensor, expected[name], rtol=1e-6, atol=0), name
-    assert set(kinds.values()) == {Kind.F32}
+    assert set(types.values()) == {GGMLType.F32}
     layers = {int(name.split(".")[1]) for name in tensors if name.startswith("blk.")}
     assert layers == set(range(keys[f"{ARCH}.block_count"]))
 
@@ -132,40 +132,40 @@ EXACT = ("norm.weight", "enorm.weight", "hnorm.weight", "ffn_gate_inp.weight", "
 def test_bfloat16_files_hold_bfloat16_weights_as_they_are(tmp_path: Path) -> None:
     model = lively_model(WIDE, dtype=torch.bfloat16)
     save_gguf(model, None, tmp_path / "model.gguf")
-    keys, tensors, kinds = read(tmp_path / "model.gguf")
+    keys, tensors, types = read(tmp_path / "model.gguf")
     assert keys["general.file_type"] == gguf.LlamaFileType.MOSTLY_BF16
     for name, expected in expected_tensors(model).items():
-        assert kinds[name] is (Kind.F32 if name.endswith(EXACT) else Kind.BF16), name
+        assert types[name] is (GGMLType.F32 if name.endswith(EXACT) else GGMLType.BF16), name
         assert torch.equal(tensors[name], expected.float()), name
 
 
 def test_q8_0_rounds_blocks_of_32_and_leaves_other_rows_in_bfloat16(tmp_path: Path) -> None:
     model = lively_model(WIDE)
     save_gguf(model, None, tmp_path / "model.gguf", "q8_0")
-    keys, tensors, kinds = read(tmp_path / "model.gguf")
+    keys, tensors, types = read(tmp_path / "model.gguf")
     assert keys["general.file_type"] == gguf.LlamaFileType.MOSTLY_Q8_0
     assert keys["general.quantization_version"] == gguf.GGML_QUANT_VERSION
     for name, expected in expected_tensors(model).items():
         tensor = tensors[name]
         if name.endswith(EXACT):
-            assert kinds[name] is Kind.F32 and torch.equal(tensor, expected), name
+            assert types[name] is GGMLType.F32 and torch.equal(tensor, expected), name
         elif expected.shape[-1] % 32:
-            assert kinds[name] is Kind.BF16 and torch.equal(tensor, expected.bfloat16().float()), name
+            assert types[name] is GGMLType.BF16 and torch.equal(tensor, expected.bfloat16().float()), name
         else:
-            assert kinds[name] is Kind.Q8_0, name
+            assert types[name] is GGMLType.Q8_0, name
             blocks = expected.reshape(-1, 32)
             # half a step of the block, and the step itself is a float16
             allowed = blocks.abs().amax(1, keepdim=True) / 127 * 0.5 + blocks.abs() * 2**-10
             assert ((tensor.reshape(-1, 32) - blocks).abs() <= allowed).all(), name
-    assert kinds["blk.0.ffn_down.weight"] is Kind.BF16  # rows of 40
+    assert types["blk.0.ffn_down.weight"] is GGMLType.BF16  # rows of 40
 
 
 def test_a_rescaled_matrix_stays_in_float32(tmp_path: Path) -> None:
     """Rounding it again would cost more than llama.cpp's single epsilon does."""
     save_gguf(lively_model(replace(WIDE, rms_norm_eps=1e-5)), None, tmp_path / "model.gguf", "q8_0")
-    _, _, kinds = read(tmp_path / "model.gguf")
-    assert kinds["blk.0.attn_q_a.weight"] is kinds["blk.3.attn_kv_a_mqa.weight"] is Kind.F32
-    assert kinds["blk.0.attn_q_b.weight"] is Kind.Q8_0
+    _, _, types = read(tmp_path / "model.gguf")
+    assert types["blk.0.attn_q_a.weight"] is types["blk.3.attn_kv_a_mqa.weight"] is GGMLType.F32
+    assert types["blk.0.attn_q_b.weight"] is GGMLType.Q8_0
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "q8_0"])
@@ -173,9 +173,9 @@ def test_one_piece_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dt
     written: list[weakref.ref[Any]] = []
     encode = gguf_tensors.encode
 
-    def watched(tensor: Tensor, kind: Any) -> Any:
+    def watched(tensor: Tensor, ggml_type: Any) -> Any:
         assert all(array() is None for array in written[:-1])
-        data = encode(tensor, kind)
+        data = encode(tensor, ggml_type)
         written.append(weakref.ref(data))
         return data
 
@@ -354,14 +354,14 @@ def test_a_file_is_verified_before_it_gets_its_name(
 
     def disturbed(weights: Any, tensor: Any, dtype: DType) -> Iterator[Any]:
         """One bit of one tensor changes on its way to the disk."""
-        for piece in gguf_tensors.encoded(weights, tensor, dtype):
+        for piece in gguf_tensors.encoded_chunks(weights, tensor, dtype):
             if tensor.name == "blk.1.attn_output.weight":
                 piece = piece.copy()
                 piece.view(np.uint8).reshape(-1)[7] ^= 1
             yield piece
 
-    monkeypatch.setattr(ours, "encoded", disturbed)
-    with pytest.raises(CheckpointError, match=r"attn_output\.weight is not what was read"):
+    monkeypatch.setattr(ours, "encoded_chunks", disturbed)
+    with pytest.raises(CheckpointError, match=r"attn_output\.weight: what was written differs from the source"):
         write_gguf(weights, None, tmp_path / "other.gguf", dtype, verify=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf"]
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fathom.checkpoint.hf.model import CheckpointError
-from fathom.checkpoint.hf.model_card import model_card, write_card
+from fathom.checkpoint.hf.model_card import model_card, write_model_card
 from tests.model.configs import tiny
 
 FIGURES = {
@@ -34,7 +34,7 @@ def test_the_figures_of_the_directory_itself(tmp_path: Path) -> None:
     text = card(tmp_path, FIGURES)
     assert text.startswith("---\nlibrary_name: transformers\n")
     counts = tiny().parameter_counts()
-    assert f"{counts.total:,}, of which a token uses {counts.active:,}" in text
+    assert f"{counts.total:,}, of which {counts.active:,} are active per token" in text
     for words in ("bits per byte | 1.2346", "| 54,321", "| 0.750", "| 82.3%", "| 61.0%", "| 1.82", "step | 200"):
         assert words in text
 
@@ -65,7 +65,7 @@ def test_a_file_of_another_kind_is_named(tmp_path: Path, content: str) -> None:
 def test_figures_travel_along(run: Path, tmp_path: Path) -> None:
     (run / "evaluation.json").write_text(json.dumps(FIGURES))
     (tmp_path / "out").mkdir()
-    write_card(tiny(), run / "model", tmp_path / "out", "fp8")
+    write_model_card(tiny(), run / "model", tmp_path / "out", "fp8")
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == FIGURES
     assert "1.2346" in (tmp_path / "out" / "README.md").read_text()
     assert "FP8" in (tmp_path / "out" / "README.md").read_text()

@@ -139,7 +139,7 @@ def test_the_engine_runs_with_kept_blocks(narrow: Path) -> None:
 
 def test_packed_models_are_not_saved(narrow: Path, model: Model, tmp_path: Path) -> None:
     for packed in (load_model(narrow, keep_fp8=True), quantized(model, "int8")):
-        with pytest.raises(CheckpointError, match="matrices are packed"):
+        with pytest.raises(CheckpointError, match="weights are quantised"):
             save_model(packed, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -150,14 +150,14 @@ LOAD = """
 import json, sys
 import torch
 from fathom.checkpoint.hf.model import load_config, load_model
-from fathom.checkpoint.hf.weights import blank_model
+from fathom.checkpoint.hf.weights import meta_model
 
 def status(field):
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
 
 torch.set_num_threads(1)
-blank_model(load_config(sys.argv[1]))  # torch imports a good deal at its first tensor without memory
+meta_model(load_config(sys.argv[1]))  # torch imports a good deal at its first tensor without memory
 with open("/proc/self/clear_refs", "w") as file:
     file.write("5")  # the peak begins anew
 before = status("VmRSS")
@@ -179,7 +179,7 @@ def test_loading_takes_the_models_own_size_and_one_layer_at_most(tmp_path: Path,
     save_model(Model(config), tmp_path / "model", storage=storage)
     answer = subprocess.run(
         [sys.executable, "-c", LOAD, str(tmp_path / "model"), str(keep_fp8)],
-        capture_output=True, check=True, text=True, cwd=Path(__file__).parents[2],
+        capture_output=True, check=True, text=True, cwd=Path(__file__).parents[3],
     )  # fmt: skip
     found = json.loads(answer.stdout)
     assert found["size"] > 5e7
