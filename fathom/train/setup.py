@@ -17,7 +17,7 @@ from fathom.runtime.hardware import faster_dtype
 from fathom.train.bf16_weights import Bf16Weights
 from fathom.train.loss import PretrainLoss
 from fathom.train.optim import EMA, build_optimizers
-from fathom.train.run import Run
+from fathom.train.run import Run, TrainConfig
 from fathom.train.step import TrainState
 
 
@@ -51,7 +51,11 @@ def resolve(run: Run, prepared: TokenizedCorpus, ranks: Ranks) -> Run:
         )
     bos, eos, pad = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
     model = replace(run.model, bos_token_id=bos, eos_token_id=eos, pad_token_id=pad)
-    train = run.train
+    return replace(run, model=model, train=resolve_auto(run.train, ranks))
+
+
+def resolve_auto(train: TrainConfig, ranks: Ranks) -> TrainConfig:
+    """Replace every «auto» by what it means on the ranks' devices."""
     # Timings differ from rank to rank; all take the first one's choices.
     if train.compute_dtype == "auto":
         choice = ranks.broadcast(str(faster_dtype(ranks.device)).removeprefix("torch."))
@@ -59,7 +63,7 @@ def resolve(run: Run, prepared: TokenizedCorpus, ranks: Ranks) -> Run:
     if train.compile == "auto":
         # On a CPU the kernels of fathom/ops are as fast and need no minute of compiling (docs/log/training.md).
         train = replace(train, compile="on" if ranks.device.type == "cuda" else "off")
-    return replace(run, model=model, train=train)
+    return train
 
 
 def compute_dtype(run: Run) -> torch.dtype:

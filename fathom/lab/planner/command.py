@@ -15,7 +15,7 @@ from fathom.config import ConfigError
 from fathom.lab.planner.assumptions import Assumptions
 from fathom.lab.planner.hardware import GPUS, Cluster, Gpu, check
 from fathom.lab.planner.layout import Layout
-from fathom.lab.planner.local.report import here_json, plan_here, show_here
+from fathom.lab.planner.local import local_json, plan_local, show_local
 from fathom.lab.planner.memory import serving_memory
 from fathom.lab.planner.plan import make_plan
 from fathom.lab.planner.search import search
@@ -23,18 +23,18 @@ from fathom.lab.planner.show import plan_json, show_plan, show_sensitivity
 from fathom.model.config import ModelConfig
 from fathom.train.run import Run, TrainConfig
 
-_HERE = ("cpu", "cuda")
+_LOCAL = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
 class PlanCommand:
-    """What training (and serving) a model takes: memory, communication, time and cost, on a cluster or right here."""
+    """What training and serving a model take: memory, communication, time and cost, on a cluster or on this machine."""
 
     model: tyro.conf.Positional[str]
     """A preset, a config.json, a model directory or a name on the hub."""
     layout: Annotated[Layout, tyro.conf.arg(name="")] = field(default_factory=Layout)
     gpu: str = "h800"
-    """h800, h100, h200, b200, a100 or l40s; cpu or cuda: this machine's, by short measurements of what it can do."""
+    """h800, h100, h200, b200, a100 or l40s; cpu or cuda: this machine, by timing a few real training steps."""
     gpus: int = 8
     gpus_per_node: int = 8
     link: float | None = None
@@ -68,7 +68,7 @@ class PlanCommand:
     @property
     def cluster(self) -> Cluster:
         """The GPUs asked for."""
-        check(self.gpu in GPUS, "gpu", self.gpu, f"one of {', '.join((*GPUS, *_HERE))}")
+        check(self.gpu in GPUS, "gpu", self.gpu, f"one of {', '.join((*GPUS, *_LOCAL))}")
         gpu: Gpu = GPUS[self.gpu]
         link = gpu.link if self.link is None else self.link * 1e9
         network = gpu.network if self.network is None else self.network * 1e9
@@ -81,8 +81,8 @@ def plan_command(words: list[str]) -> None:
     default = tyro.MISSING_NONPROP if run is None else PlanCommand(words[0], layout=_layout(run))
     command = tyro.cli(PlanCommand, args=words[1:] if run else words, default=default, prog="fathom plan")
     assert run is not None  # without a model tyro has ended the program
-    if command.gpu in _HERE:
-        _here(command, run)
+    if command.gpu in _LOCAL:
+        _local(command, run)
     else:
         _cluster(command, run.model)
 
@@ -101,10 +101,11 @@ def _cluster(command: PlanCommand, config: ModelConfig) -> None:
         show_sensitivity(console, plan)
 
 
-def _here(command: PlanCommand, run: Run) -> None:
+def _local(command: PlanCommand, run: Run) -> None:
     layout = command.layout
-    for name in ("pipeline", "tensor", "expert"):
-        check(getattr(layout, name) == 1, name, getattr(layout, name), "1 on this machine")
+    for name in ("pipeline", "tensor", "expert", "schedule", "precision", "moments"):
+        value, only = getattr(layout, name), getattr(Layout, name)
+        check(value == only, name, value, f"{only} on this machine")
     train = replace(
         run.train,
         batch_size=layout.global_batch,
@@ -112,11 +113,12 @@ def _here(command: PlanCommand, run: Run) -> None:
         sequence_length=layout.length,
         activation_checkpointing=layout.recompute == "full",
     )
-    plan = plan_here(replace(run, train=train), torch.device(command.gpu))
+    with Console(stderr=True).status("timing a few real training steps"):
+        plan = plan_local(replace(run, train=train), torch.device(command.gpu))
     if command.json:
-        print(json.dumps(here_json(plan), indent=1))
+        print(json.dumps(local_json(plan), indent=1))
     else:
-        show_here(Console(), plan)
+        show_local(Console(), plan)
 
 
 def _layout(run: Run) -> Layout:

@@ -1,1 +1,0 @@
-"""Planning our own trainer on this machine: every saved tensor counted, every product timed at its shape."""

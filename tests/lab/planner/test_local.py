@@ -1,0 +1,123 @@
+"""The plan of this machine: which steps are timed, what is made of their times, and when there is no plan."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from fathom import presets
+from fathom.config import ConfigError
+from fathom.data.batch import Batch
+from fathom.lab.planner import local
+from fathom.lab.planner.local import LocalPlan, Timing, local_json, plan_local
+from fathom.model.transformer import Model
+from fathom.train.estimate import Estimate
+from fathom.train.run import Run
+from fathom.train.schedule import batch_sizes
+from fathom.train.step import TrainState
+
+CPU = torch.device("cpu")
+
+
+def _nano(micro_batches: int, length: int = 32, **changes: Any) -> Run:
+    run = presets.nano()
+    changes = {"micro_batch_size": 2, "sequence_length": length, "compute_dtype": "float32"} | changes
+    return replace(run, train=replace(run.train, batch_size=2 * micro_batches, **changes))
+
+
+def _plan(run: Run, one: float, two: float) -> LocalPlan:
+    timings = Timing(1, (one,), 100), Timing(2, (two,), 120)
+    return LocalPlan(run, "CPU", Estimate(0, 0, 0, 0), *timings)
+
+
+def test_larger_steps_add_the_difference_of_the_two_that_were_timed() -> None:
+    assert _plan(_nano(1), 0.5, 0.8).seconds_per_step == 0.5
+    assert _plan(_nano(2), 0.5, 0.8).seconds_per_step == 0.8
+    larger = _plan(_nano(5), 0.5, 0.8)
+    assert larger.seconds_per_step == pytest.approx(0.8 + 3 * 0.3)
+    assert larger.tokens_per_second == pytest.approx(10 * 32 / 1.7)
+    assert [_plan(_nano(n), 0.5, 0.8).extrapolated for n in (1, 2, 3)] == [False, False, True]
+    assert _plan(_nano(5), 0.8, 0.7).seconds_per_step == 0.7  # noise never makes a larger step a faster one
+
+
+def test_memory_is_that_of_accumulation_where_the_run_accumulates() -> None:
+    assert [_plan(_nano(n), 0.5, 0.8).peak_memory for n in (1, 2, 3)] == [100, 120, 120]
+
+
+def test_the_run_takes_all_its_steps_the_ramp_of_its_batch_included() -> None:
+    run = _nano(6, steps=9, batch_ramp_start=2, batch_ramp_steps=5)
+    plan = _plan(run, 0.5, 0.8)
+    sizes = batch_sizes(run.train)
+    assert len(set(sizes)) > 3
+    assert plan.run_seconds == pytest.approx(sum(0.2 + 0.3 * (int(size) // 2) for size in sizes))
+
+
+@pytest.mark.parametrize(("length", "checkpointing"), [(16, False), (48, True)])
+def test_real_steps_of_two_sizes_are_timed(length: int, checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of the trainer on the run's own model; a clock that moves in them alone gives back what they cost."""
+    clock, seen = [0.0], list[list[torch.Size]]()
+    real_step = local.pretrain_step
+
+    def step(state: TrainState, batches: list[Batch], sequences: int, *rest: Any) -> Any:
+        before = [param.clone() for param in state.model.parameters()]
+        metrics = real_step(state, batches, sequences, *rest)
+        assert not metrics.skipped and sequences == 2 * len(batches)
+        assert any(not torch.equal(a, b) for a, b in zip(before, state.model.parameters(), strict=True))
+        seen.append([batch.inputs.shape for batch in batches])
+        clock[0] += 0.25 + 0.5 * len(batches)
+        return metrics
+
+    monkeypatch.setattr(local, "pretrain_step", step)
+    monkeypatch.setattr(local.time, "perf_counter", lambda: clock[0])
+    run = _nano(7, length, activation_checkpointing=checkpointing)
+    plan = plan_local(run, CPU)
+    assert seen == 4 * [[(2, length)]] + 4 * [2 * [(2, length)]]
+    assert plan.one.seconds == 3 * (0.75,) and plan.two.seconds == 3 * (1.25,)
+    assert plan.seconds_per_step == 0.25 + 7 * 0.5
+    found = local_json(plan)
+    assert found["step"] == {"micro_batches": 7, "tokens": 14 * length, "seconds": 3.75, "extrapolated": True}
+    assert found["run"]["seconds"] == pytest.approx(run.train.steps * 3.75)
+
+
+def test_a_run_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "free_memory", lambda device: 50 << 20)
+    with pytest.raises(
+        ConfigError, match=r"gpu is 'cpu', where this run cannot be timed: this run needs about 0\.\d GiB"
+    ):
+        plan_local(_nano(1), CPU)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_without_a_gpu_the_error_names_the_flag() -> None:
+    with pytest.raises(ConfigError, match="gpu is 'cuda'; it must be cpu here: torch finds no CUDA device"):
+        plan_local(_nano(1), torch.device("cuda"))
+
+
+@pytest.mark.slow
+def test_the_command_times_this_machine() -> None:
+    """In a process of its own, whose peak memory nothing else has raised."""
+    words = ["plan", "nano", "--gpu", "cpu", "--global-batch", "6", "--micro-batch", "2", "--length", "64"]
+    answer = subprocess.run(
+        [sys.executable, "-m", "fathom", *words, "--json"], check=True, stdout=subprocess.PIPE, env=os.environ
+    )
+    found = json.loads(answer.stdout)
+    parameters = sum(p.numel() for p in Model(presets.nano().model).parameters())
+    assert 12 * parameters < found["memory"]["peak"] < 4 << 30  # weights, gradients, Muon's momentum; and the program
+    assert [len(timing["seconds"]) for timing in found["timed"]] == [3, 3]
+    assert found["tokens_per_second"] == pytest.approx(6 * 64 / found["step"]["seconds"])
+    text = subprocess.run([sys.executable, "-m", "fathom", *words], check=True, stdout=subprocess.PIPE, env=os.environ)
+    for expected in ("Timed here (CPU", "extrapolated", "tokens/s", "600 steps"):
+        assert expected in text.stdout.decode()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_gpu_is_timed() -> None:
+    plan = plan_local(_nano(3, 64, compute_dtype="bfloat16"), torch.device("cuda"))
+    parameters = sum(p.numel() for p in Model(presets.nano().model).parameters())
+    assert plan.one.median > 0 and 12 * parameters < plan.one.peak_memory <= plan.two.peak_memory
