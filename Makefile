@@ -23,24 +23,24 @@ help: ## List the targets and options
 	@echo "  TORCH_INDEX=URL       where torch's wheels are offered. On Linux plain PyPI gives the CUDA build, several"
 	@echo "                        GB; TORCH_INDEX=https://download.pytorch.org/whl/cpu gives the small CPU build."
 
-setup: ## Make .venv with Fathom in it
+setup: ## Make .venv: Fathom, and what serving, evaluation and GGUF need
 	@sh scripts/setup.sh
 
 setup-test:
 	@sh scripts/setup.sh test
 
-demo: setup ## Train a small model here and talk to it
+demo: setup ## Train a small model here in six minutes and report what it learned
 	@.venv/bin/fathom demo
 
 test: setup-test lint ## Run every check: format, lint, types, layers, all tests
 	@$(PY) -m pytest $(PARALLEL)
 
-check: setup-test lint ## Run the checks that take under a minute: a contributor's loop
+check: setup-test lint ## Run the fast checks: a contributor's loop
 	@$(PY) -m pytest -x $(PARALLEL) -m "not slow and not oracle and not distributed"
 
-nightly: test soak demo ## Everything, what is too long for `make test` included: half an hour
+nightly: test soak demo ## make test, make soak and make demo: half an hour
 
-soak: setup-test ## Ten minutes of a badly behaved crowd against the server
+soak: setup-test ## Ten minutes of misbehaving clients against the server
 	@SOAK_SECONDS=600 $(PY) -m pytest -s tests/serve/test_soak.py
 
 bench: setup-test ## Measure against other programs (28 GB of disk for the conversions)

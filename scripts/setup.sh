@@ -1,7 +1,7 @@
 #!/bin/sh
 # Makes .venv with Fathom installed in it as an editable package. Does nothing where that is done already.
 #
-#   scripts/setup.sh         what a user needs
+#   scripts/setup.sh         what a user needs: Fathom with its extras serve, eval and gguf
 #   scripts/setup.sh test    what the checks and tests need too
 #
 # From the environment:
@@ -46,7 +46,7 @@ choose_python() {
 check_options() {
     case "$extra" in
         '' | test) ;;
-        *) fail "there is no set-up called '$extra'; give 'test' or nothing" ;;
+        *) fail "unknown argument '$extra': expected 'test' or nothing" ;;
     esac
     case "${TORCH_VERSION:-}" in
         *[!0-9a-z.+]*) fail "TORCH_VERSION is '$TORCH_VERSION'; expected a release such as 2.13.0" ;;
@@ -74,7 +74,7 @@ check_disk() {
 }
 
 make_environment() {
-    # A .venv of another Python, of another folder, or left half made cannot be mended: start again.
+    # A .venv of another Python, of another folder, or left half made cannot be repaired: start again.
     if [ "$(version_of .venv/bin/python)" = "$version" ] && grep -qF "$(pwd)/.venv" .venv/bin/activate &&
         .venv/bin/python -m pip --version >/dev/null 2>&1; then
         return
@@ -90,18 +90,18 @@ make_environment() {
 install_fathom() {
     rm -f .venv/.installed*
     sed "${TORCH_VERSION:+s/^torch==.*/torch==$TORCH_VERSION/}" constraints.txt >.venv/constraints.txt
-    # Progress bars are for people: where nobody watches, keep the log short.
+    # Progress bars only on a terminal: a log stays short.
     quiet=
     if [ ! -t 1 ]; then quiet=--quiet; fi
-    say "installing Fathom and what it needs into .venv (torch is the large part)"
+    say "installing Fathom and its dependencies into .venv (torch is the large one)"
     # shellcheck disable=SC2086  # an empty $quiet must vanish
     .venv/bin/python -m pip install $quiet --disable-pip-version-check -c .venv/constraints.txt \
-        ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -e ".${extra:+[$extra]}" ||
+        ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -e ".[${extra:-serve,eval,gguf}]" ||
         fail "pip failed; its reason is printed above. No network: check the proxy settings. No torch for this machine:
         try another TORCH_VERSION (2.11.0 to 2.15.0) or TORCH_INDEX. Then run the same command again."
 }
 
-# llama.cpp judges GGUF files. It comes as source: building takes some minutes, and pip keeps what it built.
+# GGUF files are tested against llama.cpp. It comes as source: building takes some minutes, and pip caches the wheel.
 install_llama() {
     say "installing llama.cpp for the tests (the first time on this machine it is built: 3 minutes on 2 cores)"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -c .venv/constraints.txt llama-cpp-python ||
@@ -121,7 +121,7 @@ warn_without_compiler() {
     for candidate in "${CXX:-c++}" g++ clang++; do
         if command -v "$candidate" >/dev/null 2>&1; then return; fi
     done
-    say "no C++ compiler: plain torch does the work of the CPU kernels; training steps take about 1.4 times as long."
+    say "no C++ compiler: plain torch replaces the CPU kernels, and training steps take about 1.4 times as long."
     say "On Debian or Ubuntu: apt install g++. On macOS: xcode-select --install"
 }
 

@@ -23,7 +23,7 @@ JUDGES = (
     "tests/eval/test_harness.py",
     "tests/serve/",
     "tests/checkpoint/gguf/test_writer.py",
-    "tests/checkpoint/test_docs.py",
+    "tests/test_docs.py",
 )
 
 

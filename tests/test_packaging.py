@@ -91,7 +91,7 @@ def test_a_full_disk_is_refused_before_anything_is_made(checkout: Path) -> None:
 
 
 def test_bad_options_are_refused(checkout: Path) -> None:
-    assert "there is no set-up called 'tests'" in setup(checkout, "tests")
+    assert "unknown argument 'tests'" in setup(checkout, "tests")
     assert "TORCH_VERSION is 'latest!'" in setup(checkout, TORCH_VERSION="latest!")
 
 
