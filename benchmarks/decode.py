@@ -52,7 +52,7 @@ STEPS, ROUNDS = 8, 5
 """Steps per turn, and turns per program; the first turn is not counted."""
 
 DRAFTED = 128
-"""Tokens that every sequence goes on by where drafting is measured."""
+"""Tokens that every sequence is continued by where drafting is measured."""
 
 
 class Row(NamedTuple):
@@ -118,7 +118,7 @@ def _copying(device: torch.device) -> Steps:
 
 
 def needed_bytes(config: ModelConfig, batch: int) -> float:
-    """What a step must read: the weights that are expected to be taken, in bfloat16, and the cache, each once."""
+    """What a step must read: the weights it is expected to use, in bfloat16, and the cache, each once."""
     expert = 3 * config.hidden_size * config.moe_intermediate_size
     layers = config.num_moe_layers
     share = 1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** batch
@@ -220,7 +220,7 @@ def fewer_bits(programs: Programs) -> Iterator[Row]:
 
 
 def crowd(programs: Programs) -> Iterator[Row]:
-    """32 requests of 32 to 256 tokens that want 16 to 64 more, all at once."""
+    """32 requests with prompts of 32 to 256 tokens and 16 to 64 tokens to generate, all at once."""
     lengths = torch.randint(32, 257, (32,), generator=torch.Generator().manual_seed(1)).tolist()
     wanted = torch.randint(16, 65, (32,), generator=torch.Generator().manual_seed(2)).tolist()
     prompts = random_prompts(programs.config.vocab_size, lengths)
@@ -259,7 +259,7 @@ def longer_contexts(programs: Programs) -> Iterator[Row]:
 
 
 def latent_attention(device: torch.device) -> Iterator[Row]:
-    """Terabytes of latents per second that decoding's attention reads, against a copy, and against a plain product.
+    """Terabytes of latents per second that decoding's attention reads, against a copy, and against a plain matmul.
 
     Shapes of DeepSeek-V3's cache: with few heads reading bounds it, with all 128 multiplying does.
     """
@@ -297,7 +297,7 @@ def more_experts(device: torch.device) -> Iterator[Row]:
 
 
 class Drafting:
-    """One engine that goes on with prompt after prompt, as a server's does, and what that took after first tokens."""
+    """One engine that continues prompt after prompt, as a server's does, and the time it took after first tokens."""
 
     def __init__(self, model: Model, speculative: bool | int, batch: int) -> None:
         self._engine = Engine(model, speculative=speculative, max_batch=batch)
@@ -342,7 +342,7 @@ class Drafting:
 
 
 def drafting(name: str, model: Model, prompts: Sequence[list[int]], trained: bool) -> Iterator[Row]:
-    """One draft a step, and as many as pay, against none; 1 sequence and 8.
+    """One draft a step, and adaptive draft length, against no drafts; 1 sequence and 8.
 
     Tokens per step times cost(plain step) / cost(verify + draft) is what drafting could bring at best: with the same
     tokens, the ratio of the seconds spent inside the model's passes.
@@ -350,18 +350,18 @@ def drafting(name: str, model: Model, prompts: Sequence[list[int]], trained: boo
     for batch in (1, 8):
         engines = {"none": Drafting(model, 0, batch), "one": Drafting(model, 1, batch)}
         if trained:
-            engines["as pays"] = Drafting(model, True, batch)
+            engines["adaptive"] = Drafting(model, True, batch)
         groups = [prompts[first : first + batch] for first in range(0, len(prompts), batch)]
         for turn, group in enumerate((*groups, *groups)):
             for engine in engines.values():
-                # In the first round engines warm up, and the adaptive one learns what steps cost and bring.
+                # In the first round engines warm up, and the adaptive one measures what steps cost and yield.
                 engine.go_on(group, counted=turn >= len(groups))
         plain, one = engines["none"], engines["one"]
         row = f"{name}, one draft, batch {batch}: speed-up, of what its passes allow"
         yield against(row, plain.seconds / one.seconds, plain.passes / one.passes, 0.85, 0.95)
         if trained:
-            adaptive = engines["as pays"]
-            share = f"{adaptive.drafted / adaptive.forwards:.2f} drafts a step (as pays)"
+            adaptive = engines["adaptive"]
+            share = f"{adaptive.drafted / adaptive.forwards:.2f} drafts a step (adaptive)"
             rates = adaptive.tokens / adaptive.seconds, plain.tokens / plain.seconds
             yield against(f"{name}, {share}, batch {batch}: tokens/s, against none", *rates, 1, 1.4)
 
@@ -384,7 +384,7 @@ def drafting_peer(model: Model, prompts: Sequence[list[int]], folder: Path) -> R
 
 
 class HeldOut(NamedTuple):
-    """The demo's model, what it was not trained on, and 32 prompts of 128 tokens from all over that."""
+    """The demo's model, its held-out text, and 32 prompts of 128 tokens spread over that."""
 
     run: Run
     prepared: TokenizedCorpus
@@ -403,7 +403,7 @@ class HeldOut(NamedTuple):
 
 
 def trained(demo: Path, device: torch.device) -> Iterator[Row]:
-    """Drafting on held-out code, and what fewer bits lose, with the demo's model."""
+    """Drafting on held-out code, and the loss from fewer bits, with the demo's model."""
     run, prepared, model, rows, prompts = HeldOut.of(demo, device)
     yield from drafting("demo's model", model, prompts, trained=True)
     batches = [rows.sequential(row, 1) for row in range(0, len(rows), max(1, len(rows) // 64))]
@@ -418,7 +418,7 @@ def trained(demo: Path, device: torch.device) -> Iterator[Row]:
 
 
 def settle(device: str) -> None:
-    """The same allocator setting for all, and no chatter of the peers'."""
+    """The same allocator setting for all, and no log lines of the peers'."""
     if device == "cpu":
         keep_freed_memory()
     transformers.logging.set_verbosity_error()

@@ -30,7 +30,7 @@ _ENDLESS = 100_000
 
 
 class Asked(NamedTuple):
-    """A request: its prompt, and how many tokens it wants."""
+    """A request: its prompt, and how many tokens to generate."""
 
     prompt: list[int]
     tokens: int
@@ -43,7 +43,7 @@ def random_prompts(vocabulary: int, lengths: Sequence[int], seed: int = 0) -> li
 
 @cache
 def start_llama() -> Any:
-    """llama.cpp without its log; what is returned must live as long, for the library holds a bare pointer."""
+    """llama.cpp without its log; keep what is returned alive, since the library holds a bare pointer."""
     llama_cpp.llama_backend_init()
     silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
     llama_cpp.llama_log_set(silent, ctypes.c_void_p())
@@ -89,7 +89,7 @@ class Fathom:
 
 
 class Transformers:
-    """`transformers`, with its cache and grouped products."""
+    """`transformers`, with its cache and grouped matmuls."""
 
     name = "transformers"
 
@@ -115,7 +115,7 @@ class Transformers:
         return time.perf_counter() - began
 
     def serve(self, requests: Sequence[Asked], batch: int) -> float:
-        """In static batches of requests of about the same length, which run until the last has its tokens."""
+        """In static batches of requests of about the same length, which run until the last is finished."""
         began = time.perf_counter()
         order = sorted(requests, key=lambda asked: asked.tokens)
         for first in range(0, len(order), batch):
@@ -127,7 +127,7 @@ class Transformers:
         return time.perf_counter() - began
 
     def _wait(self) -> None:
-        """Until the device has done what it was asked."""
+        """Wait for the device."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
@@ -194,7 +194,7 @@ class LlamaCpp:
         return seconds
 
     def serve(self, requests: Sequence[Asked]) -> float:
-        """All at once: prompts in full batches, then one token for everybody who still wants some."""
+        """All at once: prefill in full batches, then one token a step for every unfinished request."""
         context = self._context(len(requests), sum(len(asked.prompt) + asked.tokens for asked in requests))
         began = time.perf_counter()
         last = self._read(context, [asked.prompt for asked in requests])
@@ -219,7 +219,7 @@ class LlamaCpp:
         return context
 
     def _read(self, context: Any, prompts: Sequence[list[int]]) -> list[int]:
-        """Each prompt in turn, as many tokens at once as a batch takes; the token that follows each."""
+        """Prefill prompt after prompt, as many tokens at once as a batch takes; the token that follows each."""
         entries = [
             (token, number, place, place == len(prompt) - 1)
             for number, prompt in enumerate(prompts)
@@ -234,7 +234,7 @@ class LlamaCpp:
 
     @staticmethod
     def _run(context: Any, entries: Sequence[tuple[int, int, int, bool]]) -> None:
-        """One pass over (token, sequence, position, whether its logits are wanted)."""
+        """One pass over (token, sequence, position, whether its logits are needed)."""
         batch = llama_cpp.llama_batch_init(len(entries), 0, 1)
         batch.n_tokens = len(entries)
         for row, (token, sequence, position, wanted) in enumerate(entries):

@@ -1,4 +1,4 @@
-"""Many sequences whose latents are attended at once: what a GPU's decoding step does in every layer, by itself.
+"""Attention over many sequences' latents at once: what a GPU's decoding step does in every layer, by itself.
 
 Shapes: N sequences of T tokens, H heads, C = 512 latent and R = 64 rope numbers, as in DeepSeek-V3.
 """

@@ -18,7 +18,7 @@ if llama_cpp is not None:
 
 
 class Went(NamedTuple):
-    """How it went on from a prompt; the first token and its seconds are not counted."""
+    """A prompt's continuation; the first token and its seconds are not counted."""
 
     tokens: list[int]
     seconds: float
@@ -45,7 +45,7 @@ class LlamaDrafting:
             llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(context), 0, -1, -1)
         best, states = self._run(self._main, prompt, 0)
         following, at = int(best[-1]), len(prompt)
-        # Pairs that the module has not seen: (state, the token after it), the first of them at position `pair_at`.
+        # Pairs not given to the module yet: (hidden state, the token after it), the first at position `pair_at`.
         pairs = [*prompt[1:], following]
         pair_states, pair_at = states, 1
         made: list[int] = []
@@ -80,7 +80,7 @@ class LlamaDrafting:
     def _run(
         self, context: Any, tokens: Sequence[int], position: int, states_SD: Any = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The likeliest token after each (S), and their states (S, D), float32."""
+        """The likeliest token after each (S), and their hidden states (S, D), float32."""
         batch = llama_cpp.llama_batch_ext_init(context)
         for number, token in enumerate(tokens):
             index = llama_cpp.llama_batch_ext_add_token(batch, 0, token)

@@ -19,7 +19,7 @@ _NAMED_OTHERWISE = {"num_nextn_predict_layers", "rope_theta", "rope_scaling"}
 def mixture(shape: ModelConfig) -> nn.Module:
     """Its DeepSeek-V3, without MTP modules: it has none to train.
 
-    Autocast does not reach grouped products, so under it they stay in float32; even so they are faster than its loop
+    Autocast does not reach grouped matmuls, so under it they stay in float32; even so they are faster than its loop
     over experts in bfloat16.
     """
     names = {f.name for f in fields(shape)} - _NAMED_OTHERWISE

@@ -37,7 +37,7 @@ _ADAMW_BYTES = 28
 
 
 class Comparison(NamedTuple):
-    """What a row shows; the ratio is what floor and goal are held against."""
+    """What a row shows; floor and goal are for the ratio."""
 
     ours: float
     peer: float | None
@@ -61,7 +61,7 @@ def main() -> None:
     parser = _parser()
     options = parser.parse_args()
     if options.json and not options.json.absolute().parent.is_dir():
-        parser.error(f"--json {options.json}: there is no such folder")  # to be said before minutes are spent
+        parser.error(f"--json {options.json}: there is no such folder")  # before minutes are spent
     batch, turns = (_QUICK_BATCH, _QUICK_TURNS) if options.quick else (_BATCH, _TURNS)
     try:
         rows = _chosen(_rows(batch), options.only)
@@ -208,7 +208,7 @@ def _mfu_ratio(peak: float, ours: Result, peer: Result) -> Comparison:
 
 
 def _mfu(peak: float, ours: Result, peer: Result | None = None) -> Comparison:
-    """Here the fraction itself is held against floor and goal."""
+    """Here floor and goal are for the fraction itself."""
     return Comparison(ours.mfu(peak), peer.mfu(peak) if peer else None, ours.mfu(peak))
 
 
@@ -224,7 +224,7 @@ def _figures(row: Row, outcome: Outcome) -> Comparison:
 
 
 def _chosen(rows: list[Row], words: str) -> list[Row]:
-    """The rows asked for."""
+    """The selected rows."""
     chosen = [row for row in rows if words.lower() in row.name.lower()]
     if not chosen:
         names = "\n".join(f"  {row.name}" for row in rows)
@@ -233,7 +233,7 @@ def _chosen(rows: list[Row], words: str) -> list[Row]:
 
 
 def _needed(groups: dict[str, Group], rows: list[Row]) -> dict[str, Group]:
-    """The sides that the rows need, in their groups; raises where something they need is missing."""
+    """The sides that the rows need, in their groups; raises where a package or compiler they need is missing."""
     names = {(row.group, side) for row in rows for side in row.sides}
     needed = {}
     for name, group in groups.items():
@@ -241,7 +241,7 @@ def _needed(groups: dict[str, Group], rows: list[Row]) -> dict[str, Group]:
             needed[name] = replace(group, sides=sides)
     specs = [spec for group in needed.values() for spec in group.sides.values()]
     if any(spec.program != "fathom" for spec in specs) and find_spec("transformers") is None:
-        raise ValueError("transformers is not installed; it comes with the tests: pip install 'fathom-lm[test]'")
+        raise ValueError("transformers is not installed; it is one of the tests' packages: `make check` installs it")
     lacking = missing_for_compile(torch.device("cpu"))
     if any(spec.compile for spec in specs) and lacking:
         raise ValueError(f"--compile is given, but {lacking}")

@@ -30,12 +30,12 @@ _LENGTH = 4096
 _GOAL = 0.45
 """MFU that a step should reach."""
 _SECONDS = 170
-"""For all sides together; one that would take longer is ended."""
+"""Seconds for all sides together; what would take longer is ended."""
 _STACK, _WHOLE = "layers of 16b-a3b", "1B-A0.2B"
 
 
 class Result(NamedTuple):
-    """What a side answered, and what follows."""
+    """A side's measurements, and what is derived from them."""
 
     spec: Spec
     answer: dict[str, Any]
@@ -51,7 +51,7 @@ class Result(NamedTuple):
         return self.spec.micro_batches * self.spec.micro_batch * self.spec.length / self.seconds
 
     def mfu(self, peak: float) -> float:
-        """Model FLOPs of a second, of what the peak is."""
+        """Model FLOPs per second over the peak."""
         return self.tokens_per_second * self.spec.shape.flops_per_token(self.spec.length, mtp=True) / peak
 
 
@@ -109,7 +109,7 @@ def main() -> None:
 
 
 def _report(results: dict[str, Result]) -> dict[str, Any]:
-    """Machine, rows of the table, and what the sides answered."""
+    """Machine, rows of the table, and the sides' measurements."""
     first = next(iter(results.values())).answer
     peak = max(result.answer["peak"] for result in results.values())
     return {
