@@ -1,4 +1,4 @@
-"""Fathom: the whole DeepSeek-V3 recipe, from a laptop to a cluster, in code that one can read in a weekend.
+"""Fathom: the whole DeepSeek-V3 recipe, from a laptop to a cluster, with a core that one can read in a weekend.
 
 model = fathom.load_model(path)                         # any Hugging Face DeepSeek-V3 directory
 out = model(tokens_BS, mtp=True)                        # out.logits_BSO, out.router, out.mtp_logits
