@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Self
 
+import torch
 from torch import Tensor
 
-from fathom.model.cached_batch import Routed
+from fathom.model.router import RouterOutput
 
 
 class SequenceChunk(NamedTuple):
@@ -27,6 +28,22 @@ class SequenceChunk(NamedTuple):
     @property
     def end(self) -> int:
         return self.start + len(self.tokens)
+
+
+class Routed(NamedTuple):
+    """Which experts the N tokens of a pass took in each of L MoE layers, and with what weights."""
+
+    experts_LNK: Tensor
+    weights_LNK: Tensor
+
+    @staticmethod
+    def of(layers: Sequence[RouterOutput], tokens: int, experts_per_token: int) -> "Routed":
+        """The layers' routing of the pass's `tokens` tokens, stacked."""
+        if not layers:
+            none_LNK = torch.empty(0, tokens, experts_per_token)
+            return Routed(none_LNK.long(), none_LNK)
+        experts_LNK = torch.stack([layer.topk_ids_BSK[0] for layer in layers])
+        return Routed(experts_LNK, torch.stack([layer.weights_BSK[0] for layer in layers]))
 
 
 class ForwardOutput(NamedTuple):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fathom.data.tokenizer import Tokenizer
 from fathom.engine import backends
-from fathom.engine.batch import ForwardOutput, SequenceChunk
+from fathom.engine.batch import ForwardOutput, Routed, SequenceChunk
 from fathom.engine.config import EngineConfig, merged
 from fathom.engine.detokenizer import IncrementalDetokenizer
 from fathom.engine.outputs import Completion, FinishReason, Generation, Stats, TokenRouting, Update
@@ -28,7 +28,6 @@ from fathom.engine.routing import ExpertLoad
 from fathom.engine.sampling.sampler import SamplingParams
 from fathom.engine.sampling.verify import SampledTokens, verify
 from fathom.engine.scheduler import PrefillChunk, Scheduler, SequenceState
-from fathom.model.cached_batch import Routed
 from fathom.model.transformer import Model
 
 _PREFILL_BUDGETS = {"cpu": 512, "cuda": 2048}

@@ -21,7 +21,8 @@ from torch import Tensor
 from fathom.data.batch import Batch
 from fathom.model.balance import max_violation
 from fathom.model.layers import at_least_float32
-from fathom.model.transformer import HiddenStates, Model
+from fathom.model.outputs import HiddenStates
+from fathom.model.transformer import Model
 from fathom.ops.loss import IGNORE
 
 _CHUNK_TOKENS = 1024

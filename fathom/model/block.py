@@ -1,4 +1,7 @@
-"""One transformer layer: latent attention, then a dense or a MoE feed-forward, each on a normalised residual stream."""
+"""One transformer layer: latent attention, then a dense or a MoE feed-forward, each on a normalised residual stream.
+
+Shapes: B batch, S length, D hidden.
+"""
 
 from torch import Tensor, nn
 
@@ -6,7 +9,8 @@ from fathom.model.cached_batch import LayerCache
 from fathom.model.config import ModelConfig
 from fathom.model.layers import RMSNorm, SwiGLU
 from fathom.model.mla import MultiHeadLatentAttention
-from fathom.model.moe import MoE, RouterFacts
+from fathom.model.moe import MoE
+from fathom.model.router import RouterOutput
 from fathom.ops.rope import Rope
 
 
@@ -20,11 +24,16 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MoE(config) if moe else SwiGLU(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x_BSD: Tensor, rope: Rope, cache: LayerCache | None = None) -> tuple[Tensor, RouterFacts | None]:
-        """The new residual stream (B, S, D), and the router's facts of a MoE layer."""
+    def forward(self, x_BSD: Tensor, rope: Rope, cache: LayerCache | None = None) -> tuple[Tensor, RouterOutput | None]:
+        """The new residual stream (B, S, D), and what the router of a MoE layer computed."""
+        return self.layer(x_BSD, rope, cache)
+
+    def layer(self, x_BSD: Tensor, rope: Rope, cache: LayerCache | None = None) -> tuple[Tensor, RouterOutput | None]:
+        """The layer itself, for subclasses whose `forward` does more."""
         x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rope, cache)
         normed_BSD = self.post_attention_layernorm(x_BSD)
         if isinstance(self.mlp, MoE):
-            out_BSD, facts = self.mlp(normed_BSD, trains=cache is None)
-            return x_BSD + out_BSD, facts
+            # With a cache the row is chunks of several sequences, for which the sequence-wise loss is not defined.
+            out_BSD, routing = self.mlp(normed_BSD, balance_loss=cache is None)
+            return x_BSD + out_BSD, routing
         return x_BSD + self.mlp(normed_BSD), None

@@ -66,13 +66,6 @@ class CachedBatch:
         return LayerCache(self.sub_batches, self.slot_mapping_N, self.cache_LMW[index])
 
 
-class Routed(NamedTuple):
-    """Which experts the tokens of a pass took in each MoE layer, and with what weights."""
-
-    experts_LNK: Tensor
-    weights_LNK: Tensor
-
-
 class LayerCache(NamedTuple):
     """A layer's part of a batch."""
 

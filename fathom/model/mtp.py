@@ -14,7 +14,7 @@ from fathom.model.block import Block
 from fathom.model.cached_batch import LayerCache
 from fathom.model.config import ModelConfig
 from fathom.model.layers import Linear, RMSNorm
-from fathom.model.moe import RouterFacts
+from fathom.model.router import RouterOutput
 from fathom.ops.rope import Rope
 
 
@@ -28,14 +28,15 @@ class MTPModule(Block):
         self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size)
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
 
-    def predict(
+    def forward(  # type: ignore[override]  # a layer of another signature: it has two inputs
         self, embedded_BSD: Tensor, h_BSD: Tensor, rope: Rope, cache: LayerCache | None = None
-    ) -> tuple[Tensor, RouterFacts]:
-        """The state after `shared_head.norm` (B, S, D): feed it to the head, and on to the next module."""
-        x_BSD, facts = self(self.joined(embedded_BSD, h_BSD), rope, cache)
-        return self.shared_head["norm"](x_BSD), facts
+    ) -> tuple[Tensor, RouterOutput]:
+        """The hidden states after `shared_head.norm` (B, S, D), for the head and the next module; and the routing."""
+        x_BSD, routing = self.layer(self.project(embedded_BSD, h_BSD), rope, cache)
+        assert routing is not None  # the layer is MoE
+        return self.shared_head["norm"](x_BSD), routing
 
-    def joined(self, embedded_BSD: Tensor, h_BSD: Tensor) -> Tensor:
-        """h': what the layer is fed."""
-        joined_BSD: Tensor = self.eh_proj(torch.cat((self.enorm(embedded_BSD), self.hnorm(h_BSD)), dim=-1))
-        return joined_BSD
+    def project(self, embedded_BSD: Tensor, h_BSD: Tensor) -> Tensor:
+        """h', the layer's input (B, S, D)."""
+        h_BSD = self.eh_proj(torch.cat((self.enorm(embedded_BSD), self.hnorm(h_BSD)), dim=-1))
+        return h_BSD

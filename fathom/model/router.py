@@ -3,7 +3,7 @@
 The correction bias steers selection alone; the weights are those of the unbiased scores. DeepSeek-V2's router
 (arXiv 2405.04434, section 2.1.2) has softmax for sigmoid, no bias, and a group's score is that of its best expert.
 
-Shapes: N tokens, D hidden, E routed experts, K experts per token.
+Shapes: B batch, S length, N = B·S tokens, D hidden, E routed experts, K experts per token.
 """
 
 from collections.abc import Callable
@@ -12,21 +12,24 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from fathom.model.balance import sequence_balance_loss
 from fathom.model.config import ModelConfig
 from fathom.ops import gpu
 from fathom.ops.linear.fp32 import fp32_linear
 from fathom.ops.moe.routing import route, select_experts, select_experts_reference
 
 
-class Routing(NamedTuple):
-    """One layer's choice."""
+class RouterOutput(NamedTuple):
+    """What one layer's router computed in one forward pass."""
 
-    topk_ids_NK: Tensor
+    topk_ids_BSK: Tensor
     """Experts each token takes, int64."""
-    weights_NK: Tensor
-    """Their weights; gradients flow to the gate through these alone."""
-    scores_NE: Tensor | None
-    """affinity of every token to every expert, for the balance loss; may be None where nobody trains."""
+    weights_BSK: Tensor
+    """Their weights; gradients flow to the gate through these and the balance loss."""
+    tokens_per_expert_E: Tensor
+    """Tokens that take each expert, int64."""
+    balance_loss: Tensor | None
+    """Sequence-wise balance loss before α, mean over sequences (scalar); None where it was not computed."""
 
 
 class Router(nn.Module):
@@ -53,18 +56,20 @@ class Router(nn.Module):
             self.e_score_correction_bias = bias_E.to(self.e_score_correction_bias.device)
         return self
 
-    def forward(self, x_ND: Tensor, trains: bool = True) -> Routing:
-        logits_NE = fp32_linear(x_ND, self.weight)
-        if not trains and not self.config.is_v2 and gpu.usable(logits_NE, self.e_score_correction_bias):
-            config = self.config
-            rule = config.num_experts_per_tok, (config.n_group, config.topk_group), config.norm_topk_prob
-            return Routing(*route(logits_NE, self.e_score_correction_bias, *rule, config.routed_scaling_factor), None)
-        scores_NE = logits_NE.softmax(-1) if self.config.is_v2 else logits_NE.sigmoid()
-        topk_ids_NK = self.select(scores_NE.detach())
-        weights_NK = scores_NE.gather(1, topk_ids_NK)
-        if self.config.norm_topk_prob:
-            weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
-        return Routing(topk_ids_NK, weights_NK * self.config.routed_scaling_factor, scores_NE)
+    def forward(self, x_BSD: Tensor, balance_loss: bool = True) -> RouterOutput:
+        """Route every token; `balance_loss` says whether the rows are whole sequences and their loss is computed."""
+        logits_NE = fp32_linear(x_BSD.flatten(0, 1), self.weight)
+        loss = None
+        if not balance_loss and self._fuses(logits_NE):
+            ids_NK, weights_NK = self._fused(logits_NE)
+        else:
+            scores_NE = logits_NE.softmax(-1) if self.config.is_v2 else logits_NE.sigmoid()
+            ids_NK = self.select(scores_NE.detach())
+            weights_NK = self._weights(scores_NE, ids_NK)
+            if balance_loss:
+                loss = sequence_balance_loss(scores_NE.unflatten(0, x_BSD.shape[:2]), ids_NK.shape[1])
+        ids_BSK, weights_BSK = (t.unflatten(0, x_BSD.shape[:2]) for t in (ids_NK, weights_NK))
+        return RouterOutput(ids_BSK, weights_BSK, _tokens_per_expert(ids_NK, self.weight.shape[0]), loss)
 
     def select(self, scores_NE: Tensor) -> Tensor:
         """Ids (N, K) of the experts whose (biased) scores are best."""
@@ -74,3 +79,24 @@ class Router(nn.Module):
             return select_experts_reference(scores_NE, config.num_experts_per_tok, *groups, best=1)
         biased_NE = scores_NE + self.e_score_correction_bias
         return select_experts(biased_NE, config.num_experts_per_tok, config.n_group, config.topk_group)
+
+    def _weights(self, scores_NE: Tensor, ids_NK: Tensor) -> Tensor:
+        weights_NK = scores_NE.gather(1, ids_NK)
+        if self.config.norm_topk_prob:
+            weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
+        return weights_NK * self.config.routed_scaling_factor
+
+    def _fuses(self, logits_NE: Tensor) -> bool:
+        """Whether one kernel does it all: on a GPU, without gradients."""
+        return not self.config.is_v2 and gpu.usable(logits_NE, self.e_score_correction_bias)
+
+    def _fused(self, logits_NE: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.config
+        rule = config.num_experts_per_tok, (config.n_group, config.topk_group), config.norm_topk_prob
+        return route(logits_NE, self.e_score_correction_bias, *rule, config.routed_scaling_factor)
+
+
+def _tokens_per_expert(ids_NK: Tensor, experts: int) -> Tensor:
+    # Not bincount: on a GPU the host would wait for its result's size.
+    ids_P = ids_NK.flatten()
+    return ids_P.new_zeros(experts).scatter_add_(0, ids_P, torch.ones_like(ids_P))

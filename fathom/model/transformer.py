@@ -1,13 +1,13 @@
 """The whole model: embedding, layers, final norm, head, MTP modules (DeepSeek-V3 report, section 2).
 
-`states` does the work and returns everything the forward pass found out; `hidden`, `logits` and the call compose it.
-The model remembers nothing between calls: loads and balance losses are outputs, the cache is passed in.
+`embed`, `run_layers` and `finish` compose `forward_hidden`, which returns everything the forward pass computed;
+`hidden`, `logits` and the call build on it. The model keeps nothing between calls: expert loads and balance losses are
+outputs, the cache is passed in.
 
-Shapes: B batch, S query length, T cache slots, D hidden, O vocabulary, W = C+R cache width, L layers (of the main
+Shapes: B batch, S query length, N = B·S tokens, D hidden, O vocabulary, M MTP modules, T = S + M, L layers (of the main
 model, then one per MTP module), E experts, K experts per token.
 """
 
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -15,47 +15,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fathom.model.block import Block
-from fathom.model.cached_batch import CachedBatch, Routed
+from fathom.model.cached_batch import CachedBatch
 from fathom.model.config import ModelConfig
 from fathom.model.layers import Linear, RMSNorm
-from fathom.model.moe import Experts, RouterFacts
+from fathom.model.moe import Experts
 from fathom.model.mtp import MTPModule
+from fathom.model.outputs import HiddenStates, ModelOutput, RouterOutputs, warn_renamed
 from fathom.model.rope import rope_table
-from fathom.model.router import Router
+from fathom.model.router import Router, RouterOutput
 from fathom.ops.rope import Rope
-
-
-@dataclass(frozen=True)
-class RouterSummary:
-    """Every router's facts, MoE layers in order, then the MTP modules that ran."""
-
-    tokens_per_expert_LE: Tensor
-    """Tokens each expert received, (MoE layers, E) int64; no rows in a model without MoE layers."""
-    balance_loss: Tensor
-    """Sequence-wise balance loss before α: mean over sequences, summed over layers (scalar)."""
-    topk_ids_LBSK: tuple[Tensor, ...]
-    """Experts each token took, one (B, S, K) tensor per layer."""
-
-
-@dataclass(frozen=True)
-class HiddenStates:
-    """What the layers computed, before the head."""
-
-    h_BSD: Tensor
-    """The main model's state after its final norm."""
-    mtp_h_BSD: tuple[Tensor, ...]
-    """Each MTP module's state after `shared_head.norm`; module k covers the positions whose token i+k is known."""
-    router: RouterSummary
-
-
-@dataclass(frozen=True)
-class ModelOutput:
-    """A whole forward pass."""
-
-    logits_BSO: Tensor
-    router: RouterSummary
-    mtp_logits: tuple[Tensor, ...] | None
-    """One (B, S − k, O) per module k when asked for: position i predicts token i + k + 1."""
 
 
 class Model(nn.Module):
@@ -75,26 +43,18 @@ class Model(nn.Module):
 
     def forward(self, tokens_BS: Tensor, mtp: bool = False) -> ModelOutput:
         """Logits of every position; with `mtp` also those of the MTP modules."""
-        states = self.forward_hidden(tokens_BS, mtp=mtp)
-        mtp_logits = tuple(self.logits(h, k) for k, h in enumerate(states.mtp_h_BSD, 1)) if mtp else None
-        return ModelOutput(self.logits(states.h_BSD), states.router, mtp_logits)
+        hidden = self.forward_hidden(tokens_BS, mtp=mtp)
+        mtp_logits = tuple(self.logits(h_BSD, k) for k, h_BSD in enumerate(hidden.mtp_h_BSD, 1)) if mtp else None
+        return ModelOutput(self.logits(hidden.h_BSD), hidden.router, mtp_logits)
 
     def hidden(self, tokens_BS: Tensor) -> Tensor:
-        """The state after the final norm (B, S, D): what the head and the first MTP module read."""
+        """The hidden states after the final norm (B, S, D), which the head and the first MTP module take."""
         return self.forward_hidden(tokens_BS).h_BSD
 
     def logits(self, h_BSD: Tensor, module: int = 0) -> Tensor:
-        """The output head, of the main model or of an MTP module counted from 1: (…, D) → (…, O)."""
-        logits_BSO: Tensor = self.head_of(module)(h_BSD)
+        """The output head: (…, D) → (…, O). Main model (0) and MTP modules (from 1) share one."""
+        logits_BSO: Tensor = self.lm_head(h_BSD)
         return logits_BSO
-
-    def head_of(self, module: int) -> nn.Linear:
-        """The head that reads the main model's states (0) or an MTP module's (from 1): the same one for all."""
-        return self.lm_head
-
-    def embedding_of(self, module: int) -> nn.Embedding:
-        """The embedding of what the main model (0) or an MTP module (from 1) reads: the same one for all."""
-        return self.embed_tokens
 
     def forward_hidden(
         self,
@@ -111,85 +71,112 @@ class Model(nn.Module):
         `compute_dtype` is the activations' type; None means that of the weights. With `activation_checkpointing` each
         layer of the main model keeps its input alone and runs again in the backward pass.
         """
-        self._check_tokens(tokens_BS)
+        x_BSD = self.embed(tokens_BS, compute_dtype)
         rope = rope_table(self.config, torch.arange(tokens_BS.shape[1], device=tokens_BS.device))
-        x_BSD = self._embed(tokens_BS, compute_dtype)
-        facts: list[RouterFacts] = []
-        for layer in self.layers:
-            if activation_checkpointing:
-                x_BSD, layer_facts = checkpoint(layer, x_BSD, rope, use_reentrant=False)
-            else:
-                x_BSD, layer_facts = layer(x_BSD, rope)
-            if layer_facts is not None:
-                facts.append(layer_facts)
-        h_BSD = self.norm(x_BSD)
+        x_BSD, routing = self.run_layers(range(len(self.layers)), x_BSD, rope, activation_checkpointing)
+        h_BSD = self.finish(x_BSD)
         mtp_h_BSD: list[Tensor] = []
         if mtp:
             ahead_BT = tokens_BS if lookahead_BM is None else torch.cat((tokens_BS, lookahead_BM), dim=1)
-            mtp_h_BSD, mtp_facts = self._run_mtp(ahead_BT, h_BSD, rope, compute_dtype)
-            facts += mtp_facts
-        return HiddenStates(h_BSD, tuple(mtp_h_BSD), self._summary(facts))
+            mtp_h_BSD, mtp_routing = self._run_mtp(ahead_BT, h_BSD, rope, compute_dtype)
+            routing += mtp_routing
+        outputs = RouterOutputs.of(routing, self.config.n_routed_experts, h_BSD.device)
+        return HiddenStates(h_BSD, tuple(mtp_h_BSD), outputs)
+
+    def states(self, tokens_BS: Tensor, **options: object) -> HiddenStates:
+        """The old name of `forward_hidden`."""
+        warn_renamed("Model.states", "forward_hidden")
+        return self.forward_hidden(tokens_BS, **options)  # type: ignore[arg-type]
+
+    # --- the stages of `forward_hidden`, so that a pipeline's rank can run some of them
+
+    def embed(self, tokens_BS: Tensor, compute_dtype: torch.dtype | None = None) -> Tensor:
+        """Embeddings (B, S, D) in `compute_dtype`, None: that of the weights. Raises ValueError for wrong tokens."""
+        if tokens_BS.dim() != 2 or tokens_BS.is_floating_point() or tokens_BS.numel() == 0:
+            shape = tuple(tokens_BS.shape)
+            raise ValueError(f"tokens must be integers of shape (batch, length), got {tokens_BS.dtype} {shape}")
+        x_BSD: Tensor = self.embed_tokens(tokens_BS)
+        return x_BSD if compute_dtype is None else x_BSD.to(compute_dtype)
+
+    def run_layers(
+        self, layers: range, x_BSD: Tensor, rope: Rope, activation_checkpointing: bool = False
+    ) -> tuple[Tensor, list[RouterOutput]]:
+        """The residual stream (B, S, D) after those of the main model's layers, and what each MoE layer's router
+        computed.
+
+        The modules of other layers are not touched: a rank that runs some need not have the others.
+        """
+        routing = []
+        for layer in (self.layers[index] for index in layers):
+            if activation_checkpointing:
+                x_BSD, routed = checkpoint(layer, x_BSD, rope, use_reentrant=False)
+            else:
+                x_BSD, routed = layer(x_BSD, rope)
+            if routed is not None:
+                routing.append(routed)
+        return x_BSD, routing
+
+    def finish(self, x_BSD: Tensor) -> Tensor:
+        """The final norm: hidden states (B, S, D) for the head and the first MTP module."""
+        h_BSD: Tensor = self.norm(x_BSD)
+        return h_BSD
 
     def _run_mtp(
         self, ahead_BT: Tensor, h_BSD: Tensor, rope: Rope, compute_dtype: torch.dtype | None
-    ) -> tuple[list[Tensor], list[RouterFacts]]:
-        """Chain the modules: module k reads the state of the one before and the token k places ahead."""
-        states, facts = [], []
+    ) -> tuple[list[Tensor], list[RouterOutput]]:
+        """Chain the modules: module k takes the hidden states of the one before and the token k places ahead."""
+        hidden, routing = [], []
         for k, module in enumerate(self.mtp, start=1):
             length = min(h_BSD.shape[1], ahead_BT.shape[1] - k)
             if length < 1:
                 raise ValueError(f"sequences of {ahead_BT.shape[1]} tokens are too short for MTP module {k}")
-            embedded_BSD = self._embed(ahead_BT[:, k : k + length], compute_dtype, k)
+            embedded_BSD = self.embed(ahead_BT[:, k : k + length], compute_dtype)
             # Rotary positions are relative: counting a module's own from 0 changes nothing.
-            here = Rope(rope.cos[:length], rope.sin[:length])
-            h_BSD, module_facts = cast(MTPModule, module).predict(embedded_BSD, h_BSD[:, :length], here)
-            states.append(h_BSD)
-            facts.append(module_facts)
-        return states, facts
+            own_rope = Rope(rope.cos[:length], rope.sin[:length])
+            h_BSD, routed = module(embedded_BSD, h_BSD[:, :length], own_rope)
+            hidden.append(h_BSD)
+            routing.append(routed)
+        return hidden, routing
 
-    # ------------------------------------------------------------------------------------- with a latent cache
+    # --- with a latent cache
 
     def forward_with_cache(
         self, tokens_N: Tensor, batch: CachedBatch, compute_dtype: torch.dtype | None = None
-    ) -> tuple[Tensor, Routed]:
-        """Continue sequences: write the tokens' latents into the cache. Gives final states (N, D) and the routing.
+    ) -> tuple[Tensor, list[RouterOutput]]:
+        """Continue sequences: write the tokens' latents into the cache. Gives hidden states (N, D), and what each MoE
+        layer's router computed (B = 1, S = N).
 
         Tokens come in the order of `batch.slot_mapping_N`. `compute_dtype` is the activations' type; None means the
         cache's.
         """
         rope = rope_table(self.config, batch.positions)
-        x_1ND = self._embed(tokens_N[None], compute_dtype or batch.cache_LMW.dtype)
-        facts: list[RouterFacts] = []
+        x_1ND = self.embed(tokens_N[None], compute_dtype or batch.cache_LMW.dtype)
+        routing = []
         for index, layer in enumerate(self.layers):
-            x_1ND, layer_facts = layer(x_1ND, rope, batch.layer(index))
-            if layer_facts is not None:
-                facts.append(layer_facts)
-        h_1ND: Tensor = self.norm(x_1ND)
-        return h_1ND[0], self._routed(facts, len(tokens_N))
+            x_1ND, routed = layer(x_1ND, rope, batch.layer(index))
+            if routed is not None:
+                routing.append(routed)
+        return self.finish(x_1ND)[0], routing
 
     def forward_mtp_with_cache(self, module: int, tokens_N: Tensor, h_ND: Tensor, batch: CachedBatch) -> Tensor:
-        """Continue MTP module number `module` (from 0): token t_{i+1} with state h_i, at the slot of token i+1.
+        """Continue MTP module number `module` (from 0): token t_{i+1} with hidden state h_i, at the slot of token i+1.
 
-        The activations have the states' type.
-
-        Positions count as the caller likes (rotary positions are relative), but slots the module never wrote must not
-        be among those it sees.
+        Gives its hidden states (N, D), in the type of `h_ND`. Positions may count from anywhere (rotary positions are
+        relative), but slots the module never wrote must not be among those it attends.
         """
         rope = rope_table(self.config, batch.positions)
-        embedded_1ND = self._embed(tokens_N[None], h_ND.dtype, module + 1)
-        cache = batch.layer(len(self.layers) + module)
-        out_1ND, _ = cast(MTPModule, self.mtp[module]).predict(embedded_1ND, h_ND[None], rope, cache)
-        return out_1ND[0]
+        embedded_1ND = self.embed(tokens_N[None], h_ND.dtype)
+        out_1ND, _ = self.mtp[module](embedded_1ND, h_ND[None], rope, batch.layer(len(self.layers) + module))
+        return cast(Tensor, out_1ND)[0]
 
     def write_mtp_kv_cache(self, module: int, tokens_N: Tensor, h_ND: Tensor, batch: CachedBatch) -> None:
-        """Write the latents that `forward_mtp_with_cache` would, and compute nothing else: nobody asks for the
-        states."""
+        """Write the latents that `forward_mtp_with_cache` would, and compute nothing else."""
         block = cast(MTPModule, self.mtp[module])
-        x_1ND = block.joined(self._embed(tokens_N[None], h_ND.dtype), h_ND[None])
+        x_1ND = block.project(self.embed(tokens_N[None], h_ND.dtype), h_ND[None])
         rope = rope_table(self.config, batch.positions)
         block.self_attn.write_kv_cache(block.input_layernorm(x_1ND), rope, batch.layer(len(self.layers) + module))
 
-    # ---------------------------------------------------------------------------------------------------------
+    # --- parameters
 
     def tie_head(self) -> None:
         """Make head and embedding one parameter where the configuration says so (again, after `to_empty`)."""
@@ -197,33 +184,8 @@ class Model(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
 
     def routers(self) -> list[Router]:
-        """Every router, in the order of `RouterSummary.tokens_per_expert_LE`."""
+        """Every router, in the order of `RouterOutputs.layers`."""
         return [module for module in self.modules() if isinstance(module, Router)]
-
-    def _embed(self, tokens_BS: Tensor, compute_dtype: torch.dtype | None, module: int = 0) -> Tensor:
-        embedded_BSD: Tensor = self.embedding_of(module)(tokens_BS)
-        return embedded_BSD if compute_dtype is None else embedded_BSD.to(compute_dtype)
-
-    def _check_tokens(self, tokens_BS: Tensor) -> None:
-        if tokens_BS.dim() != 2 or tokens_BS.is_floating_point() or tokens_BS.numel() == 0:
-            shape = tuple(tokens_BS.shape)
-            raise ValueError(f"tokens must be integers of shape (batch, length), got {tokens_BS.dtype} {shape}")
-
-    def _routed(self, facts: list[RouterFacts], tokens: int) -> Routed:
-        if not facts:
-            none_LNK = self.embed_tokens.weight.new_zeros(0, tokens, self.config.num_experts_per_tok)
-            return Routed(none_LNK.long(), none_LNK.float())
-        experts_LNK = torch.stack([layer.topk_ids_BSK[0] for layer in facts])
-        return Routed(experts_LNK, torch.stack([layer.weights_BSK[0] for layer in facts]))
-
-    def _summary(self, facts: list[RouterFacts]) -> RouterSummary:
-        device = self.embed_tokens.weight.device
-        if not facts:
-            empty_LE = torch.zeros(0, self.config.n_routed_experts, dtype=torch.int64, device=device)
-            return RouterSummary(empty_LE, torch.zeros((), device=device), ())
-        tokens_per_expert_LE = torch.stack([f.tokens_per_expert_E for f in facts])
-        balance = torch.stack([f.balance_loss for f in facts if f.balance_loss is not None]).sum()
-        return RouterSummary(tokens_per_expert_LE, balance, tuple(f.topk_ids_BSK for f in facts))
 
 
 @torch.no_grad()

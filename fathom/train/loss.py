@@ -42,9 +42,10 @@ class PretrainLoss(nn.Module):
             activation_checkpointing=self.activation_checkpointing,
         )
         sums = []
+        weights = self.head_weights()
         for k, h_BSD in enumerate((hidden.h_BSD, *hidden.mtp_h_BSD)):
             targets_N = batch.targets_HBS[k].flatten()
-            sums.append(linear_cross_entropy(h_BSD.flatten(0, 1), self.model.head_of(k).weight, targets_N))
+            sums.append(linear_cross_entropy(h_BSD.flatten(0, 1), weights[k], targets_N))
         sums_H = torch.stack(sums)
         means_H = weighted_means(sums_H, weights_H)
         total = means_H[0] + self.seq_balance_loss_weight * fraction * hidden.router.balance_loss
@@ -52,3 +53,7 @@ class PretrainLoss(nn.Module):
             total = total + mtp_loss_weight * means_H[1:].mean()
         balance = hidden.router.balance_loss.detach() * fraction
         return LossOutput(total, sums_H.detach(), balance, hidden.router.tokens_per_expert_LE)
+
+    def head_weights(self) -> list[Tensor]:
+        """The output head (O, D) of the main model and of each MTP module: they share one."""
+        return [self.model.lm_head.weight] * (1 + self.model.config.num_nextn_predict_layers)

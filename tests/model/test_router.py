@@ -6,8 +6,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fathom.model.balance import sequence_balance_loss
 from fathom.model.config import ModelConfig
-from fathom.model.router import Router, Routing
+from fathom.model.router import Router, RouterOutput
 from tests.model.configs import model_configs, tiny
 
 seeds = st.integers(0, 2**32 - 1)
@@ -36,8 +37,8 @@ def by_definition(scores: list[float], bias: list[float], config: ModelConfig) -
     return {e: scores[e] / total * config.routed_scaling_factor for e in chosen}
 
 
-def as_choices(routing: Routing) -> list[dict[int, float]]:
-    rows = zip(routing.topk_ids_NK.tolist(), routing.weights_NK.tolist(), strict=True)
+def as_choices(routing: RouterOutput) -> list[dict[int, float]]:
+    rows = zip(routing.topk_ids_BSK[0].tolist(), routing.weights_BSK[0].tolist(), strict=True)
     return [dict(zip(ids, weights, strict=True)) for ids, weights in rows]
 
 
@@ -45,9 +46,10 @@ def as_choices(routing: Routing) -> list[dict[int, float]]:
 @given(model_configs(), seeds, st.sampled_from([-5.0, -1.0, 0.0, 5.0]))
 def test_choices_and_weights_equal_the_definition(config: ModelConfig, seed: int, shift: float) -> None:
     router, x_ND = lively_router(config, seed, shift)
-    routing = router(x_ND)
+    routing = router(x_ND[None])
     scores_NE = torch.sigmoid(x_ND @ router.weight.T)
-    assert torch.allclose(routing.scores_NE, scores_NE, rtol=0, atol=1e-12)
+    loss = sequence_balance_loss(scores_NE[None], config.num_experts_per_tok)
+    assert torch.allclose(routing.balance_loss, loss, rtol=0, atol=1e-12)
     bias = router.e_score_correction_bias.tolist()
     for scores, found in zip(scores_NE.tolist(), as_choices(routing), strict=True):
         assert found == pytest.approx(by_definition(scores, bias, config), rel=1e-9)
@@ -57,9 +59,9 @@ def test_choices_and_weights_equal_the_definition(config: ModelConfig, seed: int
 @given(model_configs(), seeds)
 def test_a_bias_that_is_equal_for_all_changes_nothing(config: ModelConfig, seed: int) -> None:
     router, x_ND = lively_router(config, seed)
-    before = as_choices(router(x_ND))
+    before = as_choices(router(x_ND[None]))
     router.e_score_correction_bias = router.e_score_correction_bias - 100.0
-    for one, other in zip(before, as_choices(router(x_ND)), strict=True):
+    for one, other in zip(before, as_choices(router(x_ND[None])), strict=True):
         assert one == pytest.approx(other, rel=1e-12)
 
 
@@ -67,14 +69,15 @@ def test_the_bias_moves_selection_and_never_enters_the_weights() -> None:
     config = tiny(n_group=1, topk_group=1, num_experts_per_tok=2, norm_topk_prob=False, routed_scaling_factor=1.0)
     router, x_ND = lively_router(config, 0)
     router.e_score_correction_bias = torch.tensor([9.0, 0, 0, 0, 0, 8.0, 0, 0], dtype=torch.float64)
-    routing = router(x_ND)
-    assert set(routing.topk_ids_NK.flatten().tolist()) == {0, 5}
-    assert torch.equal(routing.weights_NK, routing.scores_NE.gather(1, routing.topk_ids_NK))
+    routing = router(x_ND[None])
+    assert set(routing.topk_ids_BSK.flatten().tolist()) == {0, 5}
+    scores_1NE = torch.sigmoid(x_ND @ router.weight.T)[None]
+    assert torch.allclose(routing.weights_BSK, scores_1NE.gather(2, routing.topk_ids_BSK), rtol=0, atol=1e-12)
 
 
 def test_normalised_weights_sum_to_the_scaling_factor() -> None:
     router, x_ND = lively_router(tiny(routed_scaling_factor=2.5), 0)
-    assert torch.allclose(router(x_ND).weights_NK.sum(-1), torch.full((12,), 2.5, dtype=torch.float64))
+    assert torch.allclose(router(x_ND[None]).weights_BSK[0].sum(-1), torch.full((12,), 2.5, dtype=torch.float64))
 
 
 @settings(max_examples=20, deadline=None)
@@ -84,11 +87,11 @@ def test_the_gate_learns_through_the_weights(config: ModelConfig, seed: int) -> 
     assume(config.num_experts_per_tok > 1 or not config.norm_topk_prob)
     router, x_ND = lively_router(config, seed)
     mix_NK = torch.randn(12, config.num_experts_per_tok, dtype=torch.float64)
-    routing = router(x_ND)
-    (grad_ED,) = torch.autograd.grad((routing.weights_NK * mix_NK).sum(), router.weight)
+    routing = router(x_ND[None])
+    (grad_ED,) = torch.autograd.grad((routing.weights_BSK[0] * mix_NK).sum(), router.weight)
 
     step_ED = torch.randn_like(router.weight)
-    ids_NK, values = routing.topk_ids_NK, []
+    ids_NK, values = routing.topk_ids_BSK[0], []
     for sign in (1, -1):
         scores_NK = torch.sigmoid(x_ND @ (router.weight.detach() + sign * 1e-6 * step_ED).T).gather(1, ids_NK)
         if config.norm_topk_prob:
@@ -100,10 +103,24 @@ def test_the_gate_learns_through_the_weights(config: ModelConfig, seed: int) -> 
 
 
 def test_bfloat16_activations_are_routed_in_float32() -> None:
-    router, x_ND = lively_router(tiny(), 0)
+    config = tiny()
+    router, x_ND = lively_router(config, 0)
     router = router.bfloat16()
     router.e_score_correction_bias = router.e_score_correction_bias.float()
     x_ND = x_ND.bfloat16()
-    routing = router(x_ND)
-    assert routing.scores_NE.dtype == routing.weights_NK.dtype == torch.float32
-    assert torch.equal(routing.scores_NE, (x_ND.float() @ router.weight.float().T).sigmoid())
+    routing = router(x_ND[None])
+    scores_1NE = (x_ND.float() @ router.weight.float().T).sigmoid()[None]
+    weights_1NK = scores_1NE.gather(2, routing.topk_ids_BSK)
+    weights_1NK = weights_1NK / (weights_1NK.sum(-1, keepdim=True) + 1e-20) * config.routed_scaling_factor
+    assert routing.weights_BSK.dtype == torch.float32
+    assert torch.equal(routing.weights_BSK, weights_1NK)
+
+
+@pytest.mark.parametrize("balance_loss", [True, False])
+def test_tokens_per_expert_counts_the_choices(balance_loss: bool) -> None:
+    config = tiny()
+    router, x_ND = lively_router(config, 0)
+    routing = router(x_ND.view(3, 4, -1), balance_loss)
+    counts = [int((routing.topk_ids_BSK == expert).sum()) for expert in range(config.n_routed_experts)]
+    assert routing.tokens_per_expert_E.tolist() == counts and routing.tokens_per_expert_E.dtype == torch.int64
+    assert (routing.balance_loss is not None) == balance_loss

@@ -1,5 +1,6 @@
 """The whole model: gradients against finite differences, causality, independent rows, MTP's alignment."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fathom.model.config import ModelConfig
+from fathom.model.rope import rope_table
 from fathom.model.rope_scaling import YarnScaling
 from fathom.model.transformer import Model
 from tests.model.configs import lively_model, model_configs, random_tokens, relative_error, tiny
@@ -79,6 +81,41 @@ def test_hidden_and_logits_compose_the_call(config: ModelConfig, seed: int) -> N
     assert len(with_mtp.mtp_logits) == len(states.mtp_h_BSD) == config.num_nextn_predict_layers
     for ahead, (logits, h_BSD) in enumerate(zip(with_mtp.mtp_logits, states.mtp_h_BSD, strict=True), start=1):
         assert torch.equal(logits, model.logits(h_BSD)) and logits.shape[1] == 5 - ahead
+
+
+@settings(max_examples=10, deadline=None)
+@given(model_configs(modules=(0, 0)), seeds, st.integers(0, 4))
+@torch.no_grad()
+def test_stages_on_models_that_hold_their_own_layers_compose_the_whole(
+    config: ModelConfig, seed: int, cut: int
+) -> None:
+    """Two ranks of a pipeline: each has identities in the place of the other's modules."""
+    model, tokens_BS = lively_model(config, seed), random_tokens(config, 2, 5, seed)
+    whole = model.forward_hidden(tokens_BS)
+    cut = min(cut, config.num_hidden_layers)
+    first, second = (copy.deepcopy(model) for _ in range(2))
+    for index in range(config.num_hidden_layers):
+        (second if index < cut else first).layers[index] = torch.nn.Identity()
+    first.norm = second.embed_tokens = torch.nn.Identity()  # type: ignore[assignment]
+    rope = rope_table(config, torch.arange(5))
+    x_BSD, routing = first.run_layers(range(cut), first.embed(tokens_BS), rope)
+    x_BSD, more = second.run_layers(range(cut, config.num_hidden_layers), x_BSD, rope)
+    assert torch.equal(second.finish(x_BSD), whole.h_BSD)
+    for found, expected in zip((*routing, *more), whole.router.layers, strict=True):
+        assert all(map(torch.equal, found, expected))
+
+
+@torch.no_grad()
+def test_old_names_give_the_same_and_warn() -> None:
+    config = tiny()
+    model, tokens_BS = lively_model(config), random_tokens(config, 2, 5)
+    new = model.forward_hidden(tokens_BS)
+    with pytest.warns(DeprecationWarning, match="Model.states is now called forward_hidden") as caught:
+        old = model.states(tokens_BS)
+    assert caught[0].filename == __file__ and torch.equal(old.h_BSD, new.h_BSD)
+    with pytest.warns(DeprecationWarning, match="loads_LE is now called tokens_per_expert_LE") as caught:
+        assert torch.equal(new.router.loads_LE, new.router.tokens_per_expert_LE)
+    assert caught[0].filename == __file__
 
 
 @settings(max_examples=20, deadline=None)

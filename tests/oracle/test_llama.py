@@ -19,7 +19,7 @@ from torch import Tensor
 from fathom.data.tokenizer import ASSISTANT, EOS, USER, Tokenizer, train_tokenizer
 from fathom.model.config import ModelConfig
 from fathom.model.rope_scaling import YarnScaling
-from fathom.model.router import Router, Routing
+from fathom.model.router import Router, RouterOutput
 from fathom.model.transformer import Model
 from tests.model.configs import lively_model, model_configs, random_tokens, relative_error, tiny
 
@@ -109,9 +109,10 @@ def smallest_margin(model: Model) -> Iterator[list[float]]:
         ordered = scores.sort(dim=-1, descending=True).values
         return float((ordered[:, count - 1] - ordered[:, count]).min()) if count < scores.shape[1] else float("inf")
 
-    def note_choice(router: Router, _: Any, routing: Routing) -> None:
+    def note_choice(router: Router, inputs: Any, _: RouterOutput) -> None:
         config = router.config
-        biased_NE = routing.scores_NE.double() + router.e_score_correction_bias
+        scores_NE = (inputs[0].flatten(0, 1) @ router.weight.T).sigmoid()
+        biased_NE = scores_NE.double() + router.e_score_correction_bias
         grouped_NGe = biased_NE.unflatten(1, (config.n_group, -1))
         group_NG = grouped_NGe.topk(2).values.sum(-1)
         worst_N1 = group_NG.topk(config.topk_group).values[:, -1:]

@@ -28,10 +28,9 @@ def losses(run: Run, directory: Path, ranks: Ranks) -> Tensor:
 
 
 def use_references(patch: pytest.MonkeyPatch) -> None:
-    def experts(self: Experts, x_ND: Tensor, topk_ids_NK: Tensor, weights_NK: Tensor) -> tuple[Tensor, Tensor]:
+    def experts(self: Experts, x_ND: Tensor, topk_ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
         gate_up_EGD, down_EDF = self.gate_up_proj.to(x_ND.dtype), self.down_proj.to(x_ND.dtype)
-        tokens_per_expert_E = topk_ids_NK.flatten().bincount(minlength=len(down_EDF))
-        return routed_experts_reference(x_ND, topk_ids_NK, weights_NK, gate_up_EGD, down_EDF), tokens_per_expert_E
+        return routed_experts_reference(x_ND, topk_ids_NK, weights_NK, gate_up_EGD, down_EDF)
 
     patch.setattr(Experts, "forward", experts)
     patch.setattr("fathom.model.mla.expanded_attention", expanded_attention_reference)

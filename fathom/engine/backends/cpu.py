@@ -17,10 +17,9 @@ from torch import Tensor
 
 from fathom.engine.backends.eager import EagerBackend
 from fathom.engine.backends.raw_weights import layer_weights
-from fathom.engine.batch import BatchMetadata, ForwardOutput, SequenceChunk, num_tokens
+from fathom.engine.batch import BatchMetadata, ForwardOutput, Routed, SequenceChunk, num_tokens
 from fathom.engine.kv_cache import LatentCache
 from fathom.model.block import Block
-from fathom.model.cached_batch import Routed
 from fathom.model.layers import LATENT_NORM_EPS, RMSNorm
 from fathom.model.moe import MoE
 from fathom.model.mtp import MTPModule

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fathom.engine.batch import ForwardOutput, SequenceChunk
+from fathom.engine.batch import ForwardOutput, Routed, SequenceChunk
 from fathom.engine.kv_cache import LatentCache
-from fathom.model.cached_batch import CachedBatch, DecodeBatch, Routed, VarlenBatch, prefer_expanded
+from fathom.model.cached_batch import CachedBatch, DecodeBatch, VarlenBatch, prefer_expanded
 from fathom.model.layers import at_least_float32
+from fathom.model.router import RouterOutput
 from fathom.model.transformer import Model
 from fathom.ops.attention import SeqLens
 from fathom.runtime.precision import bfloat16_is_emulated
@@ -49,8 +50,8 @@ class EagerBackend:
         """Run the main model."""
         with self._on_device():
             batch = self._batch(chunks, 0)
-            h_ND, routed = self.model.forward_with_cache(self._token_ids(chunks), batch, self._compute_dtype)
-            return self._output(h_ND, routed, logits_indices)
+            h_ND, routing = self.model.forward_with_cache(self._token_ids(chunks), batch, self._compute_dtype)
+            return self._output(h_ND, routing, logits_indices)
 
     @torch.no_grad()
     def forward_mtp(
@@ -60,8 +61,7 @@ class EagerBackend:
         with self._on_device():
             ids_N, batch = self._token_ids(chunks), self._batch(chunks, 1)
             h_ND = self.model.forward_mtp_with_cache(0, ids_N, prev_hidden_ND.to(self._compute_dtype), batch)
-            none_LNK = ids_N.new_empty(0, len(ids_N), self.model.config.num_experts_per_tok)
-            return self._output(h_ND, Routed(none_LNK, none_LNK.float()), logits_indices)
+            return self._output(h_ND, [], logits_indices)
 
     @torch.no_grad()
     def write_mtp_kv_cache(self, chunks: Sequence[SequenceChunk], prev_hidden_ND: Tensor) -> None:
@@ -76,7 +76,8 @@ class EagerBackend:
     def refresh_weights(self) -> None:
         """Nothing: the model's parameters are read where they lie."""
 
-    def _output(self, h_ND: Tensor, routed: Routed, logits_indices: Sequence[int]) -> ForwardOutput:
+    def _output(self, h_ND: Tensor, routing: list[RouterOutput], logits_indices: Sequence[int]) -> ForwardOutput:
+        routed = Routed.of(routing, len(h_ND), self.model.config.num_experts_per_tok)
         logits_NO = self.model.logits(h_ND.index_select(0, self._indices(logits_indices)))
         return ForwardOutput(at_least_float32(h_ND), at_least_float32(logits_NO), routed)
 

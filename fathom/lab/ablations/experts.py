@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fathom.model.config import ModelConfig
 from fathom.model.moe import MoE
-from fathom.model.router import Router, Routing
+from fathom.model.router import Router
 from fathom.model.transformer import Model
 from fathom.ops.moe.routing import select_experts
 
@@ -34,9 +34,8 @@ class DenyingRouter(Router):
             raise ValueError(f"denied is {denied}; it must be from 0 to {left}, so that enough experts are left")
         self.denied = denied
 
-    def forward(self, x_ND: Tensor, trains: bool = True) -> Routing:
-        """Always by `select`."""
-        return super().forward(x_ND)
+    def _fuses(self, logits_NE: Tensor) -> bool:
+        return False  # always by `select`
 
     def select(self, scores_NE: Tensor) -> Tensor:
         biased_NE = scores_NE + self.e_score_correction_bias

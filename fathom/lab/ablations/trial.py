@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.optim import Optimizer
@@ -18,8 +18,10 @@ import fathom.lab.ablations.measure as measure
 from fathom.config import to_json
 from fathom.data.tokenize import TokenizedCorpus, open_tokenized
 from fathom.distributed.ranks import Ranks
+from fathom.lab.ablations.prediction import ApartLoss
 from fathom.lab.ablations.variants import Variant, build_model
 from fathom.runtime.hardware import keep_freed_memory
+from fathom.train.loss import PretrainLoss
 from fathom.train.pretrain import TrainingError, micro_batches, pretrain_step
 from fathom.train.setup import compute_dtype, resolve, rows_of, state_around
 from fathom.train.step import StepMetrics, TrainState
@@ -41,6 +43,8 @@ def run_trial(variant: Variant, data: Path) -> Record:
     prepared = open_tokenized(data)
     resolved = replace(variant, run=resolve(variant.run, prepared, ranks))
     state = state_around(build_model(resolved).to(device).train(), resolved.run, ranks)
+    if not resolved.shared_ends:
+        state.loss = ApartLoss(cast(PretrainLoss, state.loss))
     results, curve, timing = _train(state, resolved, prepared, ranks)
     found, timed = _measure(state, resolved, prepared, device)
     return {

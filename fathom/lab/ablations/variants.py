@@ -98,7 +98,7 @@ def costs(variant: Variant) -> Costs:
     config, length = variant.run.model, variant.run.train.sequence_length
     layers, modules = (cast(list[Block], list(blocks)) for blocks in (model.layers, model.mtp))
     weights = sum(_active(part, config) for part in (*layers, *modules))
-    weights += sum(model.head_of(k).weight.numel() for k in range(1 + len(modules)))
+    weights += model.lm_head.weight.numel() * (1 + len(modules))
     products = sum(3 * _score_width(block) * length for block in (*layers, *modules))
     mtp = _count(model.mtp)
     cached = sum(_cache_numbers(block) for block in layers)

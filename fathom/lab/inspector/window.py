@@ -17,9 +17,9 @@ from torch import Tensor
 from fathom.lab.inspector.attention import KeptAttention, attention_weights, strongest
 from fathom.model.block import Block
 from fathom.model.layers import at_least_float32
-from fathom.model.moe import RouterFacts
 from fathom.model.mtp import MTPModule
 from fathom.model.rope import rope_table
+from fathom.model.router import RouterOutput
 from fathom.model.transformer import Model
 from fathom.ops.rope import Rope
 
@@ -74,9 +74,9 @@ def read_window(model: Model, tokens_S: Tensor, queries: Sequence[int] = (), key
         latents.append(layer.self_attn.latents(normed_BSD, rope)[0][0])
         if queries:
             attention.append(strongest(attention_weights(layer.self_attn, normed_BSD[0, :seen], rope, queries), keys))
-        x_BSD, facts = layer(x_BSD, rope)
-        if facts is not None:
-            choices.append(_choice(facts, 0))
+        x_BSD, routing = layer(x_BSD, rope)
+        if routing is not None:
+            choices.append(_choice(routing, 0))
     h_BSD = model.norm(x_BSD)
     said = _guess(model, h_BSD[0, :-1], tokens_S[1:])
     drafts, more = _drafts(model, tokens_S, h_BSD, rope, said.first_N)
@@ -94,16 +94,16 @@ def _drafts(
             break
         embedded_BSD = model.embed_tokens(tokens_S[None, k:])
         here = Rope(rope.cos[:length], rope.sin[:length])
-        h_BSD, facts = module.predict(embedded_BSD, h_BSD[:, :length], here)
+        h_BSD, routing = module(embedded_BSD, h_BSD[:, :length], here)
         # At position i the module speaks of token i+k+1, the main head of the same one at position i+k.
         drafts.append(_guess(model, h_BSD[0, :-1], first_N[k:].to(h_BSD.device)))
-        choices.append(_choice(facts, k))
+        choices.append(_choice(routing, k))
     return tuple(drafts), choices
 
 
-def _choice(facts: RouterFacts, ahead: int) -> Choice:
+def _choice(routing: RouterOutput, ahead: int) -> Choice:
     """By token: what stands at position i was done to token i + `ahead`."""
-    experts_SK, weights_SK = facts.topk_ids_BSK[0].cpu(), facts.weights_BSK[0].float().cpu()
+    experts_SK, weights_SK = routing.topk_ids_BSK[0].cpu(), routing.weights_BSK[0].float().cpu()
     none_AK = experts_SK.new_full((ahead, experts_SK.shape[1]), -1)
     return Choice(torch.cat((none_AK, experts_SK)), torch.cat((torch.zeros(none_AK.shape), weights_SK)))
 

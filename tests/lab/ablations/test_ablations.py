@@ -15,8 +15,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from torch.nn.functional import cross_entropy
 
 from fathom.config import ConfigError
+from fathom.data.batch import next_token_batch
 from fathom.data.corpus import DataConfig
 from fathom.data.tokenize import TokenizedCorpus
 from fathom.lab.ablations.attention import GroupedQueryAttention
@@ -24,7 +26,7 @@ from fathom.lab.ablations.command import StudyCommand, run_studies
 from fathom.lab.ablations.design import Comparison, Entry, Found
 from fathom.lab.ablations.document import write_document
 from fathom.lab.ablations.experts import without_best_experts
-from fathom.lab.ablations.prediction import ApartModel
+from fathom.lab.ablations.prediction import ApartLoss, ApartModel
 from fathom.lab.ablations.runner import Runner, Task
 from fathom.lab.ablations.scales import ALL, MINUTES, Scale, base
 from fathom.lab.ablations.statistics import Expectation, Interval, interval, judge, paired_difference, together
@@ -35,6 +37,7 @@ from fathom.lab.ablations.variants import Variant, build_model, costs, fitted
 from fathom.model.config import ModelConfig
 from fathom.model.moe import MoE
 from fathom.ops.rope import Rope
+from fathom.train.loss import PretrainLoss
 from fathom.train.optim import build_optimizers
 from fathom.train.run import OptimizerConfig
 from tests.model.configs import lively_model, tiny
@@ -349,10 +352,10 @@ def test_modules_with_their_own_embedding_and_head(copies: bool) -> None:
         "shared_head.head.weight",
     }
     with torch.no_grad():
-        for module in range(1, 3):
+        for module, head in zip(apart.mtp, apart.heads()[1:], strict=True):
             if copies:
-                apart.head_of(module).weight.copy_(shared.lm_head.weight)
-                apart.embedding_of(module).weight.copy_(shared.embed_tokens.weight)
+                head.weight.copy_(shared.lm_head.weight)
+                module.get_parameter("embed_tokens.weight").copy_(shared.embed_tokens.weight)
         ids = torch.randint(0, shared.config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
         ours, theirs = apart(ids, mtp=True), shared(ids, mtp=True)
     assert torch.equal(ours.logits_BSO, theirs.logits_BSO)
@@ -372,7 +375,20 @@ def test_modules_with_their_own_ends_learn_them_alone() -> None:
     assert model.lm_head.weight.grad is None
     _, muon = build_optimizers(model, OptimizerConfig(name="muon"))
     taken = {id(parameter) for group in muon.param_groups for parameter in group["params"]}
-    assert id(model.head_of(1).weight) not in taken and id(model.lm_head.weight) not in taken
+    assert id(model.heads()[1].weight) not in taken and id(model.lm_head.weight) not in taken
+
+
+def test_the_loss_of_modules_with_their_own_ends_goes_through_their_heads() -> None:
+    model = ApartModel(tiny(num_nextn_predict_layers=2))
+    tokens_BW = torch.randint(2, model.config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
+    batch = next_token_batch(tokens_BW, 2)
+    loss = ApartLoss(PretrainLoss(model, 0.0, torch.float32))
+    found_H = loss(batch, torch.ones(3), 0.0, 1.0).sums_H
+    hidden = model.forward_hidden(tokens_BW[:, :6], mtp=True, lookahead_BM=tokens_BW[:, 6:8])
+    for k, h_BSD in enumerate((hidden.h_BSD, *hidden.mtp_h_BSD)):
+        logits_NO = (h_BSD @ model.heads()[k].weight.T).flatten(0, 1)
+        expected = cross_entropy(logits_NO, tokens_BW[:, k + 1 : k + 7].flatten(), reduction="sum")
+        torch.testing.assert_close(found_H[k], expected)
 
 
 @pytest.mark.parametrize(
