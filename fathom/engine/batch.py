@@ -37,11 +37,11 @@ class Routed(NamedTuple):
     weights_LNK: Tensor
 
     @staticmethod
-    def of(layers: Sequence[RouterOutput], tokens: int, experts_per_token: int) -> "Routed":
-        """The layers' routing of the pass's `tokens` tokens, stacked."""
+    def of(layers: Sequence[RouterOutput], h_ND: Tensor, experts_per_token: int) -> "Routed":
+        """The layers' routing of the tokens of `h_ND`, stacked."""
         if not layers:
-            none_LNK = torch.empty(0, tokens, experts_per_token)
-            return Routed(none_LNK.long(), none_LNK)
+            none_LNK = h_ND.new_empty(0, len(h_ND), experts_per_token)
+            return Routed(none_LNK.long(), none_LNK.float())
         experts_LNK = torch.stack([layer.topk_ids_BSK[0] for layer in layers])
         return Routed(experts_LNK, torch.stack([layer.weights_BSK[0] for layer in layers]))
 

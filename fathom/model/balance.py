@@ -4,12 +4,13 @@ Auxiliary-loss-free balancing (arXiv 2408.15664): after every optimizer step eac
 fixed step, up when it had less than the mean load, down when more. It is a pure function of the load over the WHOLE
 global batch, so gradient accumulation, recomputation and data parallelism cannot change its meaning.
 
-Shapes: B sequences, S tokens each, E experts, K experts per token.
+Shapes: B sequences, S tokens each, N = B·S tokens, G segments, E experts, K experts per token.
 """
 
 import torch
 from torch import Tensor
 
+from fathom.model.segments import segment_ids, segment_lengths
 from fathom.ops.moe.routing import select_experts
 
 
@@ -25,12 +26,14 @@ def updated_bias(bias_E: Tensor, tokens_per_expert_E: Tensor, speed: float) -> T
     )
 
 
-def sequence_balance_loss(scores_BSE: Tensor, experts_per_token: int) -> Tensor:
+def sequence_balance_loss(scores_BSE: Tensor, experts_per_token: int, cu_seqlens: Tensor | None = None) -> Tensor:
     """Σ_i f_i·P_i, averaged over the B sequences (a scalar, 1 when perfectly even); multiply by α to use it.
 
     f_i = E/(K·S) · tokens that would choose expert i by the plain scores, P_i = mean over the sequence of the
-    normalised score. Only P carries a gradient.
+    normalised score. Only P carries a gradient. With `cu_seqlens` the sequences are its G segments.
     """
+    if cu_seqlens is not None:
+        return _segment_balance_loss(scores_BSE.flatten(0, 1), experts_per_token, cu_seqlens)
     length, experts = scores_BSE.shape[1:]
     plain_NK = select_experts(scores_BSE.detach().flatten(0, 1), experts_per_token)
     plain_BSK = plain_NK.unflatten(0, scores_BSE.shape[:2])
@@ -38,6 +41,17 @@ def sequence_balance_loss(scores_BSE: Tensor, experts_per_token: int) -> Tensor:
     f_BE = chosen_BE * (experts / (experts_per_token * length))
     p_BE = (scores_BSE / scores_BSE.sum(-1, keepdim=True)).mean(1)
     return (f_BE * p_BE).sum(-1).mean()
+
+
+def _segment_balance_loss(scores_NE: Tensor, experts_per_token: int, cu_seqlens: Tensor) -> Tensor:
+    tokens, experts = scores_NE.shape
+    ids_N, lengths_G1 = segment_ids(cu_seqlens, tokens), segment_lengths(cu_seqlens)[:, None]
+    plain_NK = select_experts(scores_NE.detach(), experts_per_token)
+    chosen_NE = torch.zeros_like(scores_NE).scatter(1, plain_NK, 1.0)
+    none_GE = scores_NE.new_zeros(len(lengths_G1), experts)
+    f_GE = none_GE.index_add(0, ids_N, chosen_NE) * experts / (experts_per_token * lengths_G1)
+    p_GE = none_GE.index_add(0, ids_N, scores_NE / scores_NE.sum(-1, keepdim=True)) / lengths_G1
+    return (f_GE * p_GE).sum(-1).mean()
 
 
 def max_violation(tokens_per_expert_E: Tensor) -> Tensor:

@@ -24,16 +24,34 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MoE(config) if moe else SwiGLU(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x_BSD: Tensor, rope: Rope, cache: LayerCache | None = None) -> tuple[Tensor, RouterOutput | None]:
-        """The new residual stream (B, S, D), and what the router of a MoE layer computed."""
-        return self.layer(x_BSD, rope, cache)
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rope: Rope,
+        cache: LayerCache | None = None,
+        cu_seqlens: Tensor | None = None,
+        topk_ids_BSK: Tensor | None = None,
+    ) -> tuple[Tensor, RouterOutput | None]:
+        """The new residual stream (B, S, D), and what the router of a MoE layer computed.
 
-    def layer(self, x_BSD: Tensor, rope: Rope, cache: LayerCache | None = None) -> tuple[Tensor, RouterOutput | None]:
-        """The layer itself, for subclasses whose `forward` does more."""
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rope, cache)
+        Rows are whole sequences, or segments of `cu_seqlens` (`segments.py`), or, with a cache, chunks of several
+        sequences. `topk_ids_BSK` replays a routing (`Router.forward`).
+        """
+        return self.layer(x_BSD, rope, cache, cu_seqlens, topk_ids_BSK)
+
+    def layer(
+        self,
+        x_BSD: Tensor,
+        rope: Rope,
+        cache: LayerCache | None = None,
+        cu_seqlens: Tensor | None = None,
+        topk_ids_BSK: Tensor | None = None,
+    ) -> tuple[Tensor, RouterOutput | None]:
+        """The layer itself, for a subclass whose `forward` does more."""
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rope, cache, cu_seqlens)
         normed_BSD = self.post_attention_layernorm(x_BSD)
         if isinstance(self.mlp, MoE):
-            # With a cache the row is chunks of several sequences, for which the sequence-wise loss is not defined.
-            out_BSD, routing = self.mlp(normed_BSD, balance_loss=cache is None)
+            # The balance loss is one of whole sequences, which chunks are not.
+            out_BSD, routing = self.mlp(normed_BSD, topk_ids_BSK, cu_seqlens, balance_loss=cache is None)
             return x_BSD + out_BSD, routing
         return x_BSD + self.mlp(normed_BSD), None

@@ -42,11 +42,14 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.o_proj = Linear(heads * config.v_head_dim, width)
 
-    def forward(self, x_BSD: Tensor, rope: Rope, cache: LayerCache | None = None) -> Tensor:
-        """Attend causally; with a cache, one row (1, N, D) of new tokens whose sequences go on from what lies there."""
+    def forward(
+        self, x_BSD: Tensor, rope: Rope, cache: LayerCache | None = None, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
+        """Attend causally: over whole rows, over the segments of `cu_seqlens` (`segments.py`), or, with a cache, one
+        row (1, N, D) of new tokens that continue the sequences in it."""
         q_BSHX = self.queries(x_BSD)
         if cache is None:
-            heads_BSHV = self.expanded(q_BSHX, *self.latents(x_BSD, rope), rope)
+            heads_BSHV = self.expanded(q_BSHX, *self.latents(x_BSD, rope), rope, cu_seqlens)
         else:
             self.write_kv_cache(x_BSD, rope, cache)
             heads_BSHV = self.cached(q_BSHX, rope, cache)
@@ -98,10 +101,12 @@ class MultiHeadLatentAttention(nn.Module):
         norm = self.kv_a_layernorm
         return latents(self.kv_a_proj_with_mqa(x_BSD), norm.weight, norm.eps, rope)
 
-    def expanded(self, q_BSHX: Tensor, c_BTC: Tensor, k_rope_BTR: Tensor, rope: Rope) -> Tensor:
+    def expanded(
+        self, q_BSHX: Tensor, c_BTC: Tensor, k_rope_BTR: Tensor, rope: Rope, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
         """Causal attention of the last S of T tokens, with keys and values built per head; (B, S, H, V)."""
         kv_BTHY = self.kv_b_proj(c_BTC).unflatten(-1, (self.config.num_attention_heads, -1))
-        return expanded_attention(q_BSHX, kv_BTHY, k_rope_BTR, rope, self.scale)
+        return expanded_attention(q_BSHX, kv_BTHY, k_rope_BTR, rope, self.scale, cu_seqlens)
 
     def absorbed(self, q_BSHX: Tensor, cache_BTW: Tensor, positions_BS: Tensor, rope: Rope) -> Tensor:
         """Attention over the cached latents without expanding them; (B, S, H, V)."""

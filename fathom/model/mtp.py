@@ -29,10 +29,15 @@ class MTPModule(Block):
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
 
     def forward(  # type: ignore[override]  # a layer of another signature: it has two inputs
-        self, embedded_BSD: Tensor, h_BSD: Tensor, rope: Rope, cache: LayerCache | None = None
+        self,
+        embedded_BSD: Tensor,
+        h_BSD: Tensor,
+        rope: Rope,
+        cache: LayerCache | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, RouterOutput]:
         """The hidden states after `shared_head.norm` (B, S, D), for the head and the next module; and the routing."""
-        x_BSD, routing = self.layer(self.project(embedded_BSD, h_BSD), rope, cache)
+        x_BSD, routing = self.layer(self.project(embedded_BSD, h_BSD), rope, cache, cu_seqlens)
         assert routing is not None  # the layer is MoE
         return self.shared_head["norm"](x_BSD), routing
 

@@ -56,18 +56,33 @@ class Router(nn.Module):
             self.e_score_correction_bias = bias_E.to(self.e_score_correction_bias.device)
         return self
 
-    def forward(self, x_BSD: Tensor, balance_loss: bool = True) -> RouterOutput:
-        """Route every token; `balance_loss` says whether the rows are whole sequences and their loss is computed."""
+    def forward(
+        self,
+        x_BSD: Tensor,
+        topk_ids_BSK: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        balance_loss: bool = True,
+    ) -> RouterOutput:
+        """Route every token.
+
+        `topk_ids_BSK` replays a routing: its experts are taken as they are, their weights come from the live scores.
+        `balance_loss`: compute the loss of the sequences, which are the rows, or the segments of `cu_seqlens`
+        (`segments.py`). It is a function of the live scores, whatever is replayed.
+        """
         logits_NE = fp32_linear(x_BSD.flatten(0, 1), self.weight)
         loss = None
-        if not balance_loss and self._fuses(logits_NE):
+        if topk_ids_BSK is None and not balance_loss and self._fuses(logits_NE):
             ids_NK, weights_NK = self._fused(logits_NE)
         else:
             scores_NE = logits_NE.softmax(-1) if self.config.is_v2 else logits_NE.sigmoid()
-            ids_NK = self.select(scores_NE.detach())
+            if topk_ids_BSK is None:
+                ids_NK = self.select(scores_NE.detach())
+            else:
+                ids_NK = topk_ids_BSK.flatten(0, 1).to(x_BSD.device, torch.int64)
             weights_NK = self._weights(scores_NE, ids_NK)
             if balance_loss:
-                loss = sequence_balance_loss(scores_NE.unflatten(0, x_BSD.shape[:2]), ids_NK.shape[1])
+                scores_BSE = scores_NE.unflatten(0, x_BSD.shape[:2])
+                loss = sequence_balance_loss(scores_BSE, ids_NK.shape[1], cu_seqlens)
         ids_BSK, weights_BSK = (t.unflatten(0, x_BSD.shape[:2]) for t in (ids_NK, weights_NK))
         return RouterOutput(ids_BSK, weights_BSK, _tokens_per_expert(ids_NK, self.weight.shape[0]), loss)
 

@@ -4,11 +4,12 @@
 `hidden`, `logits` and the call build on it. The model keeps nothing between calls: expert loads and balance losses are
 outputs, the cache is passed in.
 
-Shapes: B batch, S query length, N = B·S tokens, D hidden, O vocabulary, M MTP modules, T = S + M, L layers (of the main
-model, then one per MTP module), E experts, K experts per token.
+Shapes: B batch, S query length, N = B·S tokens, D hidden, O vocabulary, M MTP modules, T = S + M, X tokens with a
+successor, L layers (of the main model, then one per MTP module), E experts, K experts per token.
 """
 
-from typing import cast
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from fathom.model.mtp import MTPModule
 from fathom.model.outputs import HiddenStates, ModelOutput, RouterOutputs, warn_renamed
 from fathom.model.rope import rope_table
 from fathom.model.router import Router, RouterOutput
+from fathom.model.segments import check_cu_seqlens, segment_positions, with_successor
 from fathom.ops.rope import Rope
 
 
@@ -59,34 +61,58 @@ class Model(nn.Module):
     def forward_hidden(
         self,
         tokens_BS: Tensor,
+        positions_BS: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
         mtp: bool = False,
         lookahead_BM: Tensor | None = None,
+        topk_ids_LBSK: Tensor | Sequence[Tensor] | None = None,
         compute_dtype: torch.dtype | None = None,
         activation_checkpointing: bool = False,
     ) -> HiddenStates:
         """Run the layers over whole sequences.
 
+        `cu_seqlens` (int32, on the CPU or beside the tokens; `segments.py`) cuts the rows into segments that are
+        isolated from each other; without it a row is one sequence, attended causally across all its documents.
+        `positions_BS` are the tokens' positions; None counts from 0 in each row, or in each segment.
+
         With `mtp` the modules run too. `lookahead_BM` holds the M = num_nextn_predict_layers tokens that follow each
-        row, where they are known (training cuts its rows with them): every module then covers all S positions.
+        row, where they are known (pretraining cuts its rows with them): every module then covers all S positions. With
+        segments it is not allowed, as nothing follows a segment: module k runs over the tokens whose k-th successor
+        lies in their segment, one after another in one row (so is its routing), and its hidden states are zero at the
+        others, which are no one's inputs and must take no targets.
+
+        `topk_ids_LBSK` (int, one entry per MoE layer of the main model) replays a routing. MTP modules route live:
+        engines return the routing of the main model alone.
+
         `compute_dtype` is the activations' type; None means that of the weights. With `activation_checkpointing` each
-        layer of the main model keeps its input alone and runs again in the backward pass.
+        layer of the main model keeps its input alone and runs again in the backward pass. Raises ValueError for inputs
+        of wrong type, shape or values.
         """
         x_BSD = self.embed(tokens_BS, compute_dtype)
-        rope = rope_table(self.config, torch.arange(tokens_BS.shape[1], device=tokens_BS.device))
-        x_BSD, routing = self.run_layers(range(len(self.layers)), x_BSD, rope, activation_checkpointing)
+        if cu_seqlens is not None:
+            check_cu_seqlens(cu_seqlens, *tokens_BS.shape)
+            cu_seqlens = cu_seqlens.to(tokens_BS.device)
+            if mtp and lookahead_BM is not None:
+                raise ValueError("lookahead_BM is given with cu_seqlens; it must be None: no token follows a segment")
+        if topk_ids_LBSK is not None:
+            self._check_topk_ids(topk_ids_LBSK, tokens_BS)
+        rope = rope_table(self.config, _positions(tokens_BS, positions_BS, cu_seqlens))
+        every = range(len(self.layers))
+        x_BSD, routing = self.run_layers(every, x_BSD, rope, cu_seqlens, topk_ids_LBSK, activation_checkpointing)
         h_BSD = self.finish(x_BSD)
         mtp_h_BSD: list[Tensor] = []
         if mtp:
             ahead_BT = tokens_BS if lookahead_BM is None else torch.cat((tokens_BS, lookahead_BM), dim=1)
-            mtp_h_BSD, mtp_routing = self._run_mtp(ahead_BT, h_BSD, rope, compute_dtype)
+            mtp_h_BSD, mtp_routing = self._run_mtp(ahead_BT, h_BSD, rope, cu_seqlens)
             routing += mtp_routing
         outputs = RouterOutputs.of(routing, self.config.n_routed_experts, h_BSD.device)
         return HiddenStates(h_BSD, tuple(mtp_h_BSD), outputs)
 
-    def states(self, tokens_BS: Tensor, **options: object) -> HiddenStates:
+    def states(self, tokens_BS: Tensor, mtp: bool = False, **options: Any) -> HiddenStates:
         """The old name of `forward_hidden`."""
         warn_renamed("Model.states", "forward_hidden")
-        return self.forward_hidden(tokens_BS, **options)  # type: ignore[arg-type]
+        return self.forward_hidden(tokens_BS, mtp=mtp, **options)
 
     # --- the stages of `forward_hidden`, so that a pipeline's rank can run some of them
 
@@ -99,19 +125,28 @@ class Model(nn.Module):
         return x_BSD if compute_dtype is None else x_BSD.to(compute_dtype)
 
     def run_layers(
-        self, layers: range, x_BSD: Tensor, rope: Rope, activation_checkpointing: bool = False
+        self,
+        layers: range,
+        x_BSD: Tensor,
+        rope: Rope,
+        cu_seqlens: Tensor | None = None,
+        topk_ids_LBSK: Tensor | Sequence[Tensor] | None = None,
+        activation_checkpointing: bool = False,
     ) -> tuple[Tensor, list[RouterOutput]]:
-        """The residual stream (B, S, D) after those of the main model's layers, and what each MoE layer's router
-        computed.
+        """Run those of the main model's layers: the residual stream (B, S, D), and each MoE layer's router output.
 
-        The modules of other layers are not touched: a rank that runs some need not have the others.
+        `topk_ids_LBSK` has an entry for every MoE layer of the main model. Modules of other layers are not touched: a
+        rank that runs some need not have the others.
         """
         routing = []
-        for layer in (self.layers[index] for index in layers):
+        for index in layers:
+            moe = index - self.config.first_k_dense_replace
+            replayed_BSK = topk_ids_LBSK[moe] if topk_ids_LBSK is not None and moe >= 0 else None
+            arguments = x_BSD, rope, None, cu_seqlens, replayed_BSK
             if activation_checkpointing:
-                x_BSD, routed = checkpoint(layer, x_BSD, rope, use_reentrant=False)
+                x_BSD, routed = checkpoint(self.layers[index], *arguments, use_reentrant=False)
             else:
-                x_BSD, routed = layer(x_BSD, rope)
+                x_BSD, routed = self.layers[index](*arguments)
             if routed is not None:
                 routing.append(routed)
         return x_BSD, routing
@@ -122,21 +157,55 @@ class Model(nn.Module):
         return h_BSD
 
     def _run_mtp(
-        self, ahead_BT: Tensor, h_BSD: Tensor, rope: Rope, compute_dtype: torch.dtype | None
+        self, ahead_BT: Tensor, h_BSD: Tensor, rope: Rope, cu_seqlens: Tensor | None
     ) -> tuple[list[Tensor], list[RouterOutput]]:
         """Chain the modules: module k takes the hidden states of the one before and the token k places ahead."""
         hidden, routing = [], []
-        for k, module in enumerate(self.mtp, start=1):
-            length = min(h_BSD.shape[1], ahead_BT.shape[1] - k)
-            if length < 1:
-                raise ValueError(f"sequences of {ahead_BT.shape[1]} tokens are too short for MTP module {k}")
-            embedded_BSD = self.embed(ahead_BT[:, k : k + length], compute_dtype)
-            # Rotary positions are relative: counting a module's own from 0 changes nothing.
-            own_rope = Rope(rope.cos[:length], rope.sin[:length])
-            h_BSD, routed = module(embedded_BSD, h_BSD[:, :length], own_rope)
+        for k, module in enumerate(cast(Iterable[MTPModule], self.mtp), start=1):
+            if cu_seqlens is None:
+                h_BSD, routed = self._run_mtp_module(k, module, ahead_BT, h_BSD, rope)
+            else:
+                h_BSD, routed = self._run_mtp_module_in_segments(k, module, ahead_BT, h_BSD, rope, cu_seqlens)
             hidden.append(h_BSD)
             routing.append(routed)
         return hidden, routing
+
+    def _run_mtp_module(
+        self, k: int, module: MTPModule, ahead_BT: Tensor, h_BSD: Tensor, rope: Rope
+    ) -> tuple[Tensor, RouterOutput]:
+        length = min(h_BSD.shape[1], ahead_BT.shape[1] - k)
+        if length < 1:
+            raise ValueError(f"sequences of {ahead_BT.shape[1]} tokens are too short for MTP module {k}")
+        embedded_BSD = self.embed(ahead_BT[:, k : k + length], h_BSD.dtype)
+        # Rotary positions are relative: counting a module's own from 0 changes nothing.
+        own_rope = Rope(rope.cos[..., :length, :], rope.sin[..., :length, :])
+        return cast(tuple[Tensor, RouterOutput], module(embedded_BSD, h_BSD[:, :length], own_rope))
+
+    def _run_mtp_module_in_segments(
+        self, k: int, module: MTPModule, tokens_BS: Tensor, h_BSD: Tensor, rope: Rope, cu_seqlens: Tensor
+    ) -> tuple[Tensor, RouterOutput]:
+        """One row of the X tokens whose k-th successor lies in their segment; zero states at all others."""
+        tokens_N, h_ND = tokens_BS.flatten(), h_BSD.flatten(0, 1)
+        index_X, own_cu_seqlens = with_successor(cu_seqlens, len(tokens_N), k)
+        if len(index_X) == 0:
+            raise ValueError(f"segments of at most {k} tokens are too short for MTP module {k}")
+        own_rope = Rope(*(table.flatten(0, -2)[index_X][None] for table in rope))
+        embedded_1XD = self.embed(tokens_N[index_X + k][None], h_BSD.dtype)
+        out_1XD, routed = module(embedded_1XD, h_ND[index_X][None], own_rope, None, own_cu_seqlens)
+        return torch.zeros_like(h_ND).index_copy(0, index_X, out_1XD[0]).view_as(h_BSD), routed
+
+    def _check_topk_ids(self, topk_ids_LBSK: Tensor | Sequence[Tensor], tokens_BS: Tensor) -> None:
+        layers, experts = self.config.num_moe_layers, self.config.n_routed_experts
+        shape = (*tokens_BS.shape, self.config.num_experts_per_tok)
+        found = [tuple(ids_BSK.shape) for ids_BSK in topk_ids_LBSK]
+        if found != [shape] * layers:
+            raise ValueError(f"topk_ids_LBSK has entries of shapes {found}; it must have {layers} of shape {shape}")
+        for layer, ids_BSK in enumerate(topk_ids_LBSK):
+            if ids_BSK.is_floating_point() or ids_BSK.dtype == torch.bool:
+                raise ValueError(f"topk_ids_LBSK[{layer}] is {ids_BSK.dtype}; it must be integers")
+            low, high = (0, 0) if ids_BSK.is_cuda else map(int, ids_BSK.aminmax())  # the host waits for no GPU
+            if low < 0 or high >= experts:
+                raise ValueError(f"topk_ids_LBSK[{layer}] holds {low} to {high}; it must be from 0 to {experts - 1}")
 
     # --- with a latent cache
 
@@ -186,6 +255,18 @@ class Model(nn.Module):
     def routers(self) -> list[Router]:
         """Every router, in the order of `RouterOutputs.layers`."""
         return [module for module in self.modules() if isinstance(module, Router)]
+
+
+def _positions(tokens_BS: Tensor, positions_BS: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """Every token's position (B, S); (S) where all rows count from 0."""
+    if positions_BS is not None:
+        if positions_BS.shape != tokens_BS.shape or positions_BS.is_floating_point():
+            found = f"{positions_BS.dtype} of shape {tuple(positions_BS.shape)}"
+            raise ValueError(f"positions_BS is {found}; it must be integers of shape {tuple(tokens_BS.shape)}")
+        return positions_BS
+    if cu_seqlens is not None:
+        return segment_positions(cu_seqlens, tokens_BS.numel()).view_as(tokens_BS)
+    return torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
 
 
 @torch.no_grad()

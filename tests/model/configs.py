@@ -145,3 +145,19 @@ def rows_of_a_cache(
         lengths = SeqLens.of([positions_BS.shape[1]] * rows, [slots_BT.shape[1]] * rows, positions_BS.device)
         piece = VarlenBatch(positions_BS.flatten(), slots_BT.flatten(), lengths)
     return CachedBatch((piece,), slot_mapping_N, cache_LBTW.view(layers, rows * slots, width))
+
+
+def boundaries(lengths: list[list[int]]) -> Tensor:
+    """cu_seqlens of rows whose segments have these lengths."""
+    return torch.tensor([0, *(length for row in lengths for length in row)], dtype=torch.int32).cumsum(0).int()
+
+
+@st.composite
+def packed_rows(draw: st.DrawFn) -> list[list[int]]:
+    """Lengths of the segments of one to three rows of equal length."""
+    length = draw(st.integers(2, 14))
+    rows = []
+    for _ in range(draw(st.integers(1, 3))):
+        cuts = sorted(draw(st.sets(st.integers(1, length - 1), max_size=4)))
+        rows.append([end - start for start, end in zip([0, *cuts], [*cuts, length], strict=True)])
+    return rows

@@ -120,7 +120,29 @@ def test_bfloat16_activations_are_routed_in_float32() -> None:
 def test_tokens_per_expert_counts_the_choices(balance_loss: bool) -> None:
     config = tiny()
     router, x_ND = lively_router(config, 0)
-    routing = router(x_ND.view(3, 4, -1), balance_loss)
+    routing = router(x_ND.view(3, 4, -1), balance_loss=balance_loss)
     counts = [int((routing.topk_ids_BSK == expert).sum()) for expert in range(config.n_routed_experts)]
     assert routing.tokens_per_expert_E.tolist() == counts and routing.tokens_per_expert_E.dtype == torch.int64
     assert (routing.balance_loss is not None) == balance_loss
+
+
+@pytest.mark.parametrize("balance_loss", [True, False])
+def test_replayed_experts_are_taken_with_the_live_scores_weights(balance_loss: bool) -> None:
+    """Against the definition: any ids, weights from the scores of those ids, loss as if nothing were replayed."""
+    config = tiny()
+    router, x_ND = lively_router(config, 0)
+    ids_NK = torch.stack([torch.randperm(8, generator=torch.Generator().manual_seed(n))[:3] for n in range(12)])
+    replayed = router(x_ND.view(3, 4, -1), ids_NK.view(3, 4, 3).to(torch.int16), balance_loss=balance_loss)
+    assert torch.equal(replayed.topk_ids_BSK.flatten(0, 1), ids_NK) and replayed.topk_ids_BSK.dtype == torch.int64
+    for scores, ids, weights in zip(
+        torch.sigmoid(x_ND @ router.weight.T).tolist(),
+        ids_NK.tolist(),
+        replayed.weights_BSK.flatten(0, 1).tolist(),
+        strict=True,
+    ):
+        total = sum(scores[e] for e in ids) + 1e-20
+        assert weights == pytest.approx([scores[e] / total * config.routed_scaling_factor for e in ids], rel=1e-9)
+    assert replayed.tokens_per_expert_E.tolist() == [int((ids_NK == e).sum()) for e in range(8)]
+    live = router(x_ND.view(3, 4, -1), balance_loss=balance_loss)
+    assert not torch.equal(live.topk_ids_BSK, replayed.topk_ids_BSK)
+    assert replayed.balance_loss == live.balance_loss

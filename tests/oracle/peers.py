@@ -137,10 +137,10 @@ def noted_choices(model: torch.nn.Module) -> Iterator[list[Choice]]:
 
 
 @torch.no_grad()
-def run_peer(model: DeepseekV3ForCausalLM, tokens_BS: Tensor) -> tuple[Tensor, list[Choice]]:
+def run_peer(model: DeepseekV3ForCausalLM, tokens_BS: Tensor, **inputs: Tensor) -> tuple[Tensor, list[Choice]]:
     """Logits, and every router's choice."""
     with noted_choices(model) as choices:
-        return model(tokens_BS, use_cache=False).logits, choices
+        return model(tokens_BS, use_cache=False, **inputs).logits, choices
 
 
 def _margin(gate: DeepseekV3TopkRouter, logits_NE: Tensor) -> float:

@@ -12,7 +12,15 @@ from torch import Tensor
 from fathom.checkpoint.hf.model import load_model, save_model
 from fathom.model.config import ModelConfig
 from fathom.model.transformer import Model
-from tests.model.configs import enliven, lively_model, model_configs, random_tokens, relative_error
+from tests.model.configs import (
+    boundaries,
+    enliven,
+    lively_model,
+    model_configs,
+    packed_rows,
+    random_tokens,
+    relative_error,
+)
 from tests.oracle.peers import SMALLEST_MARGIN, Choice, load_peer, peer_model, quietly, run_peer
 
 pytestmark = pytest.mark.oracle
@@ -64,6 +72,27 @@ def test_our_checkpoints_with_mtp_modules_load_there(
     logits_BSO, choices = run_peer(theirs, tokens_BS)
     assume(all(choice.margin > SMALLEST_MARGIN for choice in choices))
     assert_same(ours, tokens_BS, logits_BSO, choices)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(model_configs(modules=(0, 0)), packed_rows(), st.integers(0, 40), seeds)
+def test_packed_segments_equal_a_block_diagonal_mask(
+    config: ModelConfig, rows: list[list[int]], offset: int, seed: int
+) -> None:
+    """There the mask and the positions say which tokens a segment has; some begin late."""
+    ours, tokens_BS = lively_model(config, seed), random_tokens(config, len(rows), sum(rows[0]), seed)
+    ids_BS = torch.tensor([[n for n, length in enumerate(row) for _ in range(length)] for row in rows])
+    positions_BS = torch.stack([torch.cat([torch.arange(n) + offset * n for n in row]) for row in rows])
+    seen_BST = (ids_BS[:, :, None] == ids_BS[:, None]).tril()
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(ours, Path(folder, "ours"))
+        theirs, _ = load_peer(Path(folder, "ours"), config.num_hidden_layers)
+    mask_B1ST = torch.zeros(seen_BST.shape).masked_fill(~seen_BST, torch.finfo(torch.float32).min)[:, None]
+    logits_BSO, choices = run_peer(theirs, tokens_BS, attention_mask=mask_B1ST, position_ids=positions_BS)
+    assume(all(choice.margin > SMALLEST_MARGIN for choice in choices))
+    with torch.no_grad():
+        hidden = ours.forward_hidden(tokens_BS, positions_BS, boundaries(rows))
+    assert relative_error(ours.logits(hidden.h_BSD).detach(), logits_BSO) <= 1e-5
 
 
 def test_bfloat16_checkpoints_keep_biases_in_float32(tmp_path: Path) -> None:

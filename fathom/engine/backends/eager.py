@@ -77,7 +77,7 @@ class EagerBackend:
         """Nothing: the model's parameters are read where they lie."""
 
     def _output(self, h_ND: Tensor, routing: list[RouterOutput], logits_indices: Sequence[int]) -> ForwardOutput:
-        routed = Routed.of(routing, len(h_ND), self.model.config.num_experts_per_tok)
+        routed = Routed.of(routing, h_ND, self.model.config.num_experts_per_tok)
         logits_NO = self.model.logits(h_ND.index_select(0, self._indices(logits_indices)))
         return ForwardOutput(at_least_float32(h_ND), at_least_float32(logits_NO), routed)
 

@@ -42,13 +42,15 @@ class GroupedQueryAttention(nn.Module):
         """Numbers cached per token."""
         return 2 * self.kv_heads * self.width
 
-    def forward(self, x_BSD: Tensor, rope: Rope, cache: LayerCache | None = None) -> Tensor:
-        """Attend causally; with a cache, one row (1, N, D) of new tokens whose sequences go on from what lies there."""
+    def forward(
+        self, x_BSD: Tensor, rope: Rope, cache: LayerCache | None = None, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
+        """As `MultiHeadLatentAttention.forward`."""
         q_BSHV = apply_rope(self.q_proj(x_BSD).unflatten(-1, (self.heads, self.width)), rope)
         k_BSUV = apply_rope(self.k_proj(x_BSD).unflatten(-1, (self.kv_heads, self.width)), rope)
         v_BSUV = self.v_proj(x_BSD).unflatten(-1, (self.kv_heads, self.width))
         if cache is None:
-            heads_BSHV = self._whole(q_BSHV, k_BSUV, v_BSUV)
+            heads_BSHV = self._whole(q_BSHV, k_BSUV, v_BSUV, cu_seqlens)
         else:
             both_N = torch.cat((k_BSUV, v_BSUV), dim=-1)[0].flatten(1)
             cache.latents_MW[cache.slot_mapping_N] = both_N.to(cache.latents_MW.dtype)
@@ -56,12 +58,12 @@ class GroupedQueryAttention(nn.Module):
         out_BSD: Tensor = self.o_proj(heads_BSHV.flatten(2))
         return out_BSD
 
-    def _whole(self, q_BSHV: Tensor, k_BSUV: Tensor, v_BSUV: Tensor) -> Tensor:
+    def _whole(self, q_BSHV: Tensor, k_BSUV: Tensor, v_BSUV: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """Latent attention's own kernel with nothing left to rotate, so that speeds compare."""
         kv_BSHY = torch.cat((k_BSUV, v_BSUV), dim=-1).repeat_interleave(self.heads // self.kv_heads, dim=2)
         none = q_BSHV.new_zeros(*q_BSHV.shape[:2], 0)
         turned = Rope(*(torch.zeros(q_BSHV.shape[1], 0, device=q_BSHV.device) for _ in range(2)))
-        return expanded_attention(q_BSHV, kv_BSHY, none, turned, self.width**-0.5)
+        return expanded_attention(q_BSHV, kv_BSHY, none, turned, self.width**-0.5, cu_seqlens)
 
     def _cached(self, q_1NHV: Tensor, cache: LayerCache) -> Tensor:
         """Each piece of the batch attends its own sequences' keys and values; (1, N, H, V)."""

@@ -7,6 +7,7 @@ draft.
 Shapes: B batch, S length, M MTP modules, D hidden, O vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -43,16 +44,27 @@ class ApartModel(Model):
     def forward_hidden(
         self,
         tokens_BS: Tensor,
+        positions_BS: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
         mtp: bool = False,
         lookahead_BM: Tensor | None = None,
+        topk_ids_LBSK: Tensor | Sequence[Tensor] | None = None,
         compute_dtype: torch.dtype | None = None,
         activation_checkpointing: bool = False,
     ) -> HiddenStates:
         main = super().forward_hidden(
-            tokens_BS, compute_dtype=compute_dtype, activation_checkpointing=activation_checkpointing
+            tokens_BS,
+            positions_BS,
+            cu_seqlens,
+            topk_ids_LBSK=topk_ids_LBSK,
+            compute_dtype=compute_dtype,
+            activation_checkpointing=activation_checkpointing,
         )
         if not mtp:
             return main
+        if cu_seqlens is not None:
+            raise NotImplementedError("MTP modules with their own embeddings and heads take no packed segments")
         ahead_BT = tokens_BS if lookahead_BM is None else torch.cat((tokens_BS, lookahead_BM), dim=1)
         h_BSD, mtp_h_BSD, routing = main.h_BSD, [], list(main.router.layers)
         for k, module in enumerate(self.mtp, start=1):

@@ -1,0 +1,42 @@
+"""Experts and the exchange around them: whatever order tokens come in, they get their own sums back."""
+
+import torch
+from torch import Tensor
+
+from fathom.model.moe import Experts, ExpertTokens
+from tests.model.configs import enliven, tiny
+
+
+class ReversingExchange:
+    """Hands the experts their tokens last first, as an all-to-all hands over other ranks' in an order of its own."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def dispatch(self, x_ND: Tensor, topk_ids_NK: Tensor, weights_NK: Tensor) -> ExpertTokens:
+        self.calls.append("dispatch")
+        return ExpertTokens(x_ND.flip(0), topk_ids_NK.flip(0), weights_NK.flip(0))
+
+    def combine(self, y_MD: Tensor, sent: ExpertTokens) -> Tensor:
+        self.calls.append("combine")
+        assert len(sent.x_MD) == len(y_MD)
+        return y_MD.flip(0)
+
+
+def test_tokens_go_through_the_exchange_and_come_back() -> None:
+    config = tiny()
+    experts = Experts(config).double()
+    enliven(experts, 0)
+    generator = torch.Generator().manual_seed(0)
+    x_ND = torch.randn(7, config.hidden_size, generator=generator, dtype=torch.float64).requires_grad_()
+    ids_NK = torch.stack([torch.randperm(8, generator=generator)[:3] for _ in range(7)])
+    weights_NK = torch.rand(7, 3, generator=generator, dtype=torch.float64).requires_grad_()
+    inputs = x_ND, weights_NK, experts.gate_up_proj, experts.down_proj
+    found = []
+    for exchange in (experts.exchange, reversing := ReversingExchange()):
+        experts.exchange = exchange
+        y_ND = experts(x_ND, ids_NK, weights_NK)
+        found.append([y_ND, *torch.autograd.grad((y_ND * torch.arange(7)[:, None]).sum(), inputs)])
+    assert reversing.calls == ["dispatch", "combine"]
+    for local, exchanged in zip(*found, strict=True):
+        torch.testing.assert_close(exchanged, local, rtol=1e-12, atol=1e-12)
