@@ -1,8 +1,8 @@
-"""Keeping experts evenly used: the bias update and the small sequence-wise loss (DeepSeek-V3 report, 2.1.2).
+"""Load balancing of the experts: the bias update and the small sequence-wise loss (DeepSeek-V3 report, 2.1.2).
 
 Auxiliary-loss-free balancing (arXiv 2408.15664): after every optimizer step each expert's selection bias moves by a
-fixed step, up when it had less than the mean load, down when more. It is a pure function of the load over the WHOLE
-global batch, so gradient accumulation, recomputation and data parallelism cannot change its meaning.
+fixed step, up where its load was below the mean, down where above. It is a pure function of the load over the WHOLE
+global batch, so gradient accumulation, recomputation and data parallelism do not change it.
 
 Shapes: B sequences, S tokens each, N = B·S tokens, G segments, E experts, K experts per token.
 """
@@ -15,8 +15,7 @@ from fathom.ops.moe.routing import select_experts
 
 
 def updated_bias(bias_E: Tensor, tokens_per_expert_E: Tensor, speed: float) -> Tensor:
-    """b + γ·sign(mean load − load); `tokens_per_expert_E` counts tokens per expert over the whole global batch of one
-    step.
+    """b + γ·sign(mean load − load), where the load is `tokens_per_expert_E` of one step's whole global batch.
 
     Works on (E) or, all layers at once, on (L, E).
     """

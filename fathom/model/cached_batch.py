@@ -1,11 +1,11 @@
-"""Which tokens a forward pass brings, and where the latents of all the tokens before them lie: values, passed in.
+"""The inputs of a forward pass with a latent cache: which tokens are new, and in which slots the latents lie.
 
-A step of the engine brings tokens of several sequences, here many of one (a prompt), there one of each (decoding). All
-but attention treats tokens alone, so they pass as one row; attention takes them by the piece. Latents lie in slots that
-the caller assigns as it likes. The model remembers nothing: a rejected draft is undone by writing its slots again.
+One engine step runs tokens of several sequences: many of a sequence in prefill, one or a few of each in decode. Every
+operation but attention works on single tokens, so all new tokens form one row; attention runs by sub-batch. The caller
+assigns slots as it likes. The model keeps no state: a rejected draft is undone by writing its slots again.
 
-Shapes: N tokens of the pass, B sequences, S new tokens of each, T tokens of each in all (of all of them, in a ragged
-piece), M slots, L layers, W = C+R, K experts per token.
+Shapes: N new tokens, B sequences of a sub-batch, S new tokens of each, T tokens of each with the cached ones (summed
+over sequences in a varlen sub-batch), M slots, L layers, W = C+R.
 """
 
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ from fathom.ops.attention import SeqLens
 
 @dataclass(frozen=True)
 class DecodeBatch:
-    """B sequences that bring S tokens each. They attend in the absorbed form."""
+    """B sequences with S new tokens each, attended in the absorbed form."""
 
     positions_BS: Tensor
-    """Where each new token stands in its sequence."""
+    """Position of each new token in its sequence."""
     slots_BT: Tensor
-    """Where the latents of tokens 0 … T−1 lie, the new ones among them; a shorter sequence may name any slot."""
+    """Slots of tokens 0 … T−1, the new ones included; those past the end of a shorter sequence are any slots."""
 
     @property
     def positions(self) -> Tensor:
@@ -33,41 +33,41 @@ class DecodeBatch:
 
 @dataclass(frozen=True)
 class VarlenBatch:
-    """Sequences of any lengths, one after another. They attend in the expanded form, which pays for many new tokens.
+    """Sequences of any lengths, concatenated, attended in the expanded form, which is cheaper for many new tokens.
 
     The new tokens are the last ones of each.
     """
 
     positions: Tensor
-    """Where each new token stands in its sequence, (new tokens)."""
+    """Position of each new token in its sequence, (new tokens)."""
     slots_T: Tensor
-    """Where the latents of every token of every sequence lie."""
+    """Slots of every token of every sequence."""
     lengths: SeqLens
-    """How many new tokens (queries), and tokens in all (keys), each sequence has."""
+    """New tokens (queries) and all tokens (keys) of each sequence."""
 
 
 @dataclass(frozen=True)
 class CachedBatch:
-    """What one pass brings, and where it finds and leaves its latents."""
+    """The new tokens of one forward pass, and the cache it reads and writes."""
 
     sub_batches: tuple[DecodeBatch | VarlenBatch, ...]
     slot_mapping_N: Tensor
-    """The slot each new token's latent is written to, piece after piece, sequence after sequence."""
+    """The slot each new token's latent is written to, in the order of the sub-batches and of their sequences."""
     cache_LMW: Tensor
-    """One layer after another, those of the MTP modules last."""
+    """Layers in order, those of the MTP modules last."""
 
     @property
     def positions(self) -> Tensor:
         """Positions of all new tokens, (1, N)."""
-        return torch.cat([piece.positions for piece in self.sub_batches])[None]
+        return torch.cat([sub_batch.positions for sub_batch in self.sub_batches])[None]
 
     def layer(self, index: int) -> "LayerCache":
-        """What one layer's attention sees of it."""
+        """The part of layer `index`."""
         return LayerCache(self.sub_batches, self.slot_mapping_N, self.cache_LMW[index])
 
 
 class LayerCache(NamedTuple):
-    """A layer's part of a batch."""
+    """The batch as one layer's attention takes it."""
 
     sub_batches: tuple[DecodeBatch | VarlenBatch, ...]
     slot_mapping_N: Tensor
@@ -75,10 +75,10 @@ class LayerCache(NamedTuple):
 
 
 def prefer_expanded(queries: int, keys: int, nope: int, rope: int, value: int, latent: int) -> bool:
-    """Whether building `keys` keys and values per head costs less than `queries` queries against the latents.
+    """Whether the expanded form takes fewer multiplications than the absorbed one, for so many queries and keys.
 
-    Multiplications per head: expanded, every latent is projected up, then narrow keys are attended; absorbed, every
-    query and result is projected, and the wide latents are attended.
+    Per head: expanded, every latent is projected up and keys of width P+R are attended; absorbed, every query and
+    result is projected and the latents of width C+R are attended.
     """
     expanded = keys * latent * (nope + value) + queries * keys * (nope + rope + value)
     absorbed = queries * latent * (nope + value) + queries * keys * (2 * latent + rope)

@@ -1,7 +1,7 @@
-"""The three plain layers: a linear map, RMSNorm, and SwiGLU.
+"""The three plain layers: linear, RMSNorm and SwiGLU.
 
-Weights may be kept in a wider type than the activations (float32 masters under bf16 compute): every layer computes in
-the type of the activations it is given, norms and the router in float32 at least.
+Weights may have a wider type than the activations (float32 master weights under bf16 compute): every layer computes in
+the type of its input, norms and the router in float32 at least.
 """
 
 import torch

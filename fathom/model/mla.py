@@ -1,7 +1,7 @@
 """Multi-head Latent Attention (DeepSeek-V2, section 2.1; DeepSeek-V3 report, 2.1.1).
 
-Keys and values of all heads are up-projections of one small latent per token, so only the latent c (C numbers) and the
-rotated shared key (R numbers) are ever cached. The same weights serve two algebraically equal forms:
+Keys and values of all heads are up-projections of one small latent per token, so only the latent c (C elements) and
+the rotated shared key (R elements) are ever cached. The same weights serve two algebraically equal forms:
 
 - expanded: build k and v per head, then attend. Cheapest when all keys are new: training and prefill.
 - absorbed: fold the key half of W_kvb into the query and the value half into the output, then attend the latents
@@ -24,7 +24,7 @@ from fathom.ops.rope import Rope, apply_rope
 
 
 class MultiHeadLatentAttention(nn.Module):
-    """Submodules are named as the released tensors; `q_proj` replaces the two query maps when there is no rank Q."""
+    """Submodules are named as the released tensors; without a rank Q, `q_proj` is the only query projection."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -52,43 +52,42 @@ class MultiHeadLatentAttention(nn.Module):
             heads_BSHV = self.expanded(q_BSHX, *self.latents(x_BSD, rope), rope, cu_seqlens)
         else:
             self.write_kv_cache(x_BSD, rope, cache)
-            heads_BSHV = self.cached(q_BSHX, rope, cache)
+            heads_BSHV = self.attend_cache(q_BSHX, rope, cache)
         out_BSD: Tensor = self.o_proj(heads_BSHV.flatten(2))
         return out_BSD
 
     def write_kv_cache(self, x_1ND: Tensor, rope: Rope, cache: LayerCache) -> None:
-        """Write the new tokens' latents, which is all that later ones see of them."""
+        """Write the new tokens' latents, all that later tokens need of them."""
         norm = self.kv_a_layernorm
         kv_1NW = self.kv_a_proj_with_mqa(x_1ND)
         write_kv_cache(kv_1NW[0], norm.weight, norm.eps, rope, cache.slot_mapping_N, cache.latents_MW)
 
-    def cached(self, q_1NHX: Tensor, rope: Rope, cache: LayerCache) -> Tensor:
-        """Each piece of the batch attends its own sequences' latents; (1, N, H, V)."""
-        heads, first = [], 0
-        for piece in cache.sub_batches:
-            here = slice(first, first + piece.positions.shape[0])
-            first = here.stop
-            q_NHX, piece_rope = q_1NHX[0, here], Rope(rope.cos[0, here], rope.sin[0, here])
-            if isinstance(piece, VarlenBatch):
-                heads.append(self._ragged(q_NHX, piece_rope, piece, cache.latents_MW))
+    def attend_cache(self, q_1NHX: Tensor, rope: Rope, cache: LayerCache) -> Tensor:
+        """Each sub-batch attends the latents of its own sequences; (1, N, H, V)."""
+        heads, end = [], 0
+        for sub_batch in cache.sub_batches:
+            start, end = end, end + len(sub_batch.positions)
+            q_NHX, own_rope = q_1NHX[0, start:end], Rope(rope.cos[0, start:end], rope.sin[0, start:end])
+            if isinstance(sub_batch, VarlenBatch):
+                heads.append(self._varlen(q_NHX, own_rope, sub_batch, cache.latents_MW))
             else:
-                heads.append(self._rectangular(q_NHX, piece_rope, piece, cache.latents_MW))
+                heads.append(self._decode(q_NHX, own_rope, sub_batch, cache.latents_MW))
         return (heads[0] if len(heads) == 1 else torch.cat(heads))[None]
 
-    def _rectangular(self, q_NHX: Tensor, rope: Rope, piece: DecodeBatch, latents_MW: Tensor) -> Tensor:
-        shape = piece.positions_BS.shape
-        here = Rope(rope.cos.unflatten(0, shape), rope.sin.unflatten(0, shape))
-        latents_BTW = latents_MW[piece.slots_BT].to(q_NHX.dtype)
-        return self.absorbed(q_NHX.unflatten(0, shape), latents_BTW, piece.positions_BS, here).flatten(0, 1)
+    def _decode(self, q_NHX: Tensor, rope: Rope, batch: DecodeBatch, latents_MW: Tensor) -> Tensor:
+        shape = batch.positions_BS.shape
+        rope_BSJ = Rope(rope.cos.unflatten(0, shape), rope.sin.unflatten(0, shape))
+        latents_BTW = latents_MW[batch.slots_BT].to(q_NHX.dtype)
+        return self.absorbed(q_NHX.unflatten(0, shape), latents_BTW, batch.positions_BS, rope_BSJ).flatten(0, 1)
 
-    def _ragged(self, q_NHX: Tensor, rope: Rope, piece: VarlenBatch, latents_MW: Tensor) -> Tensor:
-        latents_TW = latents_MW.index_select(0, piece.slots_T).to(q_NHX.dtype)
+    def _varlen(self, q_NHX: Tensor, rope: Rope, batch: VarlenBatch, latents_MW: Tensor) -> Tensor:
+        latents_TW = latents_MW.index_select(0, batch.slots_T).to(q_NHX.dtype)
         c_TC, k_rope_TR = latents_TW.split((self.config.kv_lora_rank, self.config.qk_rope_head_dim), dim=-1)
         kv_THY = self.kv_b_proj(c_TC).unflatten(-1, (self.config.num_attention_heads, -1))
-        return varlen_attention(q_NHX, kv_THY, k_rope_TR, rope, piece.lengths, self.scale)
+        return varlen_attention(q_NHX, kv_THY, k_rope_TR, rope, batch.lengths, self.scale)
 
     def queries(self, x_BSD: Tensor) -> Tensor:
-        """Each head's query (B, S, H, X): P numbers without position, then R that are still to be rotated."""
+        """Each head's query (B, S, H, X): P elements without position, then R that are still to be rotated."""
         config = self.config
         if config.q_lora_rank is None:
             q_BSX = self.q_proj(x_BSD)

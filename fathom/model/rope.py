@@ -18,7 +18,7 @@ from fathom.ops.rope import Rope
 
 
 def mscale(factor: float, weight: float) -> float:
-    """YaRN's temperature: attention over a context `factor` times longer is sharpened by this much."""
+    """YaRN's temperature for a context `factor` times longer."""
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 

@@ -1,4 +1,4 @@
-"""Small models for the tests: a fixed one, random shapes for hypothesis, and lively random weights."""
+"""Small models for the tests: a fixed one, random shapes for hypothesis, random weights, and their inputs."""
 
 from dataclasses import replace
 from typing import Any
@@ -135,16 +135,16 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 def rows_of_a_cache(
     positions_BS: Tensor, cache_LBTW: Tensor, visible: int | None = None, expand: bool = False
 ) -> CachedBatch:
-    """Sequences that each have a row of slots to themselves, of which the first `visible` are seen."""
+    """Sequences that each have a row of slots of their own, of which the first `visible` are attended."""
     layers, rows, slots, width = cache_LBTW.shape
     firsts_B1 = torch.arange(rows)[:, None] * slots
     slots_BT = firsts_B1 + torch.arange(visible or slots)
     slot_mapping_N = (firsts_B1 + positions_BS).flatten()
-    piece: DecodeBatch | VarlenBatch = DecodeBatch(positions_BS, slots_BT)
+    sub_batch: DecodeBatch | VarlenBatch = DecodeBatch(positions_BS, slots_BT)
     if expand:
         lengths = SeqLens.of([positions_BS.shape[1]] * rows, [slots_BT.shape[1]] * rows, positions_BS.device)
-        piece = VarlenBatch(positions_BS.flatten(), slots_BT.flatten(), lengths)
-    return CachedBatch((piece,), slot_mapping_N, cache_LBTW.view(layers, rows * slots, width))
+        sub_batch = VarlenBatch(positions_BS.flatten(), slots_BT.flatten(), lengths)
+    return CachedBatch((sub_batch,), slot_mapping_N, cache_LBTW.view(layers, rows * slots, width))
 
 
 def boundaries(lengths: list[list[int]]) -> Tensor:

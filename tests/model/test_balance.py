@@ -9,7 +9,7 @@ from fathom.model.balance import max_violation, sequence_balance_loss, updated_b
 from tests.model.configs import lively_model, random_tokens, tiny
 
 
-def test_the_bias_rises_where_load_is_low_and_rests_where_it_is_the_mean() -> None:
+def test_the_bias_rises_where_load_is_low_and_stays_where_it_is_the_mean() -> None:
     bias_E = torch.tensor([0.5, -0.5, 0.0, 5.0])
     moved_E = updated_bias(bias_E, torch.tensor([1, 7, 4, 4]), 0.001)
     assert torch.equal(moved_E, bias_E + torch.tensor([0.001, -0.001, 0.0, 0.0]))
@@ -79,13 +79,13 @@ def test_the_sequence_loss_is_one_when_even_and_grows_with_concentration() -> No
     assert sequence_balance_loss(skewed_BSE, 1).item() == pytest.approx(3 * 0.9 / 1.1)
 
 
-def test_sequences_are_judged_one_by_one() -> None:
+def test_the_sequence_loss_is_computed_per_sequence() -> None:
     """Two sequences, each on its own expert: even as a batch, as uneven as can be per sequence."""
     scores_BSE = torch.tensor([[[1.0, 0.0]] * 4, [[0.0, 1.0]] * 4])
     assert sequence_balance_loss(scores_BSE, 1).item() == pytest.approx(2.0)
 
 
-def test_the_sequence_loss_learns_through_the_probabilities_alone() -> None:
+def test_the_sequence_losses_gradient_flows_through_the_probabilities_alone() -> None:
     generator = torch.Generator().manual_seed(1)
     scores_BSE = torch.rand(2, 5, 4, generator=generator, dtype=torch.float64).requires_grad_()
     (found_BSE,) = torch.autograd.grad(sequence_balance_loss(scores_BSE, 2), scores_BSE)

@@ -1,7 +1,7 @@
-"""The two forms of latent attention are one function, and the cache holds C+R numbers per token.
+"""The two forms of latent attention compute the same, and the cache holds C+R elements per token.
 
-Contract of unused slots: whatever finite numbers lie beyond a query's position never reach its result. (Zero
-times NaN is NaN, so caches are allocated with zeros; rejected drafts leave finite numbers behind.)
+Contract of unused slots: finite values beyond a query's position never reach its result. (Zero times NaN is NaN, so
+caches are allocated with zeros; rejected drafts leave finite values behind.)
 """
 
 import pytest
@@ -37,7 +37,7 @@ def attention(config: ModelConfig, seed: int) -> MultiHeadLatentAttention:
     return layer
 
 
-def random_states(config: ModelConfig, batch: int, length: int, seed: int) -> Tensor:
+def random_hidden(config: ModelConfig, batch: int, length: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, length, config.hidden_size, generator=generator, dtype=torch.float64)
 
@@ -46,7 +46,7 @@ def random_states(config: ModelConfig, batch: int, length: int, seed: int) -> Te
 @given(model_configs(), st.integers(1, 3), st.integers(1, 9), seeds)
 @torch.no_grad()
 def test_absorbed_equals_expanded(config: ModelConfig, batch: int, length: int, seed: int) -> None:
-    layer, x_BSD = attention(config, seed), random_states(config, batch, length, seed)
+    layer, x_BSD = attention(config, seed), random_hidden(config, batch, length, seed)
     positions_S = torch.arange(length)
     rope = rope_table(config, positions_S)
     q_BSHX, (c_BSC, k_rope_BSR) = layer.queries(x_BSD), layer.latents(x_BSD, rope)
@@ -60,7 +60,7 @@ def test_absorbed_equals_expanded(config: ModelConfig, batch: int, length: int, 
 def test_forward_equals_attention_written_out() -> None:
     """Scores, scale and output of spec's table, position by position, from the projections' weights."""
     config = tiny(rope_scaling=YarnScaling(8.0, 16, mscale=0.7, mscale_all_dim=0.9))
-    layer, x_BSD = attention(config, 3), random_states(config, 2, 6, 3)
+    layer, x_BSD = attention(config, 3), random_hidden(config, 2, 6, 3)
     rope = rope_table(config, torch.arange(6))
     q_nope, q_rope = layer.queries(x_BSD).split((config.qk_nope_head_dim, config.qk_rope_head_dim), -1)
     q_rope, (c_BSC, k_rope) = apply_rope(q_rope, rope), layer.latents(x_BSD, rope)
@@ -81,7 +81,7 @@ def test_forward_equals_attention_written_out() -> None:
 @given(model_configs(), st.integers(1, 3), st.lists(st.integers(1, 4), min_size=1, max_size=5), seeds)
 @torch.no_grad()
 def test_cached_chunks_equal_one_pass(config: ModelConfig, batch: int, chunks: list[int], seed: int) -> None:
-    """Chunks of any size; unused slots, within the call's view and beyond, hold garbage."""
+    """Chunks of any size; unused slots, among the attended ones and past them, hold garbage."""
     model, length = lively_model(config, seed, dtype=torch.float64), sum(chunks)
     tokens_BS = random_tokens(config, batch, length, seed)
     cache_LBTW = poisoned_cache(config, batch, length + 3)
@@ -90,7 +90,7 @@ def test_cached_chunks_equal_one_pass(config: ModelConfig, batch: int, chunks: l
         positions_BS = torch.arange(start, start + size).expand(batch, -1)
         visible = start + size + number % 3
         chunk_BS = tokens_BS[:, start : start + size]
-        # Both forms, whatever would be the cheaper; the expanded one reads a single sequence, and nothing behind it.
+        # Both forms, whichever would be cheaper; the expanded one takes one sequence, and no slots past its end.
         expand = batch == 1 and number % 2 == 0
         seen = start + size if expand else visible
         rows = rows_of_a_cache(positions_BS, cache_LBTW, seen, expand)
@@ -100,7 +100,7 @@ def test_cached_chunks_equal_one_pass(config: ModelConfig, batch: int, chunks: l
 
 
 @torch.no_grad()
-def test_rows_of_a_batch_may_stand_at_different_positions() -> None:
+def test_rows_of_a_batch_may_be_at_different_positions() -> None:
     config = tiny()
     model = lively_model(config, dtype=torch.float64)
     tokens_BS, used = random_tokens(config, 3, 9), [2, 5, 7]
@@ -130,7 +130,7 @@ def test_a_rejected_draft_leaves_no_trace() -> None:
     model.forward_with_cache(tokens_BS[0, :4], rows_of_a_cache(positions_BS[:, :4], cache_LBTW, 4))
     draft_BS = (tokens_BS[:, 4:] + 1) % config.vocab_size
     model.forward_with_cache(draft_BS[0], rows_of_a_cache(positions_BS[:, 4:6], cache_LBTW, 6))
-    # The draft's second token still lies in slot 5, which the view includes.
+    # The draft's second token is still in slot 5, which is among the attended ones.
     found_ND = model.forward_with_cache(tokens_BS[0, 4:5], rows_of_a_cache(positions_BS[:, 4:5], cache_LBTW, 6))[0]
     assert relative_error(found_ND, model.hidden(tokens_BS)[0, 4:5]) <= 1e-9
 
@@ -138,13 +138,13 @@ def test_a_rejected_draft_leaves_no_trace() -> None:
 @pytest.mark.parametrize("module", [0, 1])
 @torch.no_grad()
 def test_mtp_modules_decode_from_their_cache(module: int) -> None:
-    """Token by token as in one pass; module 2 continues from module 1's states."""
+    """Token by token as in one pass; module 2 takes module 1's hidden states."""
     config = tiny(num_nextn_predict_layers=2)
     model = lively_model(config, dtype=torch.float64)
     tokens_BS = random_tokens(config, 2, 8)
-    states = model.forward_hidden(tokens_BS, mtp=True)
-    before_BSD = (states.h_BSD, *states.mtp_h_BSD)[module]
-    expected_BSD, ahead = states.mtp_h_BSD[module], module + 1
+    hidden = model.forward_hidden(tokens_BS, mtp=True)
+    before_BSD = (hidden.h_BSD, *hidden.mtp_h_BSD)[module]
+    expected_BSD, ahead = hidden.mtp_h_BSD[module], module + 1
     # Slots count from the module's own first entry: positions are relative.
     slots_BS = torch.arange(8 - ahead).expand(2, -1)
     cache_LBTW = poisoned_cache(config, 2, 8 - ahead, layers=config.num_hidden_layers + 2)
@@ -160,7 +160,7 @@ def test_mtp_modules_decode_from_their_cache(module: int) -> None:
 @torch.no_grad()
 def test_the_cache_is_the_latent_and_the_shared_key() -> None:
     config = tiny()
-    layer, x_BSD = attention(config, 0), random_states(config, 2, 5, 0)
+    layer, x_BSD = attention(config, 0), random_hidden(config, 2, 5, 0)
     assert config.cache_width == config.kv_lora_rank + config.qk_rope_head_dim
     cache_BTW = torch.full((2, 7, config.cache_width), GARBAGE, dtype=torch.float64)
     positions_BS = torch.tensor([[0, 1, 2, 3, 4], [2, 3, 4, 5, 6]])
@@ -184,14 +184,14 @@ def test_decoding_never_expands_the_cache(monkeypatch: pytest.MonkeyPatch) -> No
     tokens_BS = random_tokens(config, 1, 8)
     model.forward_with_cache(tokens_BS[0, :7], rows_of_a_cache(torch.arange(7)[None], cache_LBTW, 7, expand=True))
     # Taking the expanded form would now be an AttributeError.
-    monkeypatch.delattr(MultiHeadLatentAttention, "_ragged")
+    monkeypatch.delattr(MultiHeadLatentAttention, "_varlen")
     h_ND = model.forward_with_cache(tokens_BS[0, 7:], rows_of_a_cache(torch.tensor([[7]]), cache_LBTW))[0]
     monkeypatch.undo()
     torch.testing.assert_close(h_ND, model.hidden(tokens_BS)[0, 7:], rtol=1e-4, atol=1e-5)
 
 
-def test_expanding_pays_for_many_queries_alone() -> None:
-    """A prompt is read in the expanded form, a long cache never expanded for one token."""
+def test_the_expanded_form_is_cheaper_for_many_queries_alone() -> None:
+    """Prefill takes the expanded form; a long cache is never expanded for one token."""
     widths = (64, 32, 64, 256)
     assert prefer_expanded(512, 512, *widths) and prefer_expanded(512, 2048, *widths)
     assert not any(prefer_expanded(1, keys, *widths) for keys in (2, 64, 16384))

@@ -20,17 +20,17 @@ def random(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def turned(x: Tensor, rope: Rope) -> Tensor:
-    """Each interleaved pair as a complex number, turned by its angle: (…, J) complex."""
+def rotated(x: Tensor, rope: Rope) -> Tensor:
+    """Each interleaved pair as a complex number, rotated by its angle: (…, J) complex."""
     return torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.complex(rope.cos.double(), rope.sin.double())
 
 
-def test_interleaved_pairs_turn_as_complex_numbers() -> None:
+def test_interleaved_pairs_rotate_as_complex_numbers() -> None:
     rope = rope_table(tiny(qk_rope_head_dim=8), positions_S)
     x_BSR = random(2, 6, 8)
     halves = apply_rope(x_BSR, rope).unflatten(-1, (2, -1))
     found = torch.complex(halves[..., 0, :], halves[..., 1, :])
-    assert torch.allclose(found, turned(x_BSR, rope), rtol=0, atol=1e-12)
+    assert torch.allclose(found, rotated(x_BSR, rope), rtol=0, atol=1e-12)
 
 
 def test_heads_and_rows_share_or_own_their_positions() -> None:
@@ -42,17 +42,17 @@ def test_heads_and_rows_share_or_own_their_positions() -> None:
 
 
 @pytest.mark.parametrize("yarn", [None, YarnScaling(4.0, 64)])
-def test_products_depend_on_distance_alone(yarn: YarnScaling | None) -> None:
+def test_scores_depend_on_distance_alone(yarn: YarnScaling | None) -> None:
     config = tiny(qk_rope_head_dim=8, rope_scaling=yarn)
     q_1R, k_1R = random(2, 1, 1, 8)
 
-    def product(query: int, key: int) -> Tensor:
-        turned_q = apply_rope(q_1R, rope_table(config, torch.tensor([query])))
-        return (turned_q * apply_rope(k_1R, rope_table(config, torch.tensor([key])))).sum()
+    def score(query: int, key: int) -> Tensor:
+        rotated_q = apply_rope(q_1R, rope_table(config, torch.tensor([query])))
+        return (rotated_q * apply_rope(k_1R, rope_table(config, torch.tensor([key])))).sum()
 
     for distance in (0, 1, 5, 100):
-        assert torch.isclose(product(distance, 0), product(distance + 77, 77), rtol=0, atol=1e-4)
-    assert not torch.isclose(product(1, 0), product(0, 1), rtol=0, atol=1e-2)
+        assert torch.isclose(score(distance, 0), score(distance + 77, 77), rtol=0, atol=1e-4)
+    assert not torch.isclose(score(1, 0), score(0, 1), rtol=0, atol=1e-2)
 
 
 def test_angles_are_float32_whatever_the_activations() -> None:

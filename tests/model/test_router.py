@@ -1,4 +1,4 @@
-"""The router against its definition, token by token in plain Python; the bias steers selection alone."""
+"""The router against its definition, token by token in plain Python; the bias moves selection alone."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def lively_router(config: ModelConfig, seed: int, shift: float = 0.0) -> tuple[R
 
 
 def by_definition(scores: list[float], bias: list[float], config: ModelConfig) -> dict[int, float]:
-    """One token's experts and their weights, and nothing clever."""
+    """One token's experts and their weights, as the report writes them."""
     biased = [s + b for s, b in zip(scores, bias, strict=True)]
     size = len(scores) // config.n_group
     groups = [range(g * size, (g + 1) * size) for g in range(config.n_group)]
@@ -82,7 +82,7 @@ def test_normalised_weights_sum_to_the_scaling_factor() -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(model_configs(), seeds)
-def test_the_gate_learns_through_the_weights(config: ModelConfig, seed: int) -> None:
+def test_the_gates_gradient_flows_through_the_weights(config: ModelConfig, seed: int) -> None:
     """Finite differences of a weighted sum of the weights; none reaches the bias."""
     assume(config.num_experts_per_tok > 1 or not config.norm_topk_prob)
     router, x_ND = lively_router(config, seed)

@@ -23,9 +23,9 @@ def training_loss(model: Model, tokens_BT: Tensor) -> Tensor:
     """Cross-entropy of the next token, of MTP's, and the balance loss: all that training differentiates."""
     modules = model.config.num_nextn_predict_layers
     length = tokens_BT.shape[1] - 1 - modules
-    states = model.forward_hidden(tokens_BT[:, :length], mtp=True, lookahead_BM=tokens_BT[:, length : length + modules])
-    loss = 0.1 * states.router.balance_loss
-    for ahead, h_BSD in enumerate((states.h_BSD, *states.mtp_h_BSD), start=1):
+    hidden = model.forward_hidden(tokens_BT[:, :length], mtp=True, lookahead_BM=tokens_BT[:, length : length + modules])
+    loss = 0.1 * hidden.router.balance_loss
+    for ahead, h_BSD in enumerate((hidden.h_BSD, *hidden.mtp_h_BSD), start=1):
         targets_BS = tokens_BT[:, ahead : ahead + length]
         loss = loss + F.cross_entropy(model.logits(h_BSD).flatten(0, 1), targets_BS.flatten())
     return loss
@@ -63,7 +63,7 @@ def test_gradients_of_every_parameter_equal_finite_differences(config: ModelConf
         # Small enough that no token changes its experts, where the loss would jump.
         slope = finite_difference(lambda: training_loss(model, tokens_BT), parameter, step, 1e-6)
         assert float((grad * step).sum()) == pytest.approx(slope, rel=1e-5, abs=1e-7), name
-        assert grad.abs().max() > 0, f"{name} takes no part in the loss"
+        assert grad.abs().max() > 0, f"the loss does not depend on {name}"
 
 
 @settings(max_examples=20, deadline=None)
@@ -75,11 +75,11 @@ def test_hidden_and_logits_compose_the_call(config: ModelConfig, seed: int) -> N
     assert out.mtp_logits is None
     assert out.logits_BSO.shape == (2, 5, config.vocab_size)
     assert torch.equal(out.logits_BSO, model.logits(model.hidden(tokens_BS)))
-    states, with_mtp = model.forward_hidden(tokens_BS, mtp=True), model(tokens_BS, mtp=True)
+    hidden, with_mtp = model.forward_hidden(tokens_BS, mtp=True), model(tokens_BS, mtp=True)
     assert torch.equal(with_mtp.logits_BSO, out.logits_BSO)
     assert with_mtp.mtp_logits is not None
-    assert len(with_mtp.mtp_logits) == len(states.mtp_h_BSD) == config.num_nextn_predict_layers
-    for ahead, (logits, h_BSD) in enumerate(zip(with_mtp.mtp_logits, states.mtp_h_BSD, strict=True), start=1):
+    assert len(with_mtp.mtp_logits) == len(hidden.mtp_h_BSD) == config.num_nextn_predict_layers
+    for ahead, (logits, h_BSD) in enumerate(zip(with_mtp.mtp_logits, hidden.mtp_h_BSD, strict=True), start=1):
         assert torch.equal(logits, model.logits(h_BSD)) and logits.shape[1] == 5 - ahead
 
 
@@ -141,7 +141,7 @@ def test_lookahead_covers_every_position_and_changes_none(config: ModelConfig, s
 @settings(max_examples=20, deadline=None)
 @given(model_configs(modules=(1, 2)), seeds, st.integers(0, 6))
 @torch.no_grad()
-def test_a_token_is_seen_by_later_positions_alone(config: ModelConfig, seed: int, changed: int) -> None:
+def test_a_token_changes_no_earlier_position(config: ModelConfig, seed: int, changed: int) -> None:
     model, tokens_BS = lively_model(config, seed, dtype=torch.float64), random_tokens(config, 1, 7, seed)
     other_BS = tokens_BS.clone()
     other_BS[0, changed] = (other_BS[0, changed] + 1) % config.vocab_size
@@ -149,7 +149,7 @@ def test_a_token_is_seen_by_later_positions_alone(config: ModelConfig, seed: int
     assert before.mtp_logits is not None and after.mtp_logits is not None
     passes = [before.logits_BSO, *before.mtp_logits], [after.logits_BSO, *after.mtp_logits]
     for ahead, (one_BSO, two_BSO) in enumerate(zip(*passes, strict=True)):
-        # Module k reads the token k places ahead, so position t − k is the first to notice token t.
+        # Module k takes the token k places ahead, so position t − k is the first that depends on token t.
         first = min(max(changed - ahead, 0), one_BSO.shape[1])
         assert torch.allclose(one_BSO[:, :first], two_BSO[:, :first], rtol=0, atol=1e-10)
         if first < one_BSO.shape[1]:
@@ -159,7 +159,7 @@ def test_a_token_is_seen_by_later_positions_alone(config: ModelConfig, seed: int
 @settings(max_examples=20, deadline=None)
 @given(model_configs(), seeds)
 @torch.no_grad()
-def test_rows_of_a_batch_do_not_meet(config: ModelConfig, seed: int) -> None:
+def test_rows_of_a_batch_are_independent(config: ModelConfig, seed: int) -> None:
     model, tokens_BS = lively_model(config, seed, dtype=torch.float64), random_tokens(config, 3, 6, seed)
     whole = model(tokens_BS, mtp=True)
     for row in range(3):
@@ -190,11 +190,11 @@ def test_no_token_is_dropped(config: ModelConfig, batch: int, length: int, seed:
 def test_compute_type_is_that_of_the_activations() -> None:
     config = tiny(num_nextn_predict_layers=1)
     model, tokens_BS = lively_model(config), random_tokens(config, 2, 6)
-    states = model.forward_hidden(tokens_BS, mtp=True, compute_dtype=torch.bfloat16)
-    assert states.h_BSD.dtype == states.mtp_h_BSD[0].dtype == torch.bfloat16
+    hidden = model.forward_hidden(tokens_BS, mtp=True, compute_dtype=torch.bfloat16)
+    assert hidden.h_BSD.dtype == hidden.mtp_h_BSD[0].dtype == torch.bfloat16
     exact = model.forward_hidden(tokens_BS, mtp=True)
     assert exact.h_BSD.dtype == torch.float32
-    assert relative_error(states.h_BSD.float(), exact.h_BSD) < 0.1
+    assert relative_error(hidden.h_BSD.float(), exact.h_BSD) < 0.1
 
 
 @pytest.mark.parametrize(

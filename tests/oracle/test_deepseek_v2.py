@@ -25,7 +25,7 @@ pytestmark = pytest.mark.oracle
 def v2_configs(draw: st.DrawFn) -> ModelConfig:
     config = draw(model_configs(modules=(0, 0)))
     v2: dict[str, Any] = {"scoring_func": "softmax", "norm_topk_prob": False}
-    # It rotates pairs as complex numbers, where they lie behind other numbers: those must be even in number.
+    # It rotates pairs as complex numbers in place, after other elements, of which there must be an even number.
     v2 |= {"qk_nope_head_dim": 2 * config.qk_nope_head_dim, "kv_lora_rank": 2 * config.kv_lora_rank}
     v2["hidden_size"] = config.hidden_size // config.num_attention_heads * config.num_attention_heads
     if draw(st.booleans()):
@@ -95,10 +95,10 @@ def test_its_checkpoints_give_the_same_logits_there_and_back(
                 Path(folder, "ours"), dtype=torch.float32, output_loading_info=True, **PLAIN
             )
     with torch.no_grad():
-        states = ours.forward_hidden(tokens_BS)
-        found_BSO = ours.logits(states.h_BSD)
-    assert len(choices) == len(states.router.topk_ids_LBSK)
-    for ids_BSK, ids_NK in zip(states.router.topk_ids_LBSK, choices, strict=True):
+        hidden = ours.forward_hidden(tokens_BS)
+        found_BSO = ours.logits(hidden.h_BSD)
+    assert len(choices) == len(hidden.router.topk_ids_LBSK)
+    for ids_BSK, ids_NK in zip(hidden.router.topk_ids_LBSK, choices, strict=True):
         assert torch.equal(ids_BSK.flatten(0, 1).sort(-1).values, ids_NK.sort(-1).values)
     assert relative_error(found_BSO, logits_BSO) <= 1e-5
     assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys")), info

@@ -1,4 +1,4 @@
-"""`transformers` as judge of multi-token prediction and of decoding from the latent cache."""
+"""`transformers` as the reference for multi-token prediction and for decoding from the latent cache."""
 
 from pathlib import Path
 
@@ -77,17 +77,17 @@ def load_both(directory: Path, depth: int) -> tuple[DeepseekV3ForCausalLM, MtpMo
 
 @torch.no_grad()
 def their_mtp_logits(main: DeepseekV3ForCausalLM, modules: MtpModel, tokens_BS: Tensor) -> list[Tensor]:
-    """Each module run once over whole sequences: position i reads token i+k and the state at i before it."""
-    state_BSD = main.model(tokens_BS, use_cache=False).last_hidden_state
+    """Each module run once over whole sequences: position i takes token i+k and the previous hidden state at i."""
+    hidden_BSD = main.model(tokens_BS, use_cache=False).last_hidden_state
     length = tokens_BS.shape[1]
     cache = MtpCache(config=modules.config)
     logits = []
     for k in range(1, modules.num_mtp_layers + 1):
         positions_BS = torch.arange(k, length)[None]
-        state_BSD = modules.forward_layer(
-            k - 1, state_BSD[:, : length - k], positions_BS, cache, input_ids=tokens_BS[:, k:]
+        hidden_BSD = modules.forward_layer(
+            k - 1, hidden_BSD[:, : length - k], positions_BS, cache, input_ids=tokens_BS[:, k:]
         )
-        logits.append(modules._project_to_logits(state_BSD))
+        logits.append(modules._project_to_logits(hidden_BSD))
     return logits
 
 

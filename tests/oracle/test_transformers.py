@@ -1,4 +1,4 @@
-"""`transformers` as judge: its checkpoints give the same numbers here, and ours give them there."""
+"""`transformers` as the reference: its checkpoints give the same logits here, and ours give them there."""
 
 import tempfile
 from pathlib import Path
@@ -79,7 +79,7 @@ def test_our_checkpoints_with_mtp_modules_load_there(
 def test_packed_segments_equal_a_block_diagonal_mask(
     config: ModelConfig, rows: list[list[int]], offset: int, seed: int
 ) -> None:
-    """There the mask and the positions say which tokens a segment has; some begin late."""
+    """There the mask isolates segments, whose positions need not begin with 0."""
     ours, tokens_BS = lively_model(config, seed), random_tokens(config, len(rows), sum(rows[0]), seed)
     ids_BS = torch.tensor([[n for n, length in enumerate(row) for _ in range(length)] for row in rows])
     positions_BS = torch.stack([torch.cat([torch.arange(n) + offset * n for n in row]) for row in rows])
@@ -96,7 +96,7 @@ def test_packed_segments_equal_a_block_diagonal_mask(
 
 
 def test_bfloat16_checkpoints_keep_biases_in_float32(tmp_path: Path) -> None:
-    """Released biases sit near 5, where neighbouring bfloat16 numbers are 1/32 apart."""
+    """Released biases sit near 5, where neighbouring bfloat16 values are 1/32 apart."""
     config = ModelConfig(
         vocab_size=50, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2,
         first_k_dense_replace=1, num_attention_heads=2, q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8,
@@ -113,17 +113,17 @@ def test_bfloat16_checkpoints_keep_biases_in_float32(tmp_path: Path) -> None:
 
 
 def lift_out_of_the_file(model: torch.nn.Module) -> None:
-    """Where a tensor lies in a mapped file decides which of the CPU's kernels multiplies it: copies lie as new ones."""
+    """The CPU's kernels depend on a tensor's alignment, which a mapped file decides; copies are aligned as new ones."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
 
 
 def assert_same(ours: Model, tokens_BS: Tensor, logits_BSO: Tensor, choices: list[Choice]) -> None:
     with torch.no_grad():
-        states = ours.forward_hidden(tokens_BS)
-        found_BSO = ours.logits(states.h_BSD)
-    assert len(states.router.topk_ids_LBSK) == len(choices)
-    for ids_BSK, choice in zip(states.router.topk_ids_LBSK, choices, strict=True):
+        hidden = ours.forward_hidden(tokens_BS)
+        found_BSO = ours.logits(hidden.h_BSD)
+    assert len(hidden.router.topk_ids_LBSK) == len(choices)
+    for ids_BSK, choice in zip(hidden.router.topk_ids_LBSK, choices, strict=True):
         assert torch.equal(ids_BSK.flatten(0, 1).sort(-1).values, choice.ids_NK.sort(-1).values)
     assert relative_error(found_BSO, logits_BSO) <= 1e-5
 
