@@ -20,12 +20,33 @@ _ROWS = 64
 class Acceptance:
     """Drafting over many prompts."""
 
-    acceptance: float
-    """Share of the drafts accepted."""
-    tokens_per_forward: float
-    """Tokens per forward pass of the main model, the prefill and its token not counted; plain: 1."""
     drafted: int
     """Drafts made."""
+    accepted: int
+    """Drafts accepted."""
+    tokens: int
+    """Tokens generated, those of the prefill not counted."""
+    forwards: int
+    """Forward passes of the main model, the prefill not counted."""
+
+    @property
+    def acceptance(self) -> float:
+        """The acceptance rate."""
+        return self.accepted / self.drafted
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Tokens per forward pass of the main model; without drafts it is 1."""
+        return self.tokens / self.forwards
+
+    def __add__(self, other: "Acceptance") -> "Acceptance":
+        """Both together."""
+        return Acceptance(
+            self.drafted + other.drafted,
+            self.accepted + other.accepted,
+            self.tokens + other.tokens,
+            self.forwards + other.forwards,
+        )
 
 
 def draft_acceptance(model: Model, prompts: Sequence[Sequence[int]], new_tokens: int = 256) -> Acceptance:
@@ -47,10 +68,9 @@ def draft_acceptance(model: Model, prompts: Sequence[Sequence[int]], new_tokens:
     found = [engine.submit(prompt, params) for prompt in prompts]
     while engine.has_work:
         engine.step()
-    drafted = sum(generation.drafted for generation in found)
-    forwards = sum(generation.forwards for generation in found)
     return Acceptance(
-        acceptance=sum(generation.accepted for generation in found) / drafted,
-        tokens_per_forward=sum(len(generation.token_ids) - 1 for generation in found) / forwards,
-        drafted=drafted,
+        drafted=sum(generation.drafted for generation in found),
+        accepted=sum(generation.accepted for generation in found),
+        tokens=sum(len(generation.token_ids) - 1 for generation in found),
+        forwards=sum(generation.forwards for generation in found),
     )

@@ -11,7 +11,7 @@ D hidden, O vocabulary, L routers, E experts, K experts per token.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fathom.data.batch import Batch
+from fathom.distributed.ranks import SINGLE_PROCESS, Ranks
 from fathom.model.balance import max_violation
 from fathom.model.layers import at_least_float32
 from fathom.model.outputs import HiddenStates
@@ -54,12 +55,16 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     model: Model,
-    batches: Iterable[Batch],
+    batches: Sequence[Batch],
     total_bytes: int,
     compute_dtype: torch.dtype | None = None,
     mtp: bool = True,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> Evaluation:
     """Measure `model` on batches with targets for its MTP modules, also where `mtp` leaves the modules out.
+
+    A collective call: `batches` are the same on every rank, each rank measures some of them, and all get the result,
+    the same to the last bit whatever the number of ranks.
 
     `total_bytes` are the UTF-8 bytes of the text that the rows' targets spell, `compute_dtype` is the type of
     the activations (None: that of the weights). Raises ValueError for batches of a model with
@@ -67,14 +72,19 @@ def evaluate(
     """
     if total_bytes < 1:
         raise ValueError(f"total_bytes is {total_bytes}; it must be the held-out text's size, at least 1")
-    parts = [_measure(model, batch, compute_dtype, mtp) for batch in batches]
+    own, loads = _measure_all(
+        model, (batches[i] for i in range(ranks.rank, len(batches), ranks.world)), compute_dtype, mtp
+    )
+    gathered = ranks.gather((own, loads))
+    # Batches were dealt out to the ranks one by one; summed in their own order, their number changes no rounding.
+    parts = [gathered[i % ranks.world][0][i // ranks.world] for i in range(len(batches))]
     if not any(part.targets_H[0] for part in parts):
         raise ValueError("batches hold no target; evaluation needs at least one token to predict")
     nats_H = torch.stack([part.nats_H for part in parts]).sum(0)
     targets_H = torch.stack([part.targets_H for part in parts]).sum(0)
     agreed_M = torch.stack([part.agreed_M for part in parts]).sum(0)
     compared_M = torch.stack([part.compared_M for part in parts]).sum(0)
-    loads_NLE = torch.stack([part.tokens_per_expert_LE for part in parts])
+    tokens_per_expert_LE = torch.stack([loads for _, loads in gathered if loads is not None]).sum(0)
     losses = (nats_H / targets_H).tolist()
     return Evaluation(
         bits_per_byte=nats_H[0].item() / math.log(2) / total_bytes,
@@ -82,10 +92,10 @@ def evaluate(
         tokens=int(targets_H[0]),
         mtp_losses=tuple(losses[1:]),
         mtp_agreement=tuple((agreed_M.double() / compared_M).tolist()),
-        tokens_per_expert_LE=loads_NLE.sum(0),
-        max_vio_global=tuple(max_violation(loads_NLE.sum(0)).tolist()),
+        tokens_per_expert_LE=tokens_per_expert_LE,
+        max_vio_global=tuple(max_violation(tokens_per_expert_LE).tolist()),
         # A batch in which a router saw no token says nothing of its balance: 0/0, left out of the mean.
-        max_vio_batch=tuple(max_violation(loads_NLE).nanmean(0).tolist()),
+        max_vio_batch=tuple(torch.stack([part.max_vio_L for part in parts]).nanmean(0).tolist()),
     )
 
 
@@ -97,10 +107,22 @@ class _Part:
     targets_H: Tensor
     agreed_M: Tensor
     compared_M: Tensor
-    tokens_per_expert_LE: Tensor
+    max_vio_L: Tensor
 
 
-def _measure(model: Model, batch: Batch, compute_dtype: torch.dtype | None, mtp: bool) -> _Part:
+def _measure_all(
+    model: Model, batches: Iterable[Batch], compute_dtype: torch.dtype | None, mtp: bool
+) -> tuple[list[_Part], Tensor | None]:
+    """Each batch's sums, and the tokens that each expert received in all of them (None without batches)."""
+    parts, total_LE = [], None
+    for batch in batches:
+        part, tokens_per_expert_LE = _measure(model, batch, compute_dtype, mtp)
+        parts.append(part)
+        total_LE = tokens_per_expert_LE if total_LE is None else total_LE + tokens_per_expert_LE
+    return parts, total_LE
+
+
+def _measure(model: Model, batch: Batch, compute_dtype: torch.dtype | None, mtp: bool) -> tuple[_Part, Tensor]:
     modules, device = model.config.num_nextn_predict_layers, model.embed_tokens.weight.device
     batch, length = batch.to(device), batch.targets_HBS.shape[2]
     if len(batch.targets_HBS) != 1 + modules:
@@ -118,13 +140,15 @@ def _measure(model: Model, batch: Batch, compute_dtype: torch.dtype | None, mtp:
     # Module k at position i and the main head at i+k guess the same token; the last k lack a main guess.
     compared = [targets[k][:, : length - k] != IGNORE for k in range(1, len(targets))]
     agreed = [(guesses[k][:, : length - k] == guesses[0][:, k:]) & compared[k - 1] for k in range(1, len(targets))]
-    return _Part(
+    tokens_per_expert_LE = _loads(model, hidden, batch)
+    part = _Part(
         nats_H=torch.stack(nats).cpu(),
         targets_H=_counts([targets_BS != IGNORE for targets_BS in targets]),
         agreed_M=_counts(agreed),
         compared_M=_counts(compared),
-        tokens_per_expert_LE=_loads(model, hidden, batch),
+        max_vio_L=max_violation(tokens_per_expert_LE),
     )
+    return part, tokens_per_expert_LE
 
 
 def score(model: Model, h_BSD: Tensor, targets_BS: Tensor, module: int = 0) -> tuple[Tensor, Tensor]:

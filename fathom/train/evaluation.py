@@ -1,6 +1,11 @@
-"""What a run is judged by on its held-out split: bits per byte, balance, and how often MTP's drafts are right."""
+"""Evaluation of a run on its held-out split: bits per byte, balance, and how often MTP's drafts are accepted.
+
+A collective call: every rank measures some of the rows and continues some of the prompts, and all get the result. No
+rank waits for another that evaluates alone, which on a large corpus would outlast the collective's timeout.
+"""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +14,10 @@ import torch
 
 from fathom.config import atomic_write
 from fathom.data.batch import Batch
+from fathom.data.dataset import TokenRows
 from fathom.data.tokenize import TokenizedCorpus
-from fathom.eval.acceptance import draft_acceptance
+from fathom.distributed.ranks import Ranks
+from fathom.eval.acceptance import Acceptance, draft_acceptance
 from fathom.eval.bits import Evaluation, evaluate
 from fathom.model.transformer import Model
 from fathom.train.run import Run
@@ -26,7 +33,7 @@ class EvalResult:
 
     held_out: Evaluation
     acceptance: float | None
-    """Share of drafts accepted in greedy continuations; None without MTP modules."""
+    """Acceptance rate of drafts in greedy continuations; None without MTP modules."""
     tokens_per_forward: float | None
 
     def metrics(self) -> dict[str, float]:
@@ -59,53 +66,81 @@ class EvalResult:
 class Validation:
     """Evaluations on the run's held-out split."""
 
-    def __init__(self, run: Run, prepared: TokenizedCorpus) -> None:
-        self._run, self._prepared = run, prepared
+    def __init__(self, run: Run, prepared: TokenizedCorpus, ranks: Ranks) -> None:
+        self._run, self._prepared, self._ranks = run, prepared, ranks
         self._rows = rows_of(prepared, run, "valid")
 
-    def measure(self, model: Model, sequences: int | None = None) -> EvalResult:
-        """Evaluate on `sequences` evenly spaced rows, or on every held-out token.
+    def evaluate(self, model: Model, sequences: int | None) -> EvalResult:
+        """Evaluate on `sequences` evenly spaced rows; on every held-out token with None, or where there are no more.
 
         Layers run eagerly: compiling them once more, without gradients, costs more than it saves.
         """
-        every = sequences is None or sequences >= len(self._rows)
-        batches = self._all() if every else self._spread(sequences or 0)
-        prepared = self._prepared
-        tokens = sum(int(batch.target_weights()[0]) for batch in batches)
-        # A part of the rows spells about that part of the bytes.
-        size = prepared.valid_bytes if every else round(prepared.valid_bytes * tokens / prepared.valid_tokens)
+        everything = sequences is None or sequences >= len(self._rows)
+        batches = _WholeSplit(self._rows, self._run) if everything else _SpacedRows(self._rows, sequences or 0)
         with torch.compiler.set_stance("force_eager"):
-            held_out = evaluate(model, batches, size, compute_dtype(self._run))
-            drafts = draft_acceptance(model, self._prompts(sequences), self._new_tokens) if model.mtp else None
+            dtype, total_bytes = compute_dtype(self._run), self._bytes(None if everything else len(batches))
+            held_out = evaluate(model, batches, total_bytes, dtype, ranks=self._ranks)
+            drafts = self._acceptance(model, sequences) if model.mtp else None
         if drafts is None:
             return EvalResult(held_out, None, None)
         return EvalResult(held_out, drafts.acceptance, drafts.tokens_per_forward)
+
+    def _bytes(self, rows: int | None) -> int:
+        """UTF-8 bytes that the targets spell: of a part of the tokens, that part of all bytes."""
+        prepared = self._prepared
+        if rows is None:
+            return prepared.valid_bytes
+        return round(prepared.valid_bytes * (rows * self._run.train.sequence_length) / prepared.valid_tokens)
+
+    def _acceptance(self, model: Model, sequences: int | None) -> Acceptance:
+        prompts = self._prompts(sequences)[self._ranks.rank :: self._ranks.world]
+        own = draft_acceptance(model, prompts, self._new_tokens) if prompts else Acceptance(0, 0, 0, 0)
+        return sum(self._ranks.gather(own), start=Acceptance(0, 0, 0, 0))
 
     @property
     def _new_tokens(self) -> int:
         return min(_NEW_TOKENS, self._run.train.sequence_length // 2)
 
-    def _all(self) -> list[Batch]:
-        size = self._run.train.micro_batch_size
-        count = len(self._rows)
-        batches = [self._rows.sequential(at, min(size, count - at)) for at in range(0, count, size)]
-        tail = self._rows.tail()
-        return batches if tail is None else [*batches, tail]
-
-    def _spread(self, sequences: int) -> list[Batch]:
-        return [self._rows.sequential(row, 1) for row in self._evenly(sequences)]
-
     def _prompts(self, sequences: int | None) -> list[list[int]]:
         """Beginnings of held-out rows; prompt and continuation stay within the trained length."""
         count = _PROMPTS if sequences is None else min(_PROMPTS, sequences)
         length = min(128, self._run.train.sequence_length - self._new_tokens)
-        return [self._rows.sequential(row, 1).tokens_BT[0, :length].tolist() for row in self._evenly(count)]
-
-    def _evenly(self, count: int) -> list[int]:
-        rows = len(self._rows)
-        return [i * rows // min(count, rows) for i in range(min(count, rows))]
+        return [batch.tokens_BT[0, :length].tolist() for batch in _SpacedRows(self._rows, count)]
 
 
-def save_evaluation(figures: EvalResult, step: int, directory: Path) -> None:
-    """Write evaluation.json: the newest evaluation on the whole held-out split."""
-    atomic_write(directory / "evaluation.json", json.dumps({"step": step, **figures.to_json()}, indent=2) + "\n")
+class _WholeSplit(Sequence[Batch]):
+    """All rows in micro-batches, and what they leave over; each batch is read when it is needed."""
+
+    def __init__(self, rows: TokenRows, run: Run) -> None:
+        self._rows, self._size, self._tail = rows, run.train.micro_batch_size, rows.tail()
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // self._size) + (self._tail is not None)
+
+    def __getitem__(self, index: int) -> Batch:  # type: ignore[override]  # no slices
+        first = index * self._size
+        if first < len(self._rows):
+            return self._rows.sequential(first, min(self._size, len(self._rows) - first))
+        if self._tail is None or index >= len(self):
+            raise IndexError(f"there is no batch {index}; there are {len(self)}")
+        return self._tail
+
+
+class _SpacedRows(Sequence[Batch]):
+    """`count` rows, or all where there are fewer, evenly spaced, each a batch of its own."""
+
+    def __init__(self, rows: TokenRows, count: int) -> None:
+        self._rows, self._count = rows, min(count, len(rows))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Batch:  # type: ignore[override]  # no slices
+        if index >= self._count:
+            raise IndexError(f"there is no batch {index}; there are {self._count}")
+        return self._rows.sequential(index * len(self._rows) // self._count, 1)
+
+
+def save_evaluation(result: EvalResult, step: int, directory: Path) -> None:
+    """Write evaluation.json: the newest evaluation."""
+    atomic_write(directory / "evaluation.json", json.dumps({"step": step, **result.to_json()}, indent=2) + "\n")

@@ -86,7 +86,7 @@ def _loop(
     progress: Progress,
 ) -> bool:
     rows = rows_of(prepared, run, "train")
-    validation = Validation(run, prepared)
+    validation = Validation(run, prepared, ranks)
     log = RunLog(directory, run, state.step) if ranks.is_main else None
     starts = np.concatenate(([0], np.cumsum(sizes)))
     flops = run.model.flops_per_token(run.train.sequence_length, mtp=True)
@@ -104,12 +104,12 @@ def _loop(
             _check_finite(state, run, directory, progress)
 
             done = state.step == run.train.steps
-            if ranks.is_main and (done or _due(state.step, run.train.eval_every)):
-                # The last evaluation is always on the whole held-out split.
-                figures = validation.measure(state.model, None if done else run.train.eval_sequences)
-                progress.evaluated(state.step, figures.metrics())
+            if done or _due(state.step, run.train.eval_every):
+                sequences = run.train.final_eval_sequences if done else run.train.eval_sequences
+                result = validation.evaluate(state.model, sequences)
+                progress.evaluated(state.step, result.metrics())
                 if log is not None:
-                    log.evaluated(state.step, figures)
+                    log.evaluated(state.step, result)
             stopping = ranks.any(stop_asked())
             # A run of bad steps must not push the last good checkpoint out.
             save = done or stopping or _due(state.step, run.train.save_every)

@@ -103,8 +103,10 @@ class TrainConfig:
     """Keep each layer's input alone for the backward pass and run the layer forward again there."""
     eval_every: int = 200
     """Steps between evaluations on the held-out split (0: only at the end)."""
-    eval_sequences: int | None = None
-    """Held-out sequences per evaluation; none: all of them."""
+    eval_sequences: int | None = 1024
+    """Held-out sequences of an evaluation during the run, evenly spaced; none: all of them."""
+    final_eval_sequences: int | None = 4096
+    """Held-out sequences of the last evaluation, evenly spaced; none: all of them."""
     save_every: int = 200
     """Steps between checkpoints (0: only at the end)."""
     keep_last: int = 2
@@ -129,12 +131,9 @@ class TrainConfig:
         right = start is None or (0 < start <= self.batch_size and start % self.micro_batch_size == 0)
         expected = f"a multiple of micro_batch_size ({self.micro_batch_size}), at most batch_size ({self.batch_size})"
         _check(right, "train.batch_ramp_start", start, expected)
-        _check(
-            self.eval_sequences is None or self.eval_sequences >= 1,
-            "train.eval_sequences",
-            self.eval_sequences,
-            "1 or more, or none",
-        )
+        for name in ("eval_sequences", "final_eval_sequences"):
+            count = getattr(self, name)
+            _check(count is None or count >= 1, f"train.{name}", count, "1 or more, or none")
 
 
 @dataclass(frozen=True)
