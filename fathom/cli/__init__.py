@@ -14,7 +14,7 @@ from rich.console import Console
 import fathom
 from fathom import presets
 from fathom.config import ConfigError
-from fathom.train.pretrain import TrainingError
+from fathom.train.errors import TrainingError
 
 _COMMANDS = {
     "train": ("PRESET --out DIR", f"train a model, or --resume a run; presets: {', '.join(presets.ALL)}"),

@@ -36,7 +36,7 @@ class Progress:
         if self._live.is_started:
             self._live.stop()
 
-    def say(self, message: str) -> None:
+    def print(self, message: str) -> None:
         """A line that stays."""
         if self._visible:
             self.console.print(message, highlight=False)
@@ -45,7 +45,7 @@ class Progress:
         """A line that stays, with an evaluation's figures."""
         self._val_bpb = values["val_bpb"]
         figures = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
-        self.say(f"step {step}: {figures}")
+        self.print(f"step {step}: {figures}")
         self._last_step = time.perf_counter()
 
     def stepped(self, step: int, values: dict[str, Any]) -> None:

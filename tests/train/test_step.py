@@ -9,7 +9,8 @@ import torch
 from fathom.data.tokenize import TokenizedCorpus
 from fathom.distributed.ranks import Ranks
 from fathom.model.balance import updated_bias
-from fathom.train.pretrain import TrainingError, micro_batches, pretrain_step, train
+from fathom.train.errors import TrainingError
+from fathom.train.pretrain import micro_batches, pretrain_step, train
 from fathom.train.run import Run
 from fathom.train.setup import build_state, prepare_data, resolve, rows_of
 from fathom.train.step import TrainState

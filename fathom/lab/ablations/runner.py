@@ -30,8 +30,9 @@ from fathom.lab.ablations.design import TUNING_SEED, Entry, Found, Study
 from fathom.lab.ablations.scales import Scale, base
 from fathom.lab.ablations.trial import Record
 from fathom.lab.ablations.variants import Variant, costs
-from fathom.train.pretrain import TrainingError, stop_signals
+from fathom.train.errors import TrainingError
 from fathom.train.setup import prepare_data
+from fathom.train.signals import stop_signals
 
 _ALONE = Ranks(0, 1, torch.device("cpu"))
 _LOOK_SECONDS = 0.5

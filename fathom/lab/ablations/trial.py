@@ -21,8 +21,9 @@ from fathom.distributed.ranks import Ranks
 from fathom.lab.ablations.prediction import ApartLoss
 from fathom.lab.ablations.variants import Variant, build_model
 from fathom.runtime.hardware import keep_freed_memory
+from fathom.train.errors import TrainingError
 from fathom.train.loss import PretrainLoss
-from fathom.train.pretrain import TrainingError, micro_batches, pretrain_step
+from fathom.train.pretrain import micro_batches, pretrain_step
 from fathom.train.setup import compute_dtype, resolve, rows_of, state_around
 from fathom.train.step import StepMetrics, TrainState
 

@@ -33,10 +33,11 @@ from fathom.lab.demo.report import Continuation, DemoReport, Piece, print_report
 from fathom.metrics import read_metrics
 from fathom.model.transformer import Model
 from fathom.runtime.hardware import keep_freed_memory
-from fathom.train.pretrain import seconds_per_step, train
+from fathom.train.pretrain import train
 from fathom.train.progress import duration
 from fathom.train.run import Run
 from fathom.train.setup import prepare_data, resolve
+from fathom.train.timing import seconds_per_step
 
 _SLOWER = 1.06
 """Steps of the run take so much longer than timed ones: evaluations between them, and a machine that warms up."""

@@ -1,0 +1,57 @@
+"""The record of a run on disk: metrics.jsonl, loads.jsonl and evaluation.json."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fathom.metrics import MetricsLog
+from fathom.train.evaluation import EvalResult, save_evaluation
+from fathom.train.run import Run
+from fathom.train.schedule import hyperparameters
+from fathom.train.step import StepMetrics
+
+_LOAD_RECORDS = 100
+"""Expert loads are recorded about this many times in a run."""
+
+
+class RunLog:
+    """Appends steps and evaluations; what a resumed run is about to write again is dropped first."""
+
+    def __init__(self, directory: Path, run: Run, step: int) -> None:
+        self._directory = directory
+        self._metrics = MetricsLog(directory, tensorboard=run.train.tensorboard)
+        self._metrics.truncate_after(step)
+        self._loads = directory / "loads.jsonl"
+        self._every = max(1, run.train.steps // _LOAD_RECORDS)
+        kept = self._loads.read_text().splitlines() if step and self._loads.exists() else []
+        self._loads.write_text("".join(line + "\n" for line in kept if json.loads(line)["step"] <= step))
+
+    def stepped(self, step: int, values: dict[str, Any], tokens_per_expert_LE: Tensor) -> None:
+        """Record a step (they count from 1) and, a hundred times a run, every expert's load."""
+        self._metrics.write(step, **values)
+        if step == 1 or step % self._every == 0:
+            with self._loads.open("a") as file:
+                file.write(json.dumps({"step": step, "loads": tokens_per_expert_LE.tolist()}) + "\n")
+
+    def evaluated(self, step: int, result: EvalResult) -> None:
+        """Record an evaluation; evaluation.json holds the newest."""
+        self._metrics.write(step, **result.metrics())
+        save_evaluation(result, step, self._directory)
+
+
+def step_values(metrics: StepMetrics, run: Run, step: int, tokens_per_second: float, mfu: float) -> dict[str, Any]:
+    """What metrics.jsonl and the progress line hold of a step (from 0)."""
+    mtp = {} if metrics.mtp_loss is None else {"mtp_loss": metrics.mtp_loss}
+    return {
+        "loss": metrics.loss,
+        **mtp,
+        "balance_loss": metrics.balance_loss,
+        "max_vio": metrics.max_vio,
+        "grad_norm": metrics.grad_norm,
+        "lr": hyperparameters(run, step).learning_rate,
+        "tokens_per_second": tokens_per_second,
+        "mfu": mfu,
+        "skipped": int(metrics.skipped),
+    }

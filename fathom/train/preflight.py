@@ -1,0 +1,66 @@
+"""Before the first step: open the run's directory, print what the run will take, refuse what cannot work."""
+
+from pathlib import Path
+
+from fathom.config import ConfigError, load_json
+from fathom.data.tokenize import TokenizedCorpus
+from fathom.distributed.ranks import Ranks
+from fathom.ops import cpu
+from fathom.runtime.hardware import free_memory, missing_for_compile
+from fathom.train.errors import TrainingError
+from fathom.train.estimate import Estimate, estimate, memory_refusal
+from fathom.train.progress import Progress, duration
+from fathom.train.run import Run
+from fathom.train.schedule import batch_sizes
+from fathom.train.setup import compute_dtype, with_initial_model
+
+
+def open_directory(run: Run, directory: Path, ranks: Ranks, resume: bool) -> Run:
+    """The run to train: what run.json holds when resuming, else `run` in a directory without one."""
+    record = directory / "run.json"
+    if resume:
+        if not record.exists():
+            raise ConfigError(f"{directory} holds no run to resume: {record} does not exist")
+        return load_json(Run, record)
+    if record.exists():
+        raise ConfigError(f"{directory} already holds a run: continue it with --resume, or choose another --out")
+    if ranks.is_main:
+        directory.mkdir(parents=True, exist_ok=True)
+    return with_initial_model(run)
+
+
+def preflight(
+    run: Run,
+    prepared: TokenizedCorpus,
+    peak_flops: float,
+    arena_problem: str | None,
+    ranks: Ranks,
+    progress: Progress,
+) -> None:
+    """Print size, data and needs of a resolved run; raise TrainingError where memory or a compiler is missing."""
+    sequences = int(batch_sizes(run.train).sum())
+    needs = estimate(run, compute_dtype(run), sequences, ranks.device)
+    if refusal := memory_refusal(run, needs, free_memory(ranks.device)):
+        raise TrainingError(refusal)
+    for line in _description(run, prepared, needs, peak_flops, ranks.world):
+        progress.print(line)
+    lacking = missing_for_compile(ranks.device)
+    if run.train.compile == "on" and lacking:
+        raise TrainingError(f"train.compile is on, but {lacking}")
+    if ranks.device.type == "cpu" and (problem := cpu.missing()):
+        progress.print(f"the CPU kernels are missing, so plain torch runs instead, more slowly: {problem}")
+    elif ranks.device.type == "cpu" and arena_problem:
+        progress.print(f"tensors have no arena, so fragmentation takes memory: {arena_problem}")
+
+
+def _description(run: Run, prepared: TokenizedCorpus, needs: Estimate, peak_flops: float, world: int) -> list[str]:
+    counts = run.model.parameter_counts()
+    return [
+        f"model  {counts.total / 1e6:.1f}M parameters, {counts.active / 1e6:.1f}M active per token"
+        f" (+ {counts.mtp / 1e6:.1f}M in {run.model.num_nextn_predict_layers} MTP module(s))",
+        f"data   {prepared.train_tokens:,} training tokens in {prepared.train_documents:,} documents, "
+        f"{prepared.valid_tokens:,} held out; the run takes {needs.tokens:,}",
+        f"needs  about {needs.memory / 2**30:.2f} GiB on each of {world} rank(s) and "
+        f"{duration(needs.seconds(peak_flops))}; computing in {run.train.compute_dtype}, {peak_flops / 1e9:.0f} "
+        "GFLOP/s at best",
+    ]
