@@ -6,10 +6,12 @@ and what would have been right. The field types understood are int, float, str, 
 dataclass, and any of these "or None".
 """
 
+import dataclasses
 import functools
 import json
 import math
 import os
+import sys
 import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -37,7 +39,8 @@ def check(right: bool, name: str, value: object, expected: str) -> None:
 def renamed_fields(**current: str) -> Callable[[type[T]], type[T]]:
     """Class decorator: `old="new"` keeps a field's old name working for one release, with a DeprecationWarning.
 
-    It works as a keyword of the constructor, as an attribute, as a JSON key and, by `current_flags`, as a flag.
+    It works as a keyword of the constructor, as an attribute, as a JSON key and, by `current_flags`, as a flag. Giving
+    both names is an error, so `dataclasses.replace`, which passes every field, takes current names alone.
     """
 
     def decorate(cls: type[T]) -> type[T]:
@@ -45,7 +48,7 @@ def renamed_fields(**current: str) -> Callable[[type[T]], type[T]]:
 
         @functools.wraps(construct)
         def with_old_names(self: T, *args: Any, **kwargs: Any) -> None:
-            construct(self, *args, **{_current_name(cls, key): value for key, value in kwargs.items()})
+            construct(self, *args, **_with_current_names(cls, kwargs))
 
         cls.__init__ = with_old_names  # type: ignore[assignment]
         cls._renamed_fields = current  # type: ignore[attr-defined]
@@ -57,15 +60,22 @@ def renamed_fields(**current: str) -> Callable[[type[T]], type[T]]:
 
 
 def current_flags(cls: type, words: Sequence[str], prefix: str = "") -> list[str]:
-    """Command-line words for `cls` with every renamed field's old flag replaced; `prefix` is that of its flags."""
+    """Command-line words for `cls` with every renamed field's old flag replaced; `prefix` is that of its flags.
+
+    Flags are matched as tyro does: `_` for `-`, `--flag=value`, and `--no-flag` for a boolean. Raises ConfigError where
+    the current flag is given, too.
+    """
     found = list(words)
     for old, new in getattr(cls, "_renamed_fields", {}).items():
-        for index, word in enumerate(found):
-            flag, equals, value = word.partition("=")
-            if flag.replace("_", "-") == f"--{prefix}{old}".replace("_", "-"):
-                replacement = f"--{prefix}{new}".replace("_", "-")
-                _warn_renamed(flag, replacement)
-                found[index] = replacement + equals + value
+        for negation in ("", "no-"):
+            old_flag, new_flag = (f"--{prefix}{negation}{name}".replace("_", "-") for name in (old, new))
+            flags = [word.partition("=")[0].replace("_", "-") for word in found]
+            if old_flag in flags and new_flag in flags:
+                raise ConfigError(f"{old_flag} is the old name of {new_flag}, which is given too; leave it out")
+            for index, flag in enumerate(flags):
+                if flag == old_flag:
+                    _warn_renamed(old_flag, new_flag)
+                    found[index] = "".join((new_flag, *found[index].partition("=")[1:]))
     hints = get_type_hints(cls)
     for field in fields(cls):
         inner, _ = _split_none(hints[field.name])
@@ -176,21 +186,18 @@ def _read_dataclass(cls: Any, value: object, place: _Place) -> Any:
         raise place.error(str(error)) from error
 
 
-def _with_current_names(cls: Any, value: Mapping[Any, Any], place: _Place) -> Mapping[Any, Any]:
-    """The object with renamed keys under their current names."""
-    renamed = getattr(cls, "_renamed_fields", {})
-    for old in renamed.keys() & value.keys():
-        if renamed[old] in value:
-            raise place.field(old).error(f"is the old name of {renamed[old]}, which is given too; leave it out")
-    return {_current_name(cls, key): entry for key, entry in value.items()}
-
-
-def _current_name(cls: Any, key: Any) -> Any:
-    new = cls._renamed_fields.get(key) if hasattr(cls, "_renamed_fields") else None
-    if new is None:
-        return key
-    _warn_renamed(key, new)
-    return new
+def _with_current_names(cls: Any, values: Mapping[Any, Any], place: _Place | None = None) -> dict[Any, Any]:
+    """The values with renamed fields under their current names; `place` is where a configuration is read."""
+    current, result = getattr(cls, "_renamed_fields", {}), {}
+    for key, value in values.items():
+        new = current.get(key, key)
+        if new != key:
+            if new in values:
+                problem = f"is the old name of {new}, which is given too; leave it out"
+                raise place.field(key).error(problem) if place else TypeError(f"{key} {problem}")
+            _warn_renamed(f"{place.where}: {place.field(key).path}" if place else key, new)
+        result[new] = value
+    return result
 
 
 def _old_attribute(self: Any, old: str, new: str) -> Any:
@@ -199,9 +206,12 @@ def _old_attribute(self: Any, old: str, new: str) -> Any:
 
 
 def _warn_renamed(old: str, new: str) -> None:
-    warnings.warn(
-        f"{old} is now called {new}; the old name goes with the next release", DeprecationWarning, stacklevel=3
-    )
+    """Warn at the line that uses the old name: the first that is neither in this file nor in `dataclasses`."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_code.co_filename in (__file__, dataclasses.__file__):
+        frame, level = frame.f_back, level + 1
+    message = f"{old} is now called {new}; the old name goes with the next release"
+    warnings.warn(message, DeprecationWarning, stacklevel=level)
 
 
 def _read_tuple(hint: Any, inner: Any, value: object, place: _Place) -> tuple[Any, ...]:

@@ -68,3 +68,14 @@ def test_resume_refuses_flags_of_another_run(
         main(["train", *tiny_flags, "--train.steps", "2", "--out", out, "--resume"])
     assert "train.steps 1, the command line 2" in " ".join(capsys.readouterr().err.split())
     main(["train", *tiny_flags, "--train.steps", "1", "--out", out, "--resume"])
+
+
+def test_old_flags_work_and_are_named_in_one_plain_line(
+    tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    main(["train", *tiny_flags, "--train.steps", "1", "--optimizer.clip", "0.5", "--out", str(out)])
+    assert json.loads((out / "run.json").read_text())["optimizer"]["max_grad_norm"] == 0.5
+    lines = [line for line in capsys.readouterr().err.splitlines() if "clip" in line]
+    expected = "--optimizer.clip is now called --optimizer.max-grad-norm; the old name goes with the next release"
+    assert lines == [f"note: {expected}"]

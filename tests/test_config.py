@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fathom.config import ConfigError, atomic_write, from_json, load_json, save_json, to_json
+from fathom.config import (
+    ConfigError,
+    atomic_write,
+    current_flags,
+    from_json,
+    load_json,
+    renamed_fields,
+    save_json,
+    to_json,
+)
 
 
 @dataclass(frozen=True)
@@ -181,3 +191,88 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         atomic_write(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+# --- renamed fields
+
+
+@renamed_fields(clip="max_grad_norm", recompute="activation_checkpointing")
+@dataclass(frozen=True)
+class Renamed:
+    max_grad_norm: float = 1.0
+    activation_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class Outer:
+    inner: Renamed = field(default_factory=Renamed)
+
+
+def test_an_old_keyword_and_an_old_attribute_work_and_warn_where_they_are_used() -> None:
+    with pytest.warns(DeprecationWarning, match="clip is now called max_grad_norm") as caught:
+        renamed = Renamed(clip=2.0)  # type: ignore[call-arg]
+    assert renamed == Renamed(max_grad_norm=2.0)
+    with pytest.warns(DeprecationWarning, match="clip is now called max_grad_norm") as read:
+        assert renamed.clip == 2.0  # type: ignore[attr-defined]
+    assert {warning.filename for warning in (*caught, *read)} == {__file__}
+
+
+def test_an_old_key_is_read_and_the_current_one_written(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text('{"inner": {"clip": 2, "recompute": true}}')
+    with pytest.warns(DeprecationWarning) as caught:
+        read = load_json(Outer, path)
+    assert read == Outer(Renamed(max_grad_norm=2.0, activation_checkpointing=True))
+    assert f"{path}: inner.clip is now called max_grad_norm" in str(caught[0].message)
+    assert {warning.filename for warning in caught} == {__file__}
+    save_json(read, path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_json(Outer, path) == read
+
+
+def test_current_names_do_not_warn() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert replace(Renamed(max_grad_norm=2.0), max_grad_norm=3.0).max_grad_norm == 3.0
+        assert current_flags(Outer, ["--inner.max-grad-norm", "2"]) == ["--inner.max-grad-norm", "2"]
+
+
+def test_both_names_are_refused() -> None:
+    message = "clip is the old name of max_grad_norm, which is given too; leave it out"
+    with pytest.raises(TypeError, match=message):
+        Renamed(clip=2.0, max_grad_norm=1.0)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=message):
+        replace(Renamed(), clip=2.0)  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match=r"config: inner\.clip: is the old name of max_grad_norm"):
+        from_json(Outer, {"inner": {"clip": 2, "max_grad_norm": 2}})
+    with pytest.raises(
+        ConfigError, match=r"--inner\.clip is the old name of --inner\.max-grad-norm, which is given too"
+    ):
+        current_flags(Outer, ["--inner.clip", "2", "--inner.max_grad_norm=3"])
+
+
+@pytest.mark.parametrize(
+    ("words", "current"),
+    [
+        (["--inner.clip", "2"], ["--inner.max-grad-norm", "2"]),
+        (["--inner.clip=2"], ["--inner.max-grad-norm=2"]),
+        (["--inner.recompute", "--out", "clip"], ["--inner.activation-checkpointing", "--out", "clip"]),
+        (["--inner.no-recompute"], ["--inner.no-activation-checkpointing"]),
+    ],
+)
+def test_old_flags_become_current_ones(words: list[str], current: list[str]) -> None:
+    with pytest.warns(DeprecationWarning, match="is now called --inner") as caught:
+        assert current_flags(Outer, words) == current
+    assert {warning.filename for warning in caught} == {__file__}
+
+
+def test_an_underscore_in_a_flag_is_a_hyphen() -> None:
+    with pytest.warns(DeprecationWarning, match="--train.bias-speed is now called --train.bias-update-speed"):
+        assert current_flags(_Speed, ["--train.bias_speed=1"], "train.") == ["--train.bias-update-speed=1"]
+
+
+@renamed_fields(bias_speed="bias_update_speed")
+@dataclass(frozen=True)
+class _Speed:
+    bias_update_speed: float = 0.0

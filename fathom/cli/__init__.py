@@ -7,7 +7,10 @@ become `--help`. typer and click would want every one of the hundred fields writ
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TextIO
 
 from rich.console import Console
 
@@ -47,9 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(fathom.__version__)
         return
     try:
-        if words[0] not in _COMMANDS:
-            raise ConfigError(f"there is no command {words[0]!r}; there are {', '.join(_COMMANDS)}")
-        importlib.import_module(f"fathom.cli.{words[0]}").run(words[1:])
+        with _deprecations_in_one_line():
+            _run(words)
     except BrokenPipeError:
         # The reader of our output has gone (`… | head`): nothing is left to say, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -57,6 +59,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # Every room raises these with a message made for the user.
         Console(stderr=True).print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
         sys.exit(2)
+
+
+def _run(words: list[str]) -> None:
+    if words[0] not in _COMMANDS:
+        raise ConfigError(f"there is no command {words[0]!r}; there are {', '.join(_COMMANDS)}")
+    importlib.import_module(f"fathom.cli.{words[0]}").run(words[1:])
+
+
+@contextmanager
+def _deprecations_in_one_line() -> Iterator[None]:
+    """Print our own deprecations as a plain line each: old flags, and old keys in a run's files."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("default", category=DeprecationWarning, module="fathom")
+        show = warnings.showwarning
+
+        def show_plainly(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if issubclass(category, DeprecationWarning):
+                Console(stderr=True).print(f"note: {message}", style="yellow", markup=False, soft_wrap=True)
+            else:
+                show(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = show_plainly
+        yield
 
 
 def _usage() -> str:

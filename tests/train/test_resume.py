@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,11 +106,55 @@ def test_resuming_in_process_is_bit_exact(tiny_run: Run, one_rank: Ranks, tmp_pa
     short = replace(tiny_run, train=replace(tiny_run.train, keep_last=9))
     train(short, tmp_path / "cut", one_rank)
     for late in checkpoints(tmp_path / "cut")[2:]:
-        for file in sorted(late.rglob("*"), reverse=True):
-            file.rmdir() if file.is_dir() else file.unlink()
-        late.rmdir()
+        shutil.rmtree(late)
     assert train(short, tmp_path / "cut", one_rank, resume=True)
     _assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+OLD_NAMES = {
+    "optimizer": {"name": "kind", "max_grad_norm": "clip"},
+    "train": {
+        "compute_dtype": "compute",
+        "activation_checkpointing": "recompute",
+        "seq_balance_loss_weight": "balance_alpha",
+    },
+    "schedule": {
+        "lr_schedule": "shape",
+        "decay_fraction": "decay_share",
+        "mtp_loss_weight": "mtp_weight",
+        "mtp_loss_weight_late": "mtp_weight_late",
+        "bias_update_speed": "bias_speed",
+        "bias_freeze_fraction": "bias_still_share",
+    },
+}
+
+
+@pytest.mark.slow
+def test_a_run_with_the_names_of_the_version_before_resumes_bit_exactly(
+    tiny_run: Run, one_rank: Ranks, tmp_path: Path
+) -> None:
+    run = replace(tiny_run, optimizer=replace(tiny_run.optimizer, ema_decay=0.9, max_grad_norm=0.5))
+    train(run, tmp_path / "whole", one_rank)
+    train(replace(run, train=replace(run.train, keep_last=9)), tmp_path / "cut", one_rank)
+    for late in checkpoints(tmp_path / "cut")[2:]:
+        shutil.rmtree(late)
+    record = tmp_path / "cut" / "run.json"
+    current = json.loads(record.read_text())
+    del current["train"]["final_eval_sequences"]  # a field it did not have
+    old = {
+        section: {OLD_NAMES.get(section, {}).get(key, key): value for key, value in values.items()}
+        if isinstance(values, dict)
+        else values
+        for section, values in current.items()
+    }
+    assert sum(map(len, OLD_NAMES.values())) == sum(len(old[s].keys() - current[s].keys()) for s in OLD_NAMES)
+    record.write_text(json.dumps(old))
+    with pytest.warns(DeprecationWarning, match="is now called") as caught:
+        assert train(run, tmp_path / "cut", one_rank, resume=True)
+    assert len(caught) == 11
+    assert any("run.json: optimizer.clip is now called max_grad_norm" in str(each.message) for each in caught)
+    _assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
+    assert "clip" not in record.read_text()
 
 
 @pytest.mark.slow
