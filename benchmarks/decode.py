@@ -45,7 +45,7 @@ from fathom.model.quantize import quantized
 from fathom.model.transformer import Model
 from fathom.runtime.hardware import keep_freed_memory, matmul_flops
 from fathom.train.run import Run
-from fathom.train.setup import rows_of
+from fathom.train.setup import open_rows
 
 PROMPT, LONG, LONGEST = 512, 2048, 16384
 STEPS, ROUNDS = 8, 5
@@ -396,7 +396,7 @@ class HeldOut(NamedTuple):
     def of(cls, demo: Path, device: torch.device) -> "HeldOut":
         run = from_json(Run, json.loads((demo / "run.json").read_text()), where=str(demo / "run.json"))
         prepared = open_tokenized(demo / "data")
-        rows = rows_of(prepared, run, "valid")
+        rows = open_rows(prepared, run, "valid")
         chosen = torch.linspace(0, len(rows) - 1, 32).long().tolist()
         prompts = [rows.sequential(row, 1).tokens_BT[0, :128].tolist() for row in chosen]
         return cls(run, prepared, load_model(demo / "model", torch.bfloat16, device), rows, prompts)

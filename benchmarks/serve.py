@@ -243,7 +243,7 @@ def cost_of_http(server: Server, draw: Any, rounds: int) -> list[tuple[float, fl
     return pairs
 
 
-def rows_of(clients: int, seen: dict[str, load.Seen]) -> list[dict[str, Any]]:
+def open_rows(clients: int, seen: dict[str, load.Seen]) -> list[dict[str, Any]]:
     rows = []
     mine = seen["fathom serve"]
     for name, peer in seen.items():
@@ -322,7 +322,7 @@ def main() -> None:
                     seen[server.name] = load.summary(sent, seconds)
                     print(shown(clients, server.name, seen[server.name]), flush=True)
                     server.until_idle()
-                rows += rows_of(clients, seen)
+                rows += open_rows(clients, seen)
         if not options.no_http:
             stack.close()
             with asked_server(model) as server:

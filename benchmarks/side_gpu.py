@@ -27,7 +27,7 @@ from fathom.model.transformer import Model
 from fathom.runtime.hardware import matmul_flops
 from fathom.train.pretrain import pretrain_step
 from fathom.train.run import OptimizerConfig, Run, TrainConfig
-from fathom.train.setup import state_around
+from fathom.train.setup import init_train_state
 
 WARM_UP, COUNTED = 3, 6
 """Steps: compiling, kernels' choices and moments come first and are not counted."""
@@ -144,7 +144,7 @@ def _ours(spec: Spec) -> Trained:
         optimizer=OptimizerConfig(learning_rate=_LEARNING_RATE),
     )
     ranks = Ranks(0, 1, _GPU)
-    state = state_around(model, run, ranks)
+    state = init_train_state(model, run, ranks)
 
     def step(tokens: list[Tensor]) -> float:
         batches = [next_token_batch(tokens_BW, spec.shape.num_nextn_predict_layers) for tokens_BW in tokens]

@@ -1,7 +1,7 @@
-"""Metrics: the numbers of a run as JSON lines, always, and as TensorBoard scalars on request.
+"""Metrics of a run as JSON lines, always, and as TensorBoard scalars on request.
 
 ``metrics.jsonl`` holds one object per line, ``{"step": 10, "loss": 3.2}``, in the order written. It is only
-appended to, so a run that is killed loses at most the line it was writing: readers forgive a torn last line,
+appended to, so a run that is killed loses at most the line it was writing: readers accept a torn last line,
 and no other. A resumed run first cuts the file back to its checkpoint's step, so that no step appears twice.
 """
 
@@ -15,7 +15,7 @@ from fathom.config import atomic_write
 
 
 class MetricsLog:
-    """Appends to ``directory/metrics.jsonl`` and, if asked, to event files in ``directory/tensorboard``."""
+    """Appends to ``directory/metrics.jsonl`` and, with `tensorboard`, to event files in ``directory/tensorboard``."""
 
     def __init__(self, directory: Path, tensorboard: bool = False) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -27,16 +27,16 @@ class MetricsLog:
             self._rewrite(read_metrics(self.path))
 
     def write(self, step: int, **values: SupportsFloat) -> None:
-        """Records ``values`` (numbers, or tensors of one element) for ``step``."""
-        numbers = {name: value if isinstance(value, int) else float(value) for name, value in values.items()}
+        """Record ``values`` (numbers, or tensors of one element) for ``step``."""
+        scalars = {name: value if isinstance(value, int) else float(value) for name, value in values.items()}
         with open(self.path, "a", encoding="utf-8") as file:  # closing it flushes the line
-            file.write(_line({"step": step, **numbers}))
+            file.write(_line({"step": step, **scalars}))
         if self._events is not None:
-            for name, number in numbers.items():
-                self._events.add_scalar(name, number, step)
+            for name, scalar in scalars.items():
+                self._events.add_scalar(name, scalar, step)
 
     def truncate_after(self, step: int) -> None:
-        """Forgets what was recorded after ``step``: a run resumed from there is about to write it again."""
+        """Drop what was recorded after ``step``: a run resumed from there is about to write it again."""
         if self.path.exists():
             self._rewrite([record for record in read_metrics(self.path) if record["step"] <= step])
         if self._events is not None:
@@ -44,7 +44,7 @@ class MetricsLog:
             self._events = _open_events(self._events_directory, purge_step=step + 1)
 
     def close(self) -> None:
-        """Waits for TensorBoard's writer; the JSON lines are on their way to the disk already."""
+        """Flush TensorBoard's writer; JSON lines are flushed as they are written."""
         if self._events is not None:
             self._events.close()
 
@@ -72,7 +72,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class Stopwatch:
     """Sums the seconds spent inside its ``with`` blocks, for rates such as tokens per second.
 
-    It reads the wall clock and knows nothing of devices: synchronise an accelerator before the block ends.
+    It reads the wall clock of the host: synchronise an accelerator before the block ends.
     """
 
     def __init__(self) -> None:

@@ -77,7 +77,7 @@ def bench_small() -> Run:
 
 
 def small() -> Run:
-    """The same model with a recipe to train it: hours on a CPU, minutes on a GPU."""
+    """The shape of bench-small with a recipe to train it: hours on a CPU, minutes on a GPU."""
     return replace(
         bench_small(),
         train=TrainConfig(steps=4000, batch_size=16, micro_batch_size=8, sequence_length=512),
@@ -86,7 +86,7 @@ def small() -> Run:
 
 
 def bench_medium() -> Run:
-    """1.7B parameters, 0.26B active: the shape benchmarks/decode.py measures, too large for any processor's cache."""
+    """1.7B parameters, 0.26B active: the shape benchmarks/decode.py measures, too large for any CPU's cache."""
     return Run(
         model=ModelConfig(
             vocab_size=32768,
@@ -173,4 +173,4 @@ ALL: dict[str, Callable[[], Run]] = {
     "16b-a3b": moe_16b_a3b,
     "deepseek-v3-671b": deepseek_v3_671b,
 }
-"""The presets by the names the command line knows."""
+"""The presets by their names on the command line."""

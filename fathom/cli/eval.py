@@ -1,4 +1,4 @@
-"""`fathom eval`: a model's figures on lm-eval's tasks, or on a text."""
+"""`fathom eval`: a model's results on lm-eval's tasks, or on a text."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -17,28 +17,28 @@ from fathom.data.tokenizer import Tokenizer, load_tokenizer
 from fathom.eval.likelihood import text_bits
 from fathom.model.transformer import Model
 
-EvalResult = dict[str, dict[str, Any]]
-"""Of each task or text, its figures by name."""
+Metrics = dict[str, dict[str, Any]]
+"""Of each task or text, its metrics by name."""
 
 
 @dataclass(frozen=True)
 class EvalCommand:
-    """Run lm-eval's tasks on a model, or measure what a text costs in bits per byte."""
+    """Run lm-eval's tasks on a model, or measure a text in bits per byte."""
 
     path: tyro.conf.Positional[str]
     """A Hugging Face model directory, or a name on the hub."""
     tasks: tuple[str, ...] = ()
-    """Names of lm-eval's tasks, or YAML files of your own. A task may name Python functions, which are then run."""
+    """Names of lm-eval tasks, or YAML files of your own. A task file can name Python functions, which are then run."""
     text: tuple[Path, ...] = ()
     """Text files in UTF-8, each measured as one document; needs no lm-eval."""
     few_shot: int | None = None
-    """Examples before each question of a task; else as the task says."""
+    """Examples before each question of a task; none: as the task defines."""
     limit: int | None = None
-    """Only the first so many questions of each task."""
+    """Run only this many questions of each task, the first ones."""
     dtype: str = "float32"
     """float32 or bfloat16."""
     json: Path | None = None
-    """Write the figures into this file as well."""
+    """Also write the metrics to this JSON file."""
 
 
 def run(words: list[str]) -> None:
@@ -52,12 +52,12 @@ def run(words: list[str]) -> None:
     directory = model_directory(command.path)
     tokenizer = load_tokenizer(directory)
     model = load_model(directory, dtypes[command.dtype], "cuda" if torch.cuda.is_available() else "cpu")
-    figures: EvalResult = {name: asdict(text_bits(model, tokenizer, text)) for name, text in texts.items()}
+    results: Metrics = {name: asdict(text_bits(model, tokenizer, text)) for name, text in texts.items()}
     if command.tasks:
-        figures |= _tasks(command, model, tokenizer)
-    _show(figures)
+        results |= _tasks(command, model, tokenizer)
+    _show(results)
     if command.json is not None:
-        atomic_write(command.json, json.dumps(figures, indent=2, default=str) + "\n")
+        atomic_write(command.json, json.dumps(results, indent=2, default=str) + "\n")
 
 
 def _read(file: Path) -> str:
@@ -67,18 +67,18 @@ def _read(file: Path) -> str:
         raise ConfigError(f"--text: {file} is not UTF-8: {error}") from error
 
 
-def _tasks(command: EvalCommand, model: Model, tokenizer: Tokenizer) -> EvalResult:
+def _tasks(command: EvalCommand, model: Model, tokenizer: Tokenizer) -> Metrics:
     from fathom.eval.harness import run_tasks
 
     return run_tasks(model, tokenizer, command.tasks, command.few_shot, command.limit)
 
 
-def _show(figures: EvalResult) -> None:
-    table = Table("task or text", "figure", "value")
-    for name, found in figures.items():
-        for figure, value in found.items():
+def _show(results: Metrics) -> None:
+    table = Table("task or text", "metric", "value")
+    for name, metrics in results.items():
+        for metric, value in metrics.items():
             if isinstance(value, float):
-                table.add_row(name, figure, f"{value:.4f}")
+                table.add_row(name, metric, f"{value:.4f}")
             elif isinstance(value, int) and not isinstance(value, bool):
-                table.add_row(name, figure, f"{value:,}")
+                table.add_row(name, metric, f"{value:,}")
     Console().print(table)

@@ -41,15 +41,17 @@ class ResumeCommand:
     """Continue from the newest checkpoint."""
 
 
-def run(words: list[str]) -> None:
-    if not words or words[0].startswith("-"):
-        _resume(words)
+def run(arguments: list[str]) -> None:
+    if not arguments or arguments[0].startswith("-"):
+        _resume(arguments)
         return
-    name = words[0]
+    name = arguments[0]
     if name not in presets.ALL:
         raise ConfigError(f"there is no preset {name!r}; there are {', '.join(presets.ALL)}")
     default = TrainCommand(presets.ALL[name](), out=Path("runs") / name)
-    command = tyro.cli(TrainCommand, args=current_flags(Run, words[1:]), default=default, prog=f"fathom train {name}")
+    command = tyro.cli(
+        TrainCommand, args=current_flags(Run, arguments[1:]), default=default, prog=f"fathom train {name}"
+    )
     if command.resume:
         _refuse_another_run(command)
     with data_parallel() as ranks:
@@ -57,12 +59,12 @@ def run(words: list[str]) -> None:
         train(command.run, command.out, ranks, resume)
 
 
-def _resume(words: list[str]) -> None:
-    """`fathom train` without a preset: only to continue, or to ask for help."""
-    if not words or "-h" in words or "--help" in words:
+def _resume(arguments: list[str]) -> None:
+    """`fathom train` without a preset: continue a run, or print help."""
+    if not arguments or "-h" in arguments or "--help" in arguments:
         print(_USAGE)
         return
-    command = tyro.cli(ResumeCommand, args=words, prog="fathom train")
+    command = tyro.cli(ResumeCommand, args=arguments, prog="fathom train")
     if not command.resume:
         raise ConfigError(f"name a preset ({', '.join(presets.ALL)}), or continue a run with --resume --out DIR")
     with data_parallel() as ranks:
@@ -70,12 +72,12 @@ def _resume(words: list[str]) -> None:
 
 
 def _refuse_another_run(command: TrainCommand) -> None:
-    """Flags that differ from the run being resumed would be ignored: say so instead."""
+    """Refuse flags that differ from the run being resumed, which would be ignored."""
     record = command.out / "run.json"
     if not record.exists():
         return
     ours, theirs = to_json(command.run), to_json(load_json(Run, record))
-    # What the run itself fills in: token ids, compute type, compilation.
+    # Resolved when the run starts: token ids, compute type, compilation.
     filled = {"bos_token_id", "eos_token_id", "pad_token_id", "compute_dtype", "compile"}
     for section, values in ours.items():
         if not isinstance(values, dict):

@@ -1,7 +1,7 @@
 """From a conversation to token ids, by the model's own chat template, in a sandbox.
 
-A template is code that came with a checkpoint, and what people say is put into it. So the template runs without
-access to Python (jinja2's immutable sandbox), with a limit on time and on the sizes it can make, and what people say
+A template is code that came with a checkpoint, and what users write is put into it. So the template runs without
+access to Python (jinja2's immutable sandbox), with a limit on time and on the sizes it can make, and what users write
 never becomes a control token: every spelling of one inside a message is broken apart by a mark before the template
 sees it, the template's own control tokens are then found in the result, and the marks are taken out of the rest.
 """
@@ -25,7 +25,7 @@ from jinja2.visitor import NodeTransformer
 from fathom.data.tokenizer import Tokenizer
 
 _SECONDS = 2.0
-"""A template may run so long; real ones take milliseconds."""
+"""The time limit of a template; real ones take milliseconds."""
 
 _LARGEST = 1 << 24
 """Characters or elements that one operation of a template may make."""
@@ -34,24 +34,24 @@ _WIDEST = 10_000
 """The largest number that a template may hand to a filter or a method of a text: a width to fill, a count."""
 
 _WIDE = re.compile(r"\d{5}")
-"""Such a width inside a format."""
+"""Such a width in a format string."""
 
 _LARGEST_PRODUCT = 1 << 28
-"""The same for filters and methods, which may put one of their operands in place of every character of another."""
+"""The same for filters and methods, which may substitute one operand for every character of another."""
 
 _MARKS = [chr(code) for code in range(0xE000, 0xE100)]
 """Private code points, of which one that no message holds serves as the mark."""
 
 Message = dict[str, Any]
-"""Of OpenAI's protocol: role, content, and what belongs to calls of functions."""
+"""A message of OpenAI's protocol: role, content, and the fields of tool calls."""
 
 
 class ChatError(ValueError):
-    """The conversation cannot be put into this model's template."""
+    """The conversation cannot be rendered by this model's template."""
 
 
 class ChatTemplate:
-    """Turns conversations into what the model was trained to continue."""
+    """Renders conversations as the model's chat template has them."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         """Raises ChatError where the tokenizer has no template, or none that can be compiled."""
@@ -63,8 +63,8 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._spellings = special_spellings(tokenizer)
         self._specials = re.compile("|".join(map(re.escape, self._spellings)) or r"(?!)")
-        self.knows_tools = "tools" in source
-        """Whether functions are shown to the model by the template itself."""
+        self.supports_tools = "tools" in source
+        """Whether the template itself renders tools."""
         environment = _Sandbox(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"], finalize=_count_output
         )
@@ -106,7 +106,7 @@ class ChatTemplate:
                 raise ChatError(f"the model's chat template does not take these messages ({kind}: {error})") from error
 
     def encode(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
-        """The token ids of the conversation, ready for an answer. Raises ChatError as `render` does."""
+        """The token ids of the conversation, up to where the answer begins. Raises ChatError as `render` does."""
         mark = self._free_mark(messages, tools)
         broken_tools = None if tools is None else _mapped(tools, lambda text: self._broken(text, mark))
         marked = self.render(_mapped(list(messages), lambda text: self._broken(text, mark)), broken_tools)
@@ -123,7 +123,7 @@ class ChatTemplate:
         return self._tokenizer.encode(text, bos=False) if text else []
 
     def _broken(self, text: str, mark: str) -> str:
-        # Also the beginning of a spelling at the end of a text, which the template's next words could complete.
+        # Also the beginning of a spelling at the end of a text, which the template's next characters could complete.
         text = self._specials.sub(lambda found: found[0][0] + mark + found[0][1:], text)
         for spelling in self._spellings:
             for length in range(min(len(spelling) - 1, len(text)), 0, -1):
@@ -165,7 +165,7 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
-        # Names of fields are asked for by the template, except where people choose them, as in schemas.
+        # The template looks fields up by name; users choose names in schemas alone.
         return {change(name): _mapped(content, change) for name, content in value.items()}
     return [_mapped(content, change) for content in value] if isinstance(value, list) else value
 
@@ -184,16 +184,16 @@ def _now(pattern: str) -> str:
 
 
 class _TooMuchError(Exception):
-    """The template asked for more time or room than it gets."""
+    """The template exceeds its limit of time or size."""
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """jinja2's sandbox, which bounds `range`, with bounds on the operators that can make something huge of little."""
+    """jinja2's sandbox, which bounds `range`, with bounds on the operators whose results can be huge."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        """`a ~ b` is read as the sum of two texts, which is bounded like any other."""
+        """`a ~ b` becomes the sum of two strings, which is bounded like any other."""
         return _Sums().visit(super()._parse(source, name, filename)).set_environment(self)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -211,7 +211,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805, as jinja2 names them
-        """Methods of texts can fill up to a width that is only a number."""
+        """String methods can pad to any width."""
         method = getattr(__obj, "__wrapped__", __obj)
         text = getattr(method, "__self__", None)
         if isinstance(text, str):
@@ -225,7 +225,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 def _bounded(filter_: Callable[..., Any]) -> Callable[..., Any]:
     """The same filter, which refuses large numbers."""
 
-    @functools.wraps(filter_)  # with the marks by which jinja2 knows what a filter wants to be given
+    @functools.wraps(filter_)  # jinja2 marks filters with the arguments they take
     def checked(*args: Any, **kwargs: Any) -> Any:
         _check_sizes(*args[1:], *kwargs.values())
         _check_growth(filter_.__name__, *args, *kwargs.values())
@@ -252,7 +252,7 @@ def _check_growth(name: str, *operands: Any) -> None:
 
 
 def _size(value: Any) -> int:
-    """Characters and elements, however often they are repeated in it; counted no further than is allowed."""
+    """Characters and elements, however often they are repeated in it; counting stops at the limit."""
     size, waiting = 0, [value]
     while waiting and size <= _LARGEST:
         one = waiting.pop()
@@ -267,7 +267,7 @@ def _size(value: Any) -> int:
 
 
 _written: contextvars.ContextVar[int] = contextvars.ContextVar("written", default=0)
-"""What the template has put out, blocks and macros included."""
+"""Characters the template has put out, blocks and macros included."""
 
 
 def _count_output(value: Any) -> Any:
@@ -286,7 +286,7 @@ class _Sums(NodeTransformer):
 
 
 class _Deadline:
-    """Ends the code run inside it, on this thread, by an exception at one of its lines once the time is over."""
+    """Raises, once the time is over, at the next line that runs inside it on this thread."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds

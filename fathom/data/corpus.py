@@ -22,8 +22,7 @@ from typing import Any
 STDLIB = "python-stdlib"
 HUGGING_FACE = "hf:"
 
-# Not code somebody wrote to be read: tests, installed packages, build products, and the tables that a script
-# generated.
+# Left out: tests, installed packages, build products and generated tables.
 STDLIB_SKIPPED_PARTS = frozenset(
     [
         *("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib-dynload"),
@@ -34,8 +33,8 @@ STDLIB_SKIPPED_PREFIXES = ("test_", "config-", "_sysconfigdata")
 STDLIB_SKIPPED_FILES = frozenset(["html/entities.py", "stringprep.py", "sitecustomize.py", "usercustomize.py"])
 
 # Packages are few and uneven (asyncio weighs as much as fifty small modules), so most salts hold out far more
-# or far less than the share asked for. This one, chosen by sizes alone, holds out 4.9 to 5.5 % of the bytes
-# of Python 3.11 to 3.13 at the default share: json, argparse, ctypes, concurrent, smtplib and others.
+# or far less than the requested fraction. This one, chosen by sizes alone, holds out 4.9 to 5.5 % of the bytes
+# of Python 3.11 to 3.13 at the default fraction: json, argparse, ctypes, concurrent, smtplib and others.
 HELDOUT_SALT = "fathom-3654"
 
 
@@ -49,11 +48,11 @@ class DataConfig:
     text_column: str = "text"
     """Field of JSON Lines, Parquet and Hugging Face rows that holds the text."""
     heldout: float = 0.05
-    """Share of the corpus held out for evaluation, between 0 and 1."""
+    """Fraction of the corpus held out for evaluation, between 0 and 1."""
     fim_rate: float = 0.0
-    """Share of training documents rearranged to fill-in-the-middle; DeepSeek-V3 used 0.1."""
+    """Fraction of training documents rearranged to fill-in-the-middle; DeepSeek-V3 used 0.1."""
     tokenizer: str | None = None
-    """Directory of an existing tokenizer to use; without it one is trained on the training documents."""
+    """Directory of an existing tokenizer to use; none: train one on the training documents."""
 
     def __post_init__(self) -> None:
         if not self.corpus:
@@ -68,7 +67,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Document:
-    """One text, trained on between a begin and an end token."""
+    """One text; in the token stream it stands between BOS and EOS."""
 
     name: str
     """Path relative to the corpus, followed by `:row` where a file holds many."""
@@ -79,8 +78,8 @@ class Document:
 
 
 @dataclass(frozen=True)
-class Survey:
-    """What one look at the whole corpus finds."""
+class CorpusStats:
+    """What one pass over the whole corpus finds."""
 
     sha256: str
     """Over all names and texts, in order."""
@@ -101,36 +100,36 @@ def read_corpus(config: DataConfig) -> Iterator[Document]:
     return (document for document in documents if document.text)
 
 
-def is_heldout(group: str, share: float) -> bool:
-    """True for about `share` of all groups, always the same; a larger share includes a smaller one."""
+def is_heldout(group: str, fraction: float) -> bool:
+    """True for about `fraction` of all groups, always the same; a larger fraction includes a smaller one."""
     digest = hashlib.sha256(f"{HELDOUT_SALT}:{group}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
-def survey_corpus(config: DataConfig) -> Survey:
-    """Reads the whole corpus once, to learn its hash, its size and how it can be split."""
+def scan_corpus(config: DataConfig) -> CorpusStats:
+    """Read the whole corpus once, for its hash, its size and how it can be split."""
     digest = hashlib.sha256()
     documents = heldout = text_bytes = 0
     for document in read_corpus(config):
         name, text = document.name.encode(), document.text.encode()
-        # SeqLens first: otherwise ("ab", "c") and ("a", "bc") would hash alike.
+        # Lengths first: otherwise ("ab", "c") and ("a", "bc") would hash alike.
         digest.update(f"{len(name)} {len(text)} ".encode() + name + text)
         documents += 1
         heldout += is_heldout(document.group, config.heldout)
         text_bytes += len(text)
     if documents == 0:
         raise ValueError(f"corpus {config.corpus!r} holds no text: no documents, or only empty ones")
-    return Survey(digest.hexdigest(), text_bytes, by_document=0 < heldout < documents)
+    return CorpusStats(digest.hexdigest(), text_bytes, by_document=0 < heldout < documents)
 
 
-def split_corpus(config: DataConfig, survey: Survey) -> Iterator[tuple[Document, bool]]:
+def split_corpus(config: DataConfig, stats: CorpusStats) -> Iterator[tuple[Document, bool]]:
     """Documents, each with whether it is held out.
 
-    A corpus of few documents may have none, or all, of them chosen. Then every document gives up its end
-    instead: the last `heldout` share of its text comes as a document of its own.
+    In a corpus of few documents none, or all, may be chosen. Then the end of every document is held out instead: the
+    last `heldout` of its text becomes a document of its own.
     """
     for document in read_corpus(config):
-        if survey.by_document:
+        if stats.by_document:
             yield document, is_heldout(document.group, config.heldout)
             continue
         cut = tail_start(document.text, config.heldout)
@@ -139,10 +138,9 @@ def split_corpus(config: DataConfig, survey: Survey) -> Iterator[tuple[Document,
                 yield Document(document.name, text, document.group), heldout
 
 
-def tail_start(text: str, share: float) -> int:
-    """Where the last `share` of a text begins: after a newline, if one is near enough to keep half that
-    share."""
-    at = min(max(int(len(text) * (1 - share)), 1), len(text))
+def tail_start(text: str, fraction: float) -> int:
+    """Where the last `fraction` of a text begins: after a newline, if one is near enough to keep half of it."""
+    at = min(max(int(len(text) * (1 - fraction)), 1), len(text))
     reach = (len(text) - at) // 2
     before = text.rfind("\n", max(at - reach, 0), at) + 1
     after = text.find("\n", at, at + reach) + 1
@@ -154,9 +152,9 @@ def tail_start(text: str, share: float) -> int:
 
 
 def stdlib_files() -> list[str]:
-    """The library's source files worth reading, as sorted POSIX paths relative to it."""
+    """The library's source files to train on, as sorted POSIX paths relative to it."""
     root = stdlib_root()
-    return sorted(name for path in root.rglob("*.py") if _is_readable_code(name := path.relative_to(root).as_posix()))
+    return sorted(name for path in root.rglob("*.py") if _is_included(name := path.relative_to(root).as_posix()))
 
 
 def stdlib_root() -> Path:
@@ -164,7 +162,7 @@ def stdlib_root() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
-def _is_readable_code(name: str) -> bool:
+def _is_included(name: str) -> bool:
     parts = name.split("/")
     skipped = any(part in STDLIB_SKIPPED_PARTS or part.startswith(STDLIB_SKIPPED_PREFIXES) for part in parts)
     return not skipped and name not in STDLIB_SKIPPED_FILES
@@ -175,7 +173,7 @@ def _read_stdlib() -> Iterator[Document]:
     if not names:
         raise FileNotFoundError(
             f"{stdlib_root()} holds no .py files: this Python ships its standard library without source; "
-            "use a text corpus of your own"
+            "set data.corpus to a text corpus of your own"
         )
     for name in names:
         yield Document(name, _read_text(stdlib_root() / name), group=name.split("/")[0].removesuffix(".py"))
@@ -280,7 +278,7 @@ def _text_of(row: dict[str, Any], column: str, where: str) -> str:
 
 def _read_parquet(path: Path, column: str) -> Iterator[tuple[int, str]]:
     """Row number, from 0, and text; one row group in memory at a time."""
-    parquet = _optional_module("pyarrow.parquet", package="pyarrow", wanted_for=str(path))
+    parquet = _optional_module("pyarrow.parquet", package="pyarrow", needed_for=str(path))
     try:
         file = parquet.ParquetFile(path)
     except ValueError as error:  # pyarrow's own ArrowInvalid is one
@@ -299,7 +297,7 @@ def _read_parquet(path: Path, column: str) -> Iterator[tuple[int, str]]:
 
 
 def _read_hugging_face(corpus: str, column: str) -> Iterator[Document]:
-    datasets = _optional_module("datasets", package="datasets", wanted_for=corpus)
+    datasets = _optional_module("datasets", package="datasets", needed_for=corpus)
     name, config, split = _parse_hugging_face(corpus)
     try:
         rows = datasets.load_dataset(name, config, split=split, streaming=True)
@@ -322,8 +320,8 @@ def _parse_hugging_face(corpus: str) -> tuple[str, str | None, str]:
     return "/".join(parts[:2]), parts[2] if len(parts) == 3 else None, split or "train"
 
 
-def _optional_module(module: str, package: str, wanted_for: str) -> Any:
+def _optional_module(module: str, package: str, needed_for: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"reading {wanted_for} needs the package {package}: pip install {package}") from error
+        raise ImportError(f"reading {needed_for} needs the package {package}: pip install {package}") from error

@@ -3,8 +3,7 @@
 The file is one long stream of documents; row r is its tokens [r S, r S + S + 1 + lookahead): S inputs, the
 target of the last, and `lookahead` more for the multi-token-prediction modules. Rows start S apart, so they
 share those last tokens and every token but the stream's first is predicted by the main head exactly once.
-Which rows come when depends on (seed, epoch) alone: a resumed run continues exactly, and ranks just ask for
-different slices.
+The order of rows depends on (seed, epoch) alone: a resumed run continues exactly, and ranks read different slices.
 
 Shapes: B rows, W = S + 1 + lookahead tokens of a row.
 """
@@ -53,7 +52,7 @@ class TokenRows:
         return (len(self._tokens) - self._width) // self._sequence_length + 1
 
     def shuffled(self, first: int, count: int) -> Batch:
-        """Rows number `first` to `first + count` of the endless training order, one permutation an epoch."""
+        """Rows number `first` to `first + count` of the endless training order, one permutation per epoch."""
         if first < 0 or count < 1:
             raise ValueError(f"first is {first} and count {count}; they must be at least 0 and at least 1")
         rows = [self._row_at(position) for position in range(first, first + count)]
@@ -103,10 +102,10 @@ class TokenRows:
 
 def _map_tokens(path: Path, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; prepare the corpus first")
+        raise FileNotFoundError(f"{path} does not exist; tokenise the corpus first")
     size = path.stat().st_size
     if size % dtype.itemsize:
         raise ValueError(f"{path} has {size} bytes, no whole number of {dtype.name} tokens: truncated, or another type")
     if size == 0:
-        raise ValueError(f"{path} is empty; prepare the corpus again")
+        raise ValueError(f"{path} is empty; tokenise the corpus again")
     return np.memmap(path, dtype=dtype.newbyteorder("<"), mode="r")

@@ -1,10 +1,10 @@
 """A corpus, tokenised once and laid out on disk for training.
 
 `tokenize_corpus` writes into one directory: the tokenizer, `train.bin` and `valid.bin` (token ids, little-endian,
-nothing else; every document is begin token, text, end token), `valid.txt` (the held-out text, for comparison
-with gzip and the like) and `meta.json`. The directory appears complete or not at all. A share of the training
-documents can be rearranged to fill-in-the-middle (DeepSeek-V3 report, section 3.1): prefix, suffix, middle,
-each behind its control token.
+nothing else; every document is BOS, text, EOS), `valid.txt` (the held-out text, for comparison with gzip and
+the like) and `meta.json`. The directory appears complete or not at all. A fraction of the training documents can be
+rearranged to fill-in-the-middle (DeepSeek-V3 report, section 3.1): prefix, suffix, middle, each behind its control
+token.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from typing import Any, Self
 
 import numpy as np
 
-from fathom.data.corpus import HUGGING_FACE, DataConfig, Survey, split_corpus, survey_corpus
-from fathom.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer, split_pieces, train_tokenizer
+from fathom.data.corpus import HUGGING_FACE, CorpusStats, DataConfig, scan_corpus, split_corpus
+from fathom.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer, split_chunks, train_tokenizer
 
 FORMAT_VERSION = 1
 FILES = frozenset(["tokenizer.json", "tokenizer_config.json", "train.bin", "valid.bin", "valid.txt", "meta.json"])
 
-# Merges settle long before this, and training keeps every distinct word in memory.
+# Merges converge long before this, and training keeps every distinct word in memory.
 TOKENIZER_SAMPLE_BYTES = 200_000_000
-# Encoded at a time: enough for all cores, little enough for memory.
+# Encoded at a time: enough to occupy all cores, little enough for memory.
 CHARACTERS_PER_WRITE = 4_000_000
-# Of a corpus with millions of documents meta.json names only the first held-out ones.
-NAMES_KEPT = 10_000
+# meta.json names the held-out documents, of millions only the first.
+MAX_HELDOUT_NAMES = 10_000
 
 Progress = Callable[[str, float], None]
 Segment = int | str
@@ -47,7 +47,7 @@ class TokenizedCorpus:
     config: DataConfig
     seed: int
     requested_vocab_size: int
-    """What `tokenize_corpus` was asked for; the tokenizer's own `vocab_size` may be smaller."""
+    """The argument of `tokenize_corpus`; the tokenizer's own `vocab_size` may be smaller."""
     corpus_hash: str
     token_dtype: str
     """uint16 or uint32."""
@@ -81,11 +81,11 @@ class TokenizedCorpus:
 def tokenize_corpus(
     config: DataConfig, vocab_size: int, directory: Path, seed: int = 0, progress: Progress | None = None
 ) -> TokenizedCorpus:
-    """Tokenises the corpus into `directory`, or opens what an equal call left there.
+    """Tokenise the corpus into `directory`, or open what an equal call left there.
 
-    One process at a time may prepare a directory; what it holds is used again if the corpus is unchanged. The
-    corpus is read once to survey it and once to write it, never held in memory; `progress` hears the name of
-    each stage and how much of it is done, from 0 to 1.
+    One process at a time may write a directory; what it holds is used again if the corpus is unchanged. The corpus is
+    read once to scan it and once to write it, never held in memory; `progress` is called with the name of each stage
+    and how much of it is done, from 0 to 1.
     """
     if seed < 0:
         raise ValueError(f"seed is {seed}; it must be at least 0")
@@ -94,24 +94,24 @@ def tokenize_corpus(
     if previous and config.corpus.startswith(HUGGING_FACE):
         return previous  # going by its name: reading it again would mean downloading it again
     report("reading the corpus", 0.0)
-    survey = survey_corpus(config)
+    stats = scan_corpus(config)
     report("reading the corpus", 1.0)
-    if previous and previous.corpus_hash == survey.sha256:
+    if previous and previous.corpus_hash == stats.sha256:
         return previous
     _refuse_foreign_files(directory)
     with _staged(directory) as staging:
-        tokenizer = _make_tokenizer(config, vocab_size, survey, report)
+        tokenizer = _make_tokenizer(config, vocab_size, stats, report)
         save_tokenizer(tokenizer, staging)
         meta = {
             "format_version": FORMAT_VERSION,
             "config": asdict(config),
             "seed": seed,
             "requested_vocab_size": vocab_size,
-            "corpus_hash": survey.sha256,
+            "corpus_hash": stats.sha256,
             "vocab_size": tokenizer.vocab_size,
             "bos_id": tokenizer.bos_id,
             "eos_id": tokenizer.eos_id,
-            **_write_splits(config, survey, tokenizer, seed, staging, report),
+            **_write_splits(config, stats, tokenizer, seed, staging, report),
         }
         content = json.dumps(meta, ensure_ascii=False, indent=2) + "\n"
         (staging / "meta.json").write_text(content, encoding="utf-8")
@@ -119,68 +119,68 @@ def tokenize_corpus(
 
 
 def open_tokenized(directory: Path) -> TokenizedCorpus:
-    """Opens a prepared directory after checking that it is whole."""
+    """Open a directory of `tokenize_corpus` after checking that it is complete."""
     path = directory / "meta.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{directory} holds no prepared corpus: meta.json is missing; prepare it first")
+        raise FileNotFoundError(f"{directory} holds no tokenised corpus: meta.json is missing; tokenise it first")
     try:
         meta: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version = meta.pop("format_version")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); delete the directory and prepare it again") from error
+        raise ValueError(f"{path} is damaged ({error!r}); delete the directory and tokenise it again") from error
     if version != FORMAT_VERSION:
-        raise ValueError(f"{path}: format_version is {version}, this program reads {FORMAT_VERSION}; prepare it again")
+        raise ValueError(f"{path}: format_version is {version}, this program reads {FORMAT_VERSION}; tokenise it again")
     try:
         # Derived from the tokenizer; written for readers in other languages.
         for derived in ("vocab_size", "bos_id", "eos_id"):
             del meta[derived]
         meta["config"] = DataConfig(**meta["config"])
         meta["heldout_documents"] = tuple(meta["heldout_documents"])
-        prepared = TokenizedCorpus(directory, load_tokenizer(directory), **meta)
+        corpus = TokenizedCorpus(directory, load_tokenizer(directory), **meta)
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} has missing or unknown fields ({error}); prepare the corpus again") from error
-    _check_sizes(prepared)
-    return prepared
+        raise ValueError(f"{path} has missing or unknown fields ({error}); tokenise the corpus again") from error
+    _check_sizes(corpus)
+    return corpus
 
 
-def _check_sizes(prepared: TokenizedCorpus) -> None:
-    width = np.dtype(prepared.token_dtype).itemsize
+def _check_sizes(corpus: TokenizedCorpus) -> None:
+    width = np.dtype(corpus.token_dtype).itemsize
     expected = {
-        prepared.train_path: prepared.train_tokens * width,
-        prepared.valid_path: prepared.valid_tokens * width,
-        prepared.valid_text_path: prepared.valid_bytes,
+        corpus.train_path: corpus.train_tokens * width,
+        corpus.valid_path: corpus.valid_tokens * width,
+        corpus.valid_text_path: corpus.valid_bytes,
     }
     for path, size in expected.items():
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; prepare the corpus again")
+            raise FileNotFoundError(f"{path} is missing; tokenise the corpus again")
         if path.stat().st_size != size:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes, not the {size} of meta.json; prepare it again")
+            raise ValueError(f"{path} has {path.stat().st_size} bytes, not the {size} of meta.json; tokenise it again")
 
 
 def _open_if_equal(config: DataConfig, vocab_size: int, directory: Path, seed: int) -> TokenizedCorpus | None:
-    """What lies in `directory`, if it is whole and was asked for with the same words."""
+    """The corpus in `directory`, if it is complete and comes from the same arguments."""
     try:
-        found = open_tokenized(directory)
+        corpus = open_tokenized(directory)
     except (ValueError, FileNotFoundError):
         return None
-    same = (found.config, found.requested_vocab_size, found.seed) == (config, vocab_size, seed)
+    same = (corpus.config, corpus.requested_vocab_size, corpus.seed) == (config, vocab_size, seed)
     if same and config.tokenizer is not None:
-        same = load_tokenizer(Path(config.tokenizer)).tokenizer_json == found.tokenizer.tokenizer_json
-    return found if same else None
+        same = load_tokenizer(Path(config.tokenizer)).tokenizer_json == corpus.tokenizer.tokenizer_json
+    return corpus if same else None
 
 
 # --- the directory
 
 
 def _refuse_foreign_files(directory: Path) -> None:
-    """Preparing replaces the directory, so nothing but our own files may be in it."""
+    """Tokenising replaces the directory, so nothing but our own files may be in it."""
     if directory.is_file():
-        raise ValueError(f"{directory} is a file; name a directory for the prepared corpus")
+        raise ValueError(f"{directory} is a file; name a directory for the tokenised corpus")
     names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
     foreign = sorted(name for name in names if name not in FILES)
     if foreign:
         raise ValueError(
-            f"{directory} is to hold a prepared corpus, which replaces what is there, but holds other files: "
+            f"{directory} is to hold a tokenised corpus, which replaces what is there, but holds other files: "
             f"{', '.join(foreign[:3])}; name a new or empty directory"
         )
 
@@ -189,8 +189,7 @@ def _refuse_foreign_files(directory: Path) -> None:
 def _staged(directory: Path) -> Iterator[Path]:
     """A directory to write in that takes the place of `directory` once everything in it is written.
 
-    Killed on the way, a process leaves the sibling `.NAME.partial` behind, which the next one starts by
-    removing.
+    A process that is killed leaves the sibling `.NAME.partial` behind, which the next one removes first.
     """
     directory = directory.resolve()
     staging = directory.with_name(f".{directory.name}.partial")
@@ -209,10 +208,10 @@ def _staged(directory: Path) -> Iterator[Path]:
 # --- the tokens
 
 
-def _make_tokenizer(config: DataConfig, vocab_size: int, survey: Survey, report: Progress) -> Tokenizer:
+def _make_tokenizer(config: DataConfig, vocab_size: int, stats: CorpusStats, report: Progress) -> Tokenizer:
     if config.tokenizer is None:
         report("training the tokenizer", 0.0)
-        tokenizer = train_tokenizer(_training_sample(config, survey), vocab_size)
+        tokenizer = train_tokenizer(_training_sample(config, stats), vocab_size)
         report("training the tokenizer", 1.0)
     else:
         tokenizer = load_tokenizer(Path(config.tokenizer))
@@ -232,21 +231,21 @@ def _make_tokenizer(config: DataConfig, vocab_size: int, survey: Survey, report:
     return tokenizer
 
 
-def _training_sample(config: DataConfig, survey: Survey) -> Iterator[str]:
+def _training_sample(config: DataConfig, stats: CorpusStats) -> Iterator[str]:
     """Training documents from the start of the corpus, `TOKENIZER_SAMPLE_BYTES` of them."""
     taken = 0
-    for document, heldout in split_corpus(config, survey):
+    for document, heldout in split_corpus(config, stats):
         if taken >= TOKENIZER_SAMPLE_BYTES:
             return
         if not heldout:
             taken += len(document.text.encode())
-            yield from split_pieces(document.text)
+            yield from split_chunks(document.text)
 
 
 def _write_splits(
-    config: DataConfig, survey: Survey, tokenizer: Tokenizer, seed: int, directory: Path, report: Progress
+    config: DataConfig, stats: CorpusStats, tokenizer: Tokenizer, seed: int, directory: Path, report: Progress
 ) -> dict[str, Any]:
-    """Writes both splits and the held-out text; returns what meta.json says of them."""
+    """Write both splits and the held-out text; returns their part of meta.json."""
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     names: list[str] = []
     read_bytes = 0
@@ -255,18 +254,18 @@ def _write_splits(
         _SplitWriter(directory / "valid.bin", tokenizer, dtype) as valid,
         (directory / "valid.txt").open("wb") as valid_text,
     ):
-        for document, heldout in split_corpus(config, survey):
+        for document, heldout in split_corpus(config, stats):
             text = document.text.encode()
             if heldout:
                 valid.add(plain_segments(document.text, tokenizer), len(text))
                 valid_text.write(text)
-                names += [document.name] if len(names) < NAMES_KEPT else []
+                names += [document.name] if len(names) < MAX_HELDOUT_NAMES else []
             elif cuts := choose_fim(len(document.text), config.fim_rate, seed, index=train.documents):
                 train.add(fim_segments(document.text, cuts, tokenizer), len(text))
             else:
                 train.add(plain_segments(document.text, tokenizer), len(text))
             read_bytes += len(text)
-            report("tokenising", read_bytes / survey.text_bytes)
+            report("tokenising", read_bytes / stats.text_bytes)
     if not (train.documents and valid.documents):
         raise ValueError(f"corpus {config.corpus!r} is too small to hold anything out: {read_bytes} bytes")
     counts = {**train.counts("train"), **valid.counts("valid")}
@@ -314,12 +313,11 @@ class _SplitWriter:
 
 
 def plain_segments(text: str, tokenizer: Tokenizer) -> list[Segment]:
-    return [tokenizer.bos_id, *split_pieces(text), tokenizer.eos_id]
+    return [tokenizer.bos_id, *split_chunks(text), tokenizer.eos_id]
 
 
 def choose_fim(length: int, rate: float, seed: int, index: int) -> tuple[int, int] | None:
-    """Where the middle of training document number `index` starts and ends, or None if the document stays as
-    it is.
+    """Where the middle of training document number `index` starts and ends; None if it is not rearranged.
 
     The draw depends on (seed, index) alone, so the documents before it need not be read to repeat it.
     """
@@ -331,7 +329,7 @@ def choose_fim(length: int, rate: float, seed: int, index: int) -> tuple[int, in
 
 
 def fim_segments(text: str, cuts: tuple[int, int], tokenizer: Tokenizer) -> list[Segment]:
-    """Prefix, suffix, middle: the model learns to write the middle once it has seen both sides."""
+    """Prefix, suffix, middle: the middle is predicted from both sides."""
     start, end = cuts
     parts = (
         (tokenizer.fim_prefix_id, text[:start]),
@@ -340,6 +338,6 @@ def fim_segments(text: str, cuts: tuple[int, int], tokenizer: Tokenizer) -> list
     )
     segments: list[Segment] = [tokenizer.bos_id]
     for control_id, part in parts:
-        assert control_id is not None  # `_make_tokenizer` refuses such a tokenizer
-        segments += [control_id, *split_pieces(part)]
+        assert control_id is not None  # `_make_tokenizer` refuses a tokenizer without them
+        segments += [control_id, *split_chunks(part)]
     return [*segments, tokenizer.eos_id]

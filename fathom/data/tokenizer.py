@@ -18,7 +18,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-# The name under which llama.cpp knows the pattern below; it is written into GGUF files.
+# llama.cpp's name of the pattern below; it is written into GGUF files.
 PRE_TOKENIZER_NAME = "deepseek-v3"
 # Applied one after the other: digits by threes, runs of Chinese and Japanese, then everything else.
 PRE_TOKENIZER_PATTERNS = (
@@ -41,12 +41,12 @@ FIM_SUFFIX = "<｜fim▁hole｜>"
 FIM_MIDDLE = "<｜fim▁end｜>"
 USER = "<｜User｜>"
 ASSISTANT = "<｜Assistant｜>"
-SYSTEM = "<｜System｜>"  # ours: DeepSeek puts a system prompt right behind the begin token
+SYSTEM = "<｜System｜>"  # ours: DeepSeek puts a system prompt right behind BOS
 SPECIAL_TOKENS = (BOS, EOS, PAD, FIM_PREFIX, FIM_SUFFIX, FIM_MIDDLE, USER, ASSISTANT, SYSTEM)
 
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 
-# begin, then per message its role token and content; an answer is closed by the end token.
+# BOS, then each message's role token and content; EOS closes an assistant's.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     f"{{% if message['role'] == 'system' %}}{{{{ '{SYSTEM}' + message['content'] }}}}"
@@ -56,17 +56,17 @@ CHAT_TEMPLATE = (
     f"{{% endfor %}}{{% if add_generation_prompt %}}{{{{ '{ASSISTANT}' }}}}{{% endif %}}"
 )
 
-# Long texts are encoded in pieces of about this many characters.
-PIECE_LENGTH = 1 << 16
+# Long texts are encoded in chunks of about this many characters.
+CHUNK_CHARACTERS = 1 << 16
 # A newline before visible text ends a pre-token, so cutting there changes no token.
-_PIECE_END = re.compile(r"\n(?=\S)")
+_CHUNK_END = re.compile(r"\n(?=\S)")
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """What byte-level vocabularies write bytes with: printable characters themselves, others from U+0100 on."""
+    """The characters that byte-level vocabularies spell bytes with: printable ones as they are, others from U+0100."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + place): byte for place, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + index): byte for index, byte in enumerate(others)}
 
 
 _BYTES = _byte_alphabet()
@@ -76,12 +76,12 @@ class Tokenizer:
     """Ids from text and back, over a Hugging Face tokenizer.json and tokenizer_config.json."""
 
     def __init__(self, tokenizer_json: str, config: dict[str, Any]) -> None:
-        """Takes the contents of the two files, which `save_tokenizer` writes back unchanged."""
+        """From the contents of the two files, which `save_tokenizer` writes back unchanged."""
         self.tokenizer_json = tokenizer_json
         self.config = config
         content = json.loads(tokenizer_json)
         self._hidden_ids = {token["id"] for token in content["added_tokens"] if token["special"]}
-        # The switch below has special tokens found in text encoded as ordinary text. It guards only tokens
+        # `encode_special_tokens` makes the spelling of a special token in a text ordinary text. It covers only tokens
         # declared special, and DeepSeek's own file does not declare its role and FIM tokens so.
         for token in content["added_tokens"]:
             token["special"] = True
@@ -102,7 +102,7 @@ class Tokenizer:
         self.system_id = self.token_id(SYSTEM)
 
     def token_id(self, token: str) -> int | None:
-        """The id of the token spelled exactly so; None where the vocabulary lacks it."""
+        """The id of the token with exactly this spelling; None where the vocabulary lacks it."""
         return self._ids.get(token)
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
@@ -110,24 +110,24 @@ class Tokenizer:
         return [self.bos_id, *ids] if bos else ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of many texts, without begin tokens, computed in parallel."""
-        pieces = [(index, piece) for index, text in enumerate(texts) for piece in split_pieces(text)]
-        encodings = self._backend.encode_batch_fast([piece for _, piece in pieces], add_special_tokens=False)
+        """Ids of many texts, without BOS, computed in parallel."""
+        chunks = [(index, chunk) for index, text in enumerate(texts) for chunk in split_chunks(text)]
+        encodings = self._backend.encode_batch_fast([chunk for _, chunk in chunks], add_special_tokens=False)
         ids: list[list[int]] = [[] for _ in texts]
-        for (index, _), encoding in zip(pieces, encodings, strict=True):
+        for (index, _), encoding in zip(chunks, encodings, strict=True):
             ids[index] += encoding.ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text; special tokens and ids beyond the vocabulary leave no trace in it."""
+        """The text, without special tokens and ids beyond the vocabulary."""
         return self.text_bytes(map(int, ids)).decode(errors="replace")
 
     def text_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of the text, which may begin or end within a character; special tokens leave no trace in it."""
+        """The bytes of the text, without special tokens; they may begin or end within a character."""
         return b"".join(map(self._texts.__getitem__, ids))
 
     def token_bytes(self, token: int) -> bytes:
-        """What a token stands for, control tokens by their spelling; b"" for ids beyond the vocabulary."""
+        """The bytes a token decodes to, for a control token its spelling; b"" for ids beyond the vocabulary."""
         spelled = self._backend.id_to_token(token)
         if spelled is None:
             return b""
@@ -145,7 +145,7 @@ class Tokenizer:
 
 
 class _Texts(dict[int, bytes]):
-    """What tokens leave in a text, noted as they come."""
+    """The bytes that each token adds to a text, cached on first use."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -153,27 +153,27 @@ class _Texts(dict[int, bytes]):
     def __missing__(self, token: int) -> bytes:
         tokenizer = self._tokenizer
         text = b"" if token in tokenizer._hidden_ids else tokenizer.token_bytes(token)
-        if 0 <= token < tokenizer.vocab_size:  # others have no end
+        if 0 <= token < tokenizer.vocab_size:  # other ids are unbounded
             self[token] = text
         return text
 
 
-def split_pieces(text: str) -> Iterator[str]:
-    """The text in pieces of about `PIECE_LENGTH`, cut so that their ids, joined, are those of the whole.
+def split_chunks(text: str) -> Iterator[str]:
+    """The text in chunks of about `CHUNK_CHARACTERS`, cut so that their ids, joined, are those of the whole.
 
     A single string of gigabytes would otherwise be one task for one core, and hold a record per token in
     memory. (Under another pre-tokenizer than the one above, a cut may change a token beside it, never the
     text.)
     """
     start = 0
-    while match := _PIECE_END.search(text, start + PIECE_LENGTH):
+    while match := _CHUNK_END.search(text, start + CHUNK_CHARACTERS):
         yield text[start : match.end()]
         start = match.end()
     yield text[start:]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learns `vocab_size` tokens, special ones first; fewer where no more pairs occur twice."""
+    """Train a BPE of `vocab_size` tokens, special ones first; fewer where no more pairs occur twice."""
     if vocab_size < SMALLEST_VOCABULARY:
         raise ValueError(
             f"vocab_size is {vocab_size}; it must be at least {SMALLEST_VOCABULARY}: "
@@ -194,7 +194,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    # For programs that read the file: they put the begin token in front as `encode` does.
+    # For programs that read the file: they prepend BOS as `encode` does.
     begin = (BOS, backend.token_to_id(BOS))
     backend.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[begin])
     return Tokenizer(backend.to_str(), _new_config())
@@ -214,7 +214,7 @@ def _new_config() -> dict[str, Any]:
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
-    """Writes the two files that `transformers.AutoTokenizer` and `load_tokenizer` read."""
+    """Write the two files that `transformers.AutoTokenizer` and `load_tokenizer` read."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "tokenizer.json").write_text(tokenizer.tokenizer_json, encoding="utf-8")
     config = json.dumps(tokenizer.config, ensure_ascii=False, indent=2) + "\n"
@@ -222,13 +222,13 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """Reads what `save_tokenizer` wrote, or DeepSeek-V3's own or any other byte-level tokenizer."""
+    """Read what `save_tokenizer` wrote, or DeepSeek-V3's own or any other byte-level tokenizer."""
     directory = Path(directory)
     content = _read_json(directory / "tokenizer.json")
     config = _read_json(directory / "tokenizer_config.json")
     decoder = (content.get("decoder") or {}).get("type")
     if decoder != "ByteLevel":
-        # Bits per byte, and encoding in pieces, rest on getting every text back byte by byte.
+        # Bits per byte, and encoding in chunks, rely on getting every text back byte by byte.
         raise ValueError(f"{directory / 'tokenizer.json'}: decoder is {decoder}; only ByteLevel tokenizers are read")
     template = directory / "chat_template.jinja"
     if template.is_file():  # where newer programs keep it

@@ -59,7 +59,7 @@ class Ranks:
         return found
 
     def barrier(self) -> None:
-        """Wait until every rank is here, also where the main rank tokenises a corpus or writes a checkpoint meanwhile.
+        """Wait until every rank has arrived, however long the main rank tokenises a corpus or writes a checkpoint.
 
         NCCL's own barrier is a kernel that its watchdog aborts, with the run, once it has waited ten minutes. This one
         waits on the host. It is bounded: a rank that died closes its connection, which ends the wait at once; one that

@@ -2,8 +2,8 @@
 rows.
 
 Bits per byte is Σ −log2 p over all held-out tokens / UTF-8 bytes of the held-out text, so tokenizers compare.
-MTP agreement is teacher-forced: how often a module's first choice for a token is the main model's first
-choice for the same token (DeepSeek-V3 report, section 2.2). MaxVio is that of Loss-Free Balancing (arXiv
+MTP agreement is teacher-forced: how often a module's top-1 token is the main model's for the same position of the text
+(DeepSeek-V3 report, section 2.2). MaxVio is that of Loss-Free Balancing (arXiv
 2408.15664, section 4).
 
 Shapes: B rows, S inputs of a row, T inputs and lookahead, N positions (or batches), M MTP modules, H = 1 + M heads,
@@ -27,12 +27,12 @@ from fathom.model.transformer import Model
 from fathom.ops.loss import IGNORE
 
 _CHUNK_TOKENS = 1024
-"""Positions whose logits exist at one time."""
+"""Positions whose logits are in memory at one time."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one pass over held-out text found. A share of nothing is NaN."""
+    """The results of one pass over held-out text. A fraction of nothing is NaN."""
 
     bits_per_byte: float
     """Of the main head."""
@@ -43,9 +43,9 @@ class Evaluation:
     mtp_losses: tuple[float, ...]
     """Each MTP module's loss over its own valid targets, nats per token."""
     mtp_agreement: tuple[float, ...]
-    """For each module, the share of tokens of which it and the main model make the same first guess."""
+    """For each module, the fraction of tokens for which it and the main model have the same top-1 prediction."""
     tokens_per_expert_LE: Tensor
-    """Tokens each expert received, padding left out: MoE layers, then MTP modules (int64, CPU)."""
+    """Tokens each expert received, without padding: MoE layers, then MTP modules (int64, CPU)."""
     max_vio_global: tuple[float, ...]
     """Each router's MaxVio of those summed loads."""
     max_vio_batch: tuple[float, ...]
@@ -61,7 +61,7 @@ def evaluate(
     mtp: bool = True,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> Evaluation:
-    """Measure `model` on batches with targets for its MTP modules, also where `mtp` leaves the modules out.
+    """Measure `model` on batches with targets for its MTP modules, also where `mtp` is false and these do not run.
 
     A collective call: `batches` are the same on every rank, each rank measures some of them, and all get the result,
     the same to the last bit whatever the number of ranks.
@@ -94,7 +94,7 @@ def evaluate(
         mtp_agreement=tuple((agreed_M.double() / compared_M).tolist()),
         tokens_per_expert_LE=tokens_per_expert_LE,
         max_vio_global=tuple(max_violation(tokens_per_expert_LE).tolist()),
-        # A batch in which a router saw no token says nothing of its balance: 0/0, left out of the mean.
+        # A batch in which a router received no token has no balance: 0/0, left out of the mean.
         max_vio_batch=tuple(torch.stack([part.max_vio_L for part in parts]).nanmean(0).tolist()),
     )
 
@@ -136,10 +136,12 @@ def _measure(model: Model, batch: Batch, compute_dtype: torch.dtype | None, mtp:
     h_HBSD = (hidden.h_BSD, *hidden.mtp_h_BSD)
     targets = batch.targets_HBS[: len(h_HBSD)]
     heads = zip(range(len(targets)), h_HBSD, targets, strict=True)
-    nats, guesses = zip(*(score(model, h_BSD, targets_BS, k) for k, h_BSD, targets_BS in heads), strict=True)
-    # Module k at position i and the main head at i+k guess the same token; the last k lack a main guess.
+    nats, predictions = zip(*(score(model, h_BSD, targets_BS, k) for k, h_BSD, targets_BS in heads), strict=True)
+    # Module k at position i and the main head at i+k predict the same token; the last k have no main prediction.
     compared = [targets[k][:, : length - k] != IGNORE for k in range(1, len(targets))]
-    agreed = [(guesses[k][:, : length - k] == guesses[0][:, k:]) & compared[k - 1] for k in range(1, len(targets))]
+    agreed = [
+        (predictions[k][:, : length - k] == predictions[0][:, k:]) & compared[k - 1] for k in range(1, len(targets))
+    ]
     tokens_per_expert_LE = _loads(model, hidden, batch)
     part = _Part(
         nats_H=torch.stack(nats).cpu(),
@@ -152,15 +154,15 @@ def _measure(model: Model, batch: Batch, compute_dtype: torch.dtype | None, mtp:
 
 
 def score(model: Model, h_BSD: Tensor, targets_BS: Tensor, module: int = 0) -> tuple[Tensor, Tensor]:
-    """Summed −log p (float64) and first guesses (B, S) of the main head (0) or of an MTP module's."""
+    """Summed −log p (float64) and top-1 predictions (B, S) of the main head (0) or of an MTP module."""
     nats = torch.zeros((), dtype=torch.float64, device=h_BSD.device)
-    guesses = []
+    predictions = []
     chunks = (tensor.split(_CHUNK_TOKENS) for tensor in (h_BSD.flatten(0, 1), targets_BS.flatten()))
     for h_ND, targets_N in zip(*chunks, strict=True):
         logits_NO = at_least_float32(model.logits(h_ND, module))
         nats += F.cross_entropy(logits_NO, targets_N, ignore_index=IGNORE, reduction="sum")
-        guesses.append(logits_NO.argmax(-1))
-    return nats, torch.cat(guesses).view_as(targets_BS)
+        predictions.append(logits_NO.argmax(-1))
+    return nats, torch.cat(predictions).view_as(targets_BS)
 
 
 def _loads(model: Model, hidden: HiddenStates, batch: Batch) -> Tensor:
@@ -177,5 +179,5 @@ def _loads(model: Model, hidden: HiddenStates, batch: Batch) -> Tensor:
 
 
 def _counts(masks: list[Tensor]) -> Tensor:
-    """How many are true in each mask; int64 on the CPU."""
+    """The number of true elements of each mask; int64 on the CPU."""
     return torch.tensor([int(mask.sum()) for mask in masks], dtype=torch.int64)

@@ -1,8 +1,8 @@
-"""What general-purpose compressors make of the same text: the yardstick beside a model's bits per byte.
+"""Bits per byte of general-purpose compressors on the same text, to compare a model's with.
 
 A model that spends b bits per byte would, driving an arithmetic coder, compress the text to b/8 of its size.
-gzip sees 32 KiB back, xz as far as its 64 MiB dictionary: a model must beat both to have learnt anything
-about language.
+gzip looks back 32 KiB, xz as far as its 64 MiB dictionary: a model that has learnt anything about
+language beats both.
 """
 
 import gzip

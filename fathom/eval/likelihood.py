@@ -1,8 +1,8 @@
-"""How likely a model finds given texts: continuations of a context, and whole texts in bits per byte.
+"""Likelihoods under a model: of continuations of a context, and of whole texts in bits per byte.
 
-A text longer than the model's context is cut so that every token is predicted once: the first window begins with the
-begin token, each later one with the last token of the window before, and the last one reaches back as far as the
-context goes (as lm-eval's rolling log-likelihood does).
+A text longer than the model's context is cut so that every token is predicted once: the first window begins with BOS,
+each later one with the last token of the window before, and the last one reaches back as far as the context goes (as
+lm-eval's rolling log-likelihood does).
 
 Shapes: B rows, S inputs, D hidden.
 """
@@ -21,11 +21,11 @@ from fathom.eval.bits import score
 from fathom.model.transformer import Model
 
 _BATCH_TOKENS = 4096
-"""Tokens that go through the model at one time, where texts are shorter."""
+"""Tokens per forward pass, where texts are shorter."""
 
 
 class Continuation(NamedTuple):
-    """Token ids, and the ids before them that they are to be likely after; neither may be empty."""
+    """Token ids to score, and the ids before them; neither may be empty."""
 
     context: Sequence[int]
     ids: Sequence[int]
@@ -37,17 +37,17 @@ class Continuation(NamedTuple):
 
 
 class Likelihood(NamedTuple):
-    """What the model makes of a continuation."""
+    """The likelihood of a continuation."""
 
     logprob: float
     """Σ log p of its tokens."""
     greedy: bool
-    """Whether each is the model's first choice at its place."""
+    """Whether each is the model's top-1 token at its position."""
 
 
 @dataclass(frozen=True)
 class TextBits:
-    """How well a model knows a text."""
+    """How well a model predicts a text."""
 
     bits_per_byte: float
     """Σ −log2 p over its tokens / its size in UTF-8."""
@@ -66,7 +66,7 @@ def text_bits(model: Model, tokenizer: Tokenizer, text: str) -> TextBits:
 
 
 def windows(ids: Sequence[int], first: int, longest: int) -> Iterator[Continuation]:
-    """The pieces of a text that a model with a context of `longest` tokens predicts, `first` coming before the text."""
+    """The windows in which a model with a context of `longest` tokens predicts a text that `first` precedes."""
     all_ids = [first, *ids]
     for begin in range(1, len(all_ids), longest):
         end = min(begin + longest, len(all_ids))
@@ -87,14 +87,14 @@ def likelihoods(model: Model, parts: Sequence[Continuation]) -> list[Likelihood]
                 f"least one of each, and at most {longest} (max_position_embeddings) to predict"
             )
     found: dict[int, Likelihood] = {}
-    for places in _batches([min(part.length - 1, longest) for part in parts]):
-        found |= zip(places, _measure(model, [parts[place] for place in places]), strict=True)
-    return [found[place] for place in range(len(parts))]
+    for indices in _batches([min(part.length - 1, longest) for part in parts]):
+        found |= zip(indices, _measure(model, [parts[index] for index in indices]), strict=True)
+    return [found[index] for index in range(len(parts))]
 
 
 def _batches(lengths: list[int]) -> Iterator[list[int]]:
-    """The places of all rows, rows of like length together, as many as `_BATCH_TOKENS` allows."""
-    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    """The indices of all rows, rows of similar length together, as many as `_BATCH_TOKENS` allows."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     while order:
         rows = max(1, _BATCH_TOKENS // lengths[order[0]])
         yield order[:rows]
@@ -104,12 +104,12 @@ def _batches(lengths: list[int]) -> Iterator[list[int]]:
 def _measure(model: Model, parts: Sequence[Continuation]) -> list[Likelihood]:
     device, longest = model.embed_tokens.weight.device, model.config.max_position_embeddings
     rows = [torch.tensor([*part.context, *part.ids][:-1][-longest:], device=device) for part in parts]
-    # Padding comes last, where no token sees it.
+    # Padding comes last, where no token attends to it.
     h_BSD = model.forward_hidden(pad_sequence(rows, batch_first=True)).h_BSD
     return [_likelihood(model, h_SD[: len(row)], part.ids) for h_SD, row, part in zip(h_BSD, rows, parts, strict=True)]
 
 
 def _likelihood(model: Model, h_SD: Tensor, ids: Sequence[int]) -> Likelihood:
     targets_1S = torch.tensor([ids], device=h_SD.device)
-    nats, guesses_1S = score(model, h_SD[None, -len(ids) :], targets_1S)
-    return Likelihood(-nats.item(), torch.equal(guesses_1S, targets_1S))
+    nats, predictions_1S = score(model, h_SD[None, -len(ids) :], targets_1S)
+    return Likelihood(-nats.item(), torch.equal(predictions_1S, targets_1S))

@@ -78,7 +78,7 @@ class Service:
         if self.template is None:
             raise ApiError(400, self.no_chat, "messages", "no_chat_template")
         try:
-            if self.template.knows_tools:
+            if self.template.supports_tools:
                 return self.template.encode(messages, tools or None)
             return self.template.encode(render_tools(messages, tools))
         except ChatError as error:

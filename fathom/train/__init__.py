@@ -1,1 +1,1 @@
-"""Training: one loop, its loss, optimizers and schedules."""
+"""Training: one step that every loop shares, the pretraining loop, losses, optimizers and schedules."""

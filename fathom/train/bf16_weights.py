@@ -1,9 +1,9 @@
-"""Bfloat16 copies of the matrices, for a GPU to multiply; the float32 masters stay with the optimizer.
+"""Bfloat16 copies of the weight matrices, for a GPU's matmuls; the optimizer keeps the float32 master weights.
 
-Narrowing each weight where it is used would read and write it again in every micro-batch and its backward pass, and
-every gradient would be widened before it is added: on a mixture's many idle weights this takes as long as a fifth of
-the products. A copy is made once a step instead, and bfloat16 gradients are added to the masters' as they lie: the
-first micro-batch's wait for the second's, so that the first float32 numbers written are their sums.
+Casting each weight where it is used would read and write it again in every micro-batch and its backward pass, and
+every gradient would be cast to float32 before it is added: with a mixture's many idle weights this takes as long as a
+fifth of the matmuls. Instead a copy is made once a step, and bfloat16 gradients are added to the float32 ones directly:
+the first micro-batch's wait for the second's, so that the first float32 values written are their sums.
 """
 
 import copy
@@ -19,27 +19,27 @@ from fathom.ops import gpu
 
 
 class Bf16Weights:
-    """A model that computes with bfloat16 matrices and leaves their gradients with the float32 originals.
+    """A model that computes with bfloat16 matrices and accumulates their gradients in the float32 originals.
 
-    Embedding, norms, routers and all buffers are the original's own. Gradients are complete after `collect`.
+    Embedding, norms, routers and all buffers are shared with the original. Gradients are complete after `collect`.
     """
 
     def __init__(self, original: Model) -> None:
         self._masters: list[Tensor] = _matrices(original)
         self._copies: list[Tensor] = [nn.Parameter(master.detach().bfloat16()) for master in self._masters]
         self._first: dict[int, Tensor] = {}
-        """Gradients of the one micro-batch that has been so far, by the matrix's number."""
-        for index, narrow in enumerate(self._copies):
-            narrow.register_post_accumulate_grad_hook(partial(self._hand_over, index))
+        """Gradients of the first micro-batch, by the index of the matrix, until the second comes."""
+        for index, weight in enumerate(self._copies):
+            weight.register_post_accumulate_grad_hook(partial(self._accumulate, index))
         others = (*original.parameters(), *original.buffers())
-        instead = {id(t): t for t in others} | dict(zip(map(id, self._masters), self._copies, strict=True))
-        self.model: Model = copy.deepcopy(original, instead)
+        memo = {id(t): t for t in others} | dict(zip(map(id, self._masters), self._copies, strict=True))
+        self.model: Model = copy.deepcopy(original, memo)
 
-    def _hand_over(self, index: int, narrow: Tensor) -> None:
-        """A micro-batch's gradient joins those before it."""
-        master, gradient = self._masters[index], narrow.grad
+    def _accumulate(self, index: int, weight: Tensor) -> None:
+        """Add a micro-batch's gradient to those before it."""
+        master, gradient = self._masters[index], weight.grad
         assert gradient is not None
-        narrow.grad = None
+        weight.grad = None
         before = self._first.pop(index, None) if master.grad is None else master.grad
         if before is None:
             self._first[index] = gradient.contiguous()
@@ -47,19 +47,19 @@ class Bf16Weights:
             master.grad = _sum(before, gradient)
 
     def collect(self) -> None:
-        """After the last micro-batch: what was the only gradient of its matrix becomes the master's, too."""
+        """After the last micro-batch: hand over the gradients that no second one was added to."""
         while self._first:
             index, gradient = self._first.popitem()
             self._masters[index].grad = gradient.float()
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take over what the optimizer made of the masters."""
+        """Copy the updated master weights."""
         torch._foreach_copy_(self._copies, self._masters)
 
 
 def _matrices(model: Model) -> list[Tensor]:
-    """All that are multiplied in the activations' type, each once."""
+    """The parameters that are multiplied in the activations' type, each once."""
     found: dict[int, Tensor] = {}
     for module in model.modules():
         if isinstance(module, Linear | Experts):

@@ -1,4 +1,4 @@
-"""What a run will take, before it starts: memory and time, and a refusal with advice where memory will not do."""
+"""What a run will need, before it starts: memory and time, and a refusal with advice where memory is too small."""
 
 from dataclasses import dataclass
 
@@ -8,17 +8,17 @@ from fathom.train.gpu_memory import gpu_memory
 from fathom.train.run import Run
 
 _ASSUMED_MFU = 0.5
-"""Share of the measured matrix-product peak that a step is assumed to reach before one has been timed."""
+"""Fraction of the measured matmul peak that a step is assumed to reach before one has been timed."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A run's needs on each rank."""
+    """What a run needs on each rank."""
 
     weights: int
     """Bytes of float32 weights, gradients, moments and, where they are kept, bfloat16 copies and the moving average."""
     activations: int
-    """Bytes one micro-batch takes: what it keeps for its backward pass, and what exists beside at the worst moment."""
+    """Bytes of one micro-batch: what it saves for its backward pass, and temporaries at the peak."""
     flops: int
     """Model FLOPs of the whole run, MTP included, over all ranks."""
     tokens: int
@@ -47,7 +47,7 @@ def estimate(run: Run, compute_dtype: torch.dtype, sequences: int, device: torch
 
 
 def _on_gpu(run: Run, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes of what stays and of activations."""
+    """Bytes of weights and what belongs to them, and of activations."""
     memory = gpu_memory(run, dtype.itemsize)
     activations = memory.kept + memory.passing + memory.workspaces
     return memory.total - activations, activations
@@ -66,7 +66,7 @@ def _activation_bytes(run: Run, dtype: torch.dtype) -> int:
     config, train = run.model, run.train
     heads, length = config.num_attention_heads, train.sequence_length
     attention = heads * (2 * config.qk_head_dim + 2 * config.v_head_dim) + 2 * config.cache_width
-    # Of short sequences alone are they kept (fathom/ops/attention).
+    # They are saved for short sequences alone (fathom/ops/attention).
     probabilities = heads * length * 3 // 4 if length <= 1024 else 0
     width = config.moe_intermediate_size
     routed = config.num_experts_per_tok * 2 * width + config.hidden_size
@@ -74,14 +74,14 @@ def _activation_bytes(run: Run, dtype: torch.dtype) -> int:
     dense = 3 * config.intermediate_size
     sparse = config.num_moe_layers + config.num_nextn_predict_layers
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
-    numbers = layers * (6 * config.hidden_size + attention + probabilities)
-    numbers += sparse * experts + config.first_k_dense_replace * dense
+    elements = layers * (6 * config.hidden_size + attention + probabilities)
+    elements += sparse * experts + config.first_k_dense_replace * dense
     if train.activation_checkpointing:  # every layer's input, and one layer in full
-        numbers = config.num_hidden_layers * config.hidden_size + numbers // layers
+        elements = config.num_hidden_layers * config.hidden_size + elements // layers
     tokens = train.micro_batch_size * length
-    # The loss keeps no logits, but one chunk of them and the head's gradient.
+    # The loss holds one chunk of logits and the head's gradient.
     head = 4 * config.vocab_size * (config.hidden_size + 2 * 1024)
-    return tokens * numbers * dtype.itemsize + head
+    return tokens * elements * dtype.itemsize + head
 
 
 def memory_refusal(run: Run, needs: Estimate, free: int) -> str | None:

@@ -21,10 +21,10 @@ from fathom.eval.acceptance import Acceptance, draft_acceptance
 from fathom.eval.bits import Evaluation, evaluate
 from fathom.model.transformer import Model
 from fathom.train.run import Run
-from fathom.train.setup import compute_dtype, rows_of
+from fathom.train.setup import compute_dtype, open_rows
 
 _PROMPTS, _NEW_TOKENS = 50, 256
-"""Greedy continuations that MTP acceptance is measured on."""
+"""Greedy continuations that the acceptance rate is measured on."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class EvalResult:
     tokens_per_forward: float | None
 
     def metrics(self) -> dict[str, float]:
-        """The figures that go into metrics.jsonl and onto the screen."""
+        """The values that go into metrics.jsonl and onto the screen."""
         values = {"val_bpb": self.held_out.bits_per_byte}
         if self.held_out.max_vio_global:
             values["val_max_vio"] = max(self.held_out.max_vio_global)
@@ -66,9 +66,9 @@ class EvalResult:
 class Validation:
     """Evaluations on the run's held-out split."""
 
-    def __init__(self, run: Run, prepared: TokenizedCorpus, ranks: Ranks) -> None:
-        self._run, self._prepared, self._ranks = run, prepared, ranks
-        self._rows = rows_of(prepared, run, "valid")
+    def __init__(self, run: Run, corpus: TokenizedCorpus, ranks: Ranks) -> None:
+        self._run, self._prepared, self._ranks = run, corpus, ranks
+        self._rows = open_rows(corpus, run, "valid")
 
     def evaluate(self, model: Model, sequences: int | None) -> EvalResult:
         """Evaluate on `sequences` evenly spaced rows; on every held-out token with None, or where there are no more.
@@ -87,10 +87,10 @@ class Validation:
 
     def _bytes(self, rows: int | None) -> int:
         """UTF-8 bytes that the targets spell: of a part of the tokens, that part of all bytes."""
-        prepared = self._prepared
+        corpus = self._prepared
         if rows is None:
-            return prepared.valid_bytes
-        return round(prepared.valid_bytes * (rows * self._run.train.sequence_length) / prepared.valid_tokens)
+            return corpus.valid_bytes
+        return round(corpus.valid_bytes * (rows * self._run.train.sequence_length) / corpus.valid_tokens)
 
     def _acceptance(self, model: Model, sequences: int | None) -> Acceptance:
         prompts = self._prompts(sequences)[self._ranks.rank :: self._ranks.world]

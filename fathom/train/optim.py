@@ -2,7 +2,7 @@
 
 `torch.optim.Muon` takes single matrices, one after another; most of this model's are experts', in stacks and many of
 one shape. `BatchedMuon` applies the same rule (Newton-Schulz, arXiv 2502.16982's scaling to AdamW's update size) to
-all matrices of a shape in one batch of products.
+all matrices of a shape in one batch of matmuls.
 """
 
 import math
@@ -23,8 +23,8 @@ from fathom.train.run import OptimizerConfig
 _MUON_MOMENTUM = 0.95
 _NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
-BATCH_NUMBERS = 1 << 24
-"""Matrices are orthogonalised as soon as so many numbers have come together: a few intermediates of that size exist."""
+BATCH_ELEMENTS = 1 << 24
+"""Matrices are orthogonalised in batches of about this many elements, which bounds the size of the intermediates."""
 
 
 def build_optimizers(model: Model, config: OptimizerConfig) -> list[Optimizer]:
@@ -38,7 +38,7 @@ def build_optimizers(model: Model, config: OptimizerConfig) -> list[Optimizer]:
     settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     adamw = torch.optim.AdamW([g for g in groups if g["params"]], betas=config.betas, fused=True, **settings)
     for param in rest:
-        # torch makes them at the first step, amid what that has left free, where they part it for good.
+        # torch would allocate them in the first step, between its temporaries, where they fragment memory for good.
         zero = torch.zeros((), dtype=torch.float32, device=param.device)
         adamw.state[param] = {"step": zero, "exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
     return [adamw, BatchedMuon(matrices, **settings)] if matrices else [adamw]
@@ -63,7 +63,7 @@ class BatchedMuon(Optimizer):
     """Muon for parameters (I, O) and (E, I, O), each of whose E matrices is orthogonalised on its own.
 
     A group with `parts` 2 holds two matrices stacked over each other (an expert's gate and up projection), which are
-    two linear maps and so orthogonalised apart.
+    two linear layers and so orthogonalised separately.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], lr: float, weight_decay: float) -> None:
@@ -84,7 +84,7 @@ class BatchedMuon(Optimizer):
                 batch = batches[tuple(sorted(matrices_EIO.shape[1:]))]
                 batch.append((param, group, matrices_EIO))
                 del matrices_EIO
-                if sum(m.numel() for _, _, m in batch) >= BATCH_NUMBERS:
+                if sum(m.numel() for _, _, m in batch) >= BATCH_ELEMENTS:
                     _apply(batch)
         for batch in batches.values():
             _apply(batch)
@@ -94,21 +94,21 @@ class BatchedMuon(Optimizer):
         momentum: Tensor = self.state[param]["momentum_buffer"]
         assert param.grad is not None
         momentum.lerp_(param.grad, 1 - _MUON_MOMENTUM)
-        # Newton-Schulz needs no more digits than bfloat16 has.
+        # Newton-Schulz needs no more precision than bfloat16 has.
         dtype = param.dtype if bfloat16_is_emulated(param.device) else torch.bfloat16
         mixed = param.grad.lerp(momentum, _MUON_MOMENTUM).to(dtype)
         return mixed.unflatten(-2, (parts, -1)).flatten(0, -3)
 
 
 def _apply(batch: list[tuple[Tensor, dict[str, Any], Tensor]]) -> None:
-    """Move parameters whose matrices have one shape, up to transposition; the batch is empty afterwards."""
+    """Update parameters whose matrices have one shape, up to transposition; the batch is empty afterwards."""
     if not batch:
         return
     moved = [(param, group, len(m), m.shape[-2] > m.shape[-1]) for param, group, m in batch]
     joined = [m.mT if tall else m for (_, _, m), (*_, tall) in zip(batch, moved, strict=True)]
     batch.clear()
     joined_EIO = torch.cat(joined)
-    joined.clear()  # no directions are held beside their copy
+    joined.clear()  # frees the matrices before the workspaces are allocated
     results = orthogonalize(joined_EIO).split([count for _, _, count, _ in moved])
     for (param, group, _, tall), result in zip(moved, results, strict=True):
         update = result.mT if tall else result
@@ -133,7 +133,7 @@ def orthogonalize(x_EIO: Tensor) -> Tensor:
 
 
 class EMA:
-    """Exponential moving average of the weights, kept aside (report, section 4.2)."""
+    """Exponential moving average of the weights (report, section 4.2)."""
 
     def __init__(self, model: Model, decay: float) -> None:
         self.decay = decay
@@ -141,6 +141,6 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: Model) -> None:
-        """average ← decay·average + (1 − decay)·weights."""
+        """ema ← decay·ema + (1 − decay)·weights."""
         current = [p.detach() for _, p in model.named_parameters()]
         torch._foreach_lerp_(list(self.weights.values()), current, 1 - self.decay)

@@ -31,7 +31,7 @@ def open_directory(run: Run, directory: Path, ranks: Ranks, resume: bool) -> Run
 
 def preflight(
     run: Run,
-    prepared: TokenizedCorpus,
+    corpus: TokenizedCorpus,
     peak_flops: float,
     arena_problem: str | None,
     ranks: Ranks,
@@ -42,7 +42,7 @@ def preflight(
     needs = estimate(run, compute_dtype(run), sequences, ranks.device)
     if refusal := memory_refusal(run, needs, free_memory(ranks.device)):
         raise TrainingError(refusal)
-    for line in _description(run, prepared, needs, peak_flops, ranks.world):
+    for line in _description(run, corpus, needs, peak_flops, ranks.world):
         progress.print(line)
     lacking = missing_for_compile(ranks.device)
     if run.train.compile == "on" and lacking:
@@ -53,13 +53,13 @@ def preflight(
         progress.print(f"tensors have no arena, so fragmentation takes memory: {arena_problem}")
 
 
-def _description(run: Run, prepared: TokenizedCorpus, needs: Estimate, peak_flops: float, world: int) -> list[str]:
+def _description(run: Run, corpus: TokenizedCorpus, needs: Estimate, peak_flops: float, world: int) -> list[str]:
     counts = run.model.parameter_counts()
     return [
         f"model  {counts.total / 1e6:.1f}M parameters, {counts.active / 1e6:.1f}M active per token"
         f" (+ {counts.mtp / 1e6:.1f}M in {run.model.num_nextn_predict_layers} MTP module(s))",
-        f"data   {prepared.train_tokens:,} training tokens in {prepared.train_documents:,} documents, "
-        f"{prepared.valid_tokens:,} held out; the run takes {needs.tokens:,}",
+        f"data   {corpus.train_tokens:,} training tokens in {corpus.train_documents:,} documents, "
+        f"{corpus.valid_tokens:,} held out; the run takes {needs.tokens:,}",
         f"needs  about {needs.memory / 2**30:.2f} GiB on each of {world} rank(s) and "
         f"{duration(needs.seconds(peak_flops))}; computing in {run.train.compute_dtype}, {peak_flops / 1e9:.0f} "
         "GFLOP/s at best",

@@ -24,7 +24,7 @@ from fathom.train.preflight import open_directory, preflight
 from fathom.train.progress import Progress
 from fathom.train.run import Run
 from fathom.train.schedule import batch_sizes, hyperparameters
-from fathom.train.setup import build_state, compute_dtype, prepare_data, resolve, restore_state, rows_of
+from fathom.train.setup import build_state, compute_dtype, open_rows, resolve, restore_state, tokenize_once
 from fathom.train.signals import stop_signals
 from fathom.train.step import LossOutput, StepMetrics, TrainState, optimizer_step
 
@@ -39,15 +39,15 @@ def train(run: Run, directory: Path, ranks: Ranks, resume: bool = False, console
     run = open_directory(run, directory, ranks, resume)
 
     # Data: tokenised once, cut into rows, as many of them in each step as the schedule gives.
-    prepared = prepare_data(run, directory / "data", ranks)
-    run = run if resume else resolve(run, prepared, ranks)
-    rows, validation = rows_of(prepared, run, "train"), Validation(run, prepared, ranks)
+    corpus = tokenize_once(run, directory / "data", ranks)
+    run = run if resume else resolve(run, corpus, ranks)
+    rows, validation = open_rows(corpus, run, "train"), Validation(run, corpus, ranks)
     sizes = batch_sizes(run.train)
     peak_flops = matmul_flops(compute_dtype(run), ranks.device) * ranks.world
     flops_per_token = run.model.flops_per_token(run.train.sequence_length, mtp=True)
 
     with Progress(console or Console(), run.train.steps, visible=ranks.is_main) as progress:
-        preflight(run, prepared, peak_flops, arena_problem, ranks, progress)
+        preflight(run, corpus, peak_flops, arena_problem, ranks, progress)
         if ranks.is_main:
             save_json(run, directory / "run.json")
 
@@ -83,7 +83,7 @@ def train(run: Run, directory: Path, ranks: Ranks, resume: bool = False, console
                 stopping = ranks.any(stop_requested())
                 # A run of bad steps must not push the last good checkpoint out.
                 if (done or stopping or _due(state.step, run.train.save_every)) and not state.skipped_in_a_row:
-                    saved = save(directory, state, run, prepared.tokenizer, ranks)
+                    saved = save(directory, state, run, corpus.tokenizer, ranks)
                     progress.print(f"saved {saved}")
                 if stopping and not done:
                     progress.print("stopped by a signal; continue with --resume")

@@ -1,4 +1,4 @@
-"""What a person sees of a run: one live line in a terminal, a plain line now and then elsewhere."""
+"""Progress of a run on the screen: one live line in a terminal, elsewhere a plain line every few seconds."""
 
 import time
 from types import TracebackType
@@ -9,11 +9,11 @@ from rich.live import Live
 from rich.text import Text
 
 _PLAIN_EVERY = 15.0
-"""Seconds between lines where the output is no terminal."""
+"""Seconds between lines where the output is not a terminal."""
 
 
 class Progress:
-    """Shows each step's metrics; silent on all ranks but the first."""
+    """Shows each step's metrics; silent on all ranks but the main one."""
 
     def __init__(self, console: Console, steps: int, visible: bool = True) -> None:
         self.console = console
@@ -37,15 +37,15 @@ class Progress:
             self._live.stop()
 
     def print(self, message: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         if self._visible:
             self.console.print(message, highlight=False)
 
     def evaluated(self, step: int, values: dict[str, float]) -> None:
-        """A line that stays, with an evaluation's figures."""
+        """Print a line that stays, with an evaluation's metrics."""
         self._val_bpb = values["val_bpb"]
-        figures = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
-        self.print(f"step {step}: {figures}")
+        metrics = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+        self.print(f"step {step}: {metrics}")
         self._last_step = time.perf_counter()
 
     def stepped(self, step: int, values: dict[str, Any]) -> None:
@@ -53,7 +53,7 @@ class Progress:
         now = time.perf_counter()
         spent, self._last_step = now - self._last_step, now
         before = self._seconds_per_step
-        # The first steps compile; a moving average forgets them.
+        # The first steps compile; the moving average decays their weight.
         self._seconds_per_step = spent if before is None else before + 0.1 * (spent - before)
         if not self._visible:
             return

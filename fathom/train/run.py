@@ -1,6 +1,6 @@
 """A run's whole configuration: the model, the data, and how it is trained. Written beside its checkpoints as run.json.
 
-Defaults follow the DeepSeek-V3 report (section 4.2) where a value carries over from 14.8T tokens to a laptop; shares
+Defaults follow the DeepSeek-V3 report (section 4.2) where a value carries over from 14.8T tokens to a laptop; fractions
 are of the whole run, so that one recipe serves every length.
 """
 
@@ -22,7 +22,7 @@ from fathom.model.config import ModelConfig
 )
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """How the learning rate, MTP weight and bias speed move over the run."""
+    """How the learning rate, the weight of the MTP losses and the bias update speed change over the run."""
 
     lr_schedule: Literal["wsd", "report"] = "wsd"
     """wsd: warm-up, stable, linear decay to zero. report: warm-up, constant for 68 % of the run, cosine to a tenth
@@ -30,20 +30,20 @@ class ScheduleConfig:
     warmup_steps: int = 20
     """Steps of linear warm-up (the report: 2000)."""
     decay_fraction: float = 0.4
-    """Last share of the run over which wsd decays."""
+    """Last fraction of the run, over which wsd decays the learning rate."""
     mtp_loss_weight: float = 0.3
-    """λ, the weight of the MTP losses' mean."""
+    """λ, the weight of the mean of the MTP losses."""
     mtp_loss_weight_late: float = 0.1
     """λ after the first two thirds of the run (10T of 14.8T tokens in the report)."""
     bias_update_speed: float = 0.001
-    """γ, by how much a correction bias moves per step; a run of hundreds of steps needs more than the report's."""
+    """γ, by how much each expert's correction bias moves per step; short runs need more than the report's 0.001."""
     bias_freeze_fraction: float = 0.034
-    """Last share of the run in which the biases stay (500B of 14.8T tokens in the report)."""
+    """Last fraction of the run, in which the biases are frozen (500B of 14.8T tokens in the report)."""
 
     def __post_init__(self) -> None:
         _check(self.warmup_steps >= 0, "schedule.warmup_steps", self.warmup_steps, "0 or more")
         for name in ("decay_fraction", "bias_freeze_fraction"):
-            _check(0 <= getattr(self, name) <= 1, f"schedule.{name}", getattr(self, name), "a share from 0 to 1")
+            _check(0 <= getattr(self, name) <= 1, f"schedule.{name}", getattr(self, name), "a fraction from 0 to 1")
         for name in ("mtp_loss_weight", "mtp_loss_weight_late", "bias_update_speed"):
             _check(getattr(self, name) >= 0, f"schedule.{name}", getattr(self, name), "0 or more")
 
@@ -51,10 +51,10 @@ class ScheduleConfig:
 @renamed_fields(kind="name", clip="max_grad_norm")
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """What moves the weights."""
+    """The optimizer."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    """adamw for everything; or muon for the layers' matrices, adamw for the rest."""
+    """adamw for all parameters; or muon for the layers' matrices and adamw for the rest."""
     learning_rate: float = 2.2e-4
     """Peak learning rate; Muon's updates are scaled to AdamW's size, so one rate serves both."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -62,9 +62,9 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     """Decoupled weight decay on matrices; norms and biases have none."""
     max_grad_norm: float = 1.0
-    """Largest norm of the whole gradient."""
+    """Gradients are clipped to this norm, taken over all parameters."""
     ema_decay: float = 0.0
-    """Decay of an exponential moving average of the weights, saved beside each checkpoint; 0: none is kept."""
+    """Decay of an exponential moving average of the weights, saved with each checkpoint; 0: no average."""
 
     def __post_init__(self) -> None:
         _check(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "a positive number")
@@ -84,7 +84,7 @@ class TrainConfig:
     batch_size: int = 16
     """Sequences per step, over all ranks and micro-batches."""
     micro_batch_size: int = 16
-    """Sequences per forward pass on one rank; the rest of the batch is accumulated."""
+    """Sequences per forward pass on one rank; gradients are accumulated over the batch."""
     batch_ramp_start: int | None = None
     """Sequences per step at the start of the run, growing linearly to batch_size; none: no ramp."""
     batch_ramp_steps: int = 0
@@ -92,15 +92,15 @@ class TrainConfig:
     sequence_length: int = 256
     """Tokens per sequence."""
     seed: int = 0
-    """Decides initial weights and data order; with the configuration it decides the whole run."""
+    """Seed of initial weights and data order."""
     seq_balance_loss_weight: float = 1e-4
     """α, weight of the sequence-wise balance loss."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the activations; auto takes bfloat16 where a short timing finds it faster. Weights stay float32."""
+    """Type of activations and matmuls; auto: bfloat16 where a short timing finds it faster. Weights stay float32."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile for the layers; auto compiles on a GPU (a CPU has kernels of its own, in fathom/ops)."""
+    """torch.compile for the layers; auto: on a GPU (a CPU runs the kernels of fathom/ops)."""
     activation_checkpointing: bool = False
-    """Keep each layer's input alone for the backward pass and run the layer forward again there."""
+    """Save only each layer's input for the backward pass and recompute the layer there."""
     eval_every: int = 200
     """Steps between evaluations on the held-out split (0: only at the end)."""
     eval_sequences: int | None = 1024
@@ -110,7 +110,7 @@ class TrainConfig:
     save_every: int = 200
     """Steps between checkpoints (0: only at the end)."""
     keep_last: int = 2
-    """Checkpoints kept."""
+    """Checkpoints to keep, the newest."""
     max_bad_steps: int = 10
     """Stop after this many steps in a row with a loss or gradient that is not finite."""
     tensorboard: bool = False
@@ -138,16 +138,16 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that decides a run. Presets are functions that return one."""
+    """Everything that determines a run. Presets are functions that return one."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """The architecture (config.json's keys)."""
     data: DataConfig = field(default_factory=DataConfig)
-    """The text."""
+    """The corpus and its tokenizer."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """Length, batch, evaluation, checkpoints."""
+    """Length, batch, evaluation and checkpoints."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """AdamW or Muon."""
+    """AdamW or Muon, and their settings."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """What changes during the run."""
     init: str | None = None

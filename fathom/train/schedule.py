@@ -1,6 +1,6 @@
 """Everything that changes with the step, as pure functions of (configuration, step): a resumed run needs no state.
 
-The report's schedules (section 4.2) are given in tokens of 14.8T; here they are shares of the run's steps.
+The report's schedules (section 4.2) are given in tokens of 14.8T; here they are fractions of the run's steps.
 """
 
 import math
@@ -42,7 +42,7 @@ def learning_rate_factor(config: ScheduleConfig, step: int, steps: int) -> float
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     progress = step / steps
     if config.lr_schedule == "wsd":
-        # The last step is the first that would reach zero: no step is wasted on a rate of 0.
+        # The rate would reach zero one step after the last: no step is wasted on a rate of 0.
         decay = (1 - progress) / config.decay_fraction if config.decay_fraction else 1.0
         return warmup * min(1.0, decay)
     return warmup * _report_factor(progress)

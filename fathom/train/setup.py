@@ -1,4 +1,4 @@
-"""From a configuration to something that can step: data prepared, choices resolved, model and optimizers built."""
+"""From a configuration to a state that can step: corpus tokenised, «auto» resolved, model and optimizers built."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +21,8 @@ from fathom.train.run import Run, TrainConfig
 from fathom.train.step import TrainState
 
 
-def prepare_data(run: Run, directory: Path, ranks: Ranks) -> TokenizedCorpus:
-    """Tokenise once, on the first rank."""
+def tokenize_once(run: Run, directory: Path, ranks: Ranks) -> TokenizedCorpus:
+    """Tokenise the corpus, on the main rank alone, and open it."""
     if ranks.is_main:
         tokenize_corpus(run.data, run.model.vocab_size, directory, run.train.seed)
     ranks.barrier()
@@ -32,7 +32,7 @@ def prepare_data(run: Run, directory: Path, ranks: Ranks) -> TokenizedCorpus:
 def with_initial_model(run: Run) -> Run:
     """A run that starts from a checkpoint takes its architecture and tokenizer from there.
 
-    More MTP modules may be asked for than it has: those start fresh.
+    `run` may have more MTP modules than the checkpoint: those start fresh.
     """
     if run.init is None:
         return run
@@ -42,9 +42,9 @@ def with_initial_model(run: Run) -> Run:
     return replace(run, model=replace(config, num_nextn_predict_layers=modules), data=data)
 
 
-def resolve(run: Run, prepared: TokenizedCorpus, ranks: Ranks) -> Run:
-    """Replace every «auto» by what it means here, and the token ids by the tokenizer's: the run to be recorded."""
-    tokenizer = prepared.tokenizer
+def resolve(run: Run, corpus: TokenizedCorpus, ranks: Ranks) -> Run:
+    """The run to record: every «auto» replaced by what it means here, and token ids by the tokenizer's."""
+    tokenizer = corpus.tokenizer
     if tokenizer.vocab_size > run.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size is {run.model.vocab_size}; the tokenizer needs at least {tokenizer.vocab_size}"
@@ -56,7 +56,7 @@ def resolve(run: Run, prepared: TokenizedCorpus, ranks: Ranks) -> Run:
 
 def resolve_auto(train: TrainConfig, ranks: Ranks) -> TrainConfig:
     """Replace every «auto» by what it means on the ranks' devices."""
-    # Timings differ from rank to rank; all take the first one's choices.
+    # Timings differ from rank to rank; all take the main rank's choice.
     if train.compute_dtype == "auto":
         choice = ranks.broadcast(str(faster_dtype(ranks.device)).removeprefix("torch."))
         train = replace(train, compute_dtype="bfloat16" if choice == "bfloat16" else "float32")
@@ -75,15 +75,15 @@ def build_state(run: Run, ranks: Ranks) -> TrainState:
     """Fresh weights (or those of `run.init`), fresh optimizers."""
     torch.manual_seed(run.train.seed)
     model = (Model(run.model) if run.init is None else _initial_model(run.init, run.model)).to(ranks.device)
-    return state_around(model.train(), run, ranks)
+    return init_train_state(model.train(), run, ranks)
 
 
 def restore_state(run: Run, checkpoint: Path, ranks: Ranks) -> TrainState:
     """The state exactly as `checkpoint` holds it."""
     model = load_model(checkpoint, device=ranks.device)
-    state = state_around(model.train(), run, ranks)
+    state = init_train_state(model.train(), run, ranks)
     for optimizer in state.optimizers:
-        optimizer.state.clear()  # moments of nothing, in the way of those that come
+        optimizer.state.clear()  # else fresh and loaded moments exist at the same time
     saved = load_state(checkpoint)
     for optimizer, content in zip(state.optimizers, saved["optimizers"], strict=True):
         optimizer.load_state_dict(content)
@@ -94,31 +94,31 @@ def restore_state(run: Run, checkpoint: Path, ranks: Ranks) -> TrainState:
     return state
 
 
-def rows_of(prepared: TokenizedCorpus, run: Run, split: str) -> TokenRows:
+def open_rows(corpus: TokenizedCorpus, run: Run, split: str) -> TokenRows:
     """The rows of the `train` or `valid` split."""
-    path = prepared.train_path if split == "train" else prepared.valid_path
+    path = corpus.train_path if split == "train" else corpus.valid_path
     modules = run.model.num_nextn_predict_layers
-    eos = prepared.tokenizer.eos_id
-    return TokenRows(path, prepared.token_dtype, run.train.sequence_length, modules, eos, run.train.seed)
+    eos = corpus.tokenizer.eos_id
+    return TokenRows(path, corpus.token_dtype, run.train.sequence_length, modules, eos, run.train.seed)
 
 
-def state_around(model: Model, run: Run, ranks: Ranks) -> TrainState:
-    """`model`, on its device, with the objective and fresh optimizers that `run` asks for."""
-    # The replicas of several ranks exchange the gradients of what they compute with, so they keep one width.
-    narrows = ranks.device.type == "cuda" and compute_dtype(run) == torch.bfloat16 and ranks.world == 1
-    narrow = Bf16Weights(model) if narrows else None
-    computing = model if narrow is None else narrow.model
+def init_train_state(model: Model, run: Run, ranks: Ranks) -> TrainState:
+    """`model`, on its device, with the loss and fresh optimizers of `run`."""
+    # DDP reduces the gradients of the parameters it computes with, so several ranks keep one set of weights.
+    copies = ranks.device.type == "cuda" and compute_dtype(run) == torch.bfloat16 and ranks.world == 1
+    bf16_weights = Bf16Weights(model) if copies else None
+    compute_model = model if bf16_weights is None else bf16_weights.model
     if run.train.compile == "on":
         # Layers of one kind share one compilation; the whole model would be compiled layer by layer.
-        for block in (*computing.layers, *computing.mtp):
-            # Shapes stay symbols where one changes, unless told: slower kernels, which torch 2.11 has failed to trace.
+        for block in (*compute_model.layers, *compute_model.mtp):
+            # By default a shape that changes becomes a symbol: slower kernels, which torch 2.11 has failed to trace.
             block.compile(dynamic=False)
-    objective = PretrainLoss(
-        computing, run.train.seq_balance_loss_weight, compute_dtype(run), run.train.activation_checkpointing
+    loss = PretrainLoss(
+        compute_model, run.train.seq_balance_loss_weight, compute_dtype(run), run.train.activation_checkpointing
     )
     decay = run.optimizer.ema_decay
-    average = EMA(model, decay) if decay else None
-    return TrainState(model, ranks.replicate(objective), build_optimizers(model, run.optimizer), average, narrow)
+    ema = EMA(model, decay) if decay else None
+    return TrainState(model, ranks.replicate(loss), build_optimizers(model, run.optimizer), ema, bf16_weights)
 
 
 def _initial_model(path: str, config: ModelConfig) -> Model:

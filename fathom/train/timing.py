@@ -7,14 +7,14 @@ from statistics import median
 from fathom.distributed.ranks import Ranks
 from fathom.train.pretrain import micro_batches, pretrain_step
 from fathom.train.run import Run
-from fathom.train.setup import build_state, prepare_data, rows_of
+from fathom.train.setup import build_state, open_rows, tokenize_once
 
 
 def seconds_per_step(run: Run, directory: Path, ranks: Ranks, steps: int) -> float:
     """Median time of a step of a resolved run, from the second half of `steps` real ones on weights then discarded."""
-    prepared = prepare_data(run, directory / "data", ranks)
+    corpus = tokenize_once(run, directory / "data", ranks)
     state = build_state(run, ranks)
-    rows = rows_of(prepared, run, "train")
+    rows = open_rows(corpus, run, "train")
     times = []
     for step in range(steps):
         began = time.perf_counter()

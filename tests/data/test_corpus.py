@@ -17,8 +17,8 @@ from fathom.data.corpus import (
     Document,
     is_heldout,
     read_corpus,
+    scan_corpus,
     split_corpus,
-    survey_corpus,
     tail_start,
 )
 
@@ -139,7 +139,7 @@ def test_missing_empty_and_undecodable_corpora(tmp_path: Path) -> None:
         texts(tmp_path / "latin.txt")
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(ValueError, match="holds no text"):
-        survey_corpus(DataConfig(corpus=str(tmp_path / "empty.txt")))
+        scan_corpus(DataConfig(corpus=str(tmp_path / "empty.txt")))
 
 
 def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,12 +199,12 @@ def test_hash_follows_names_and_texts(tmp_path: Path) -> None:
         directory.mkdir()
         for name, text in files.items():
             (directory / name).write_text(text)
-        return survey_corpus(DataConfig(corpus=str(directory))).sha256
+        return scan_corpus(DataConfig(corpus=str(directory))).sha256
 
     assert len({digest(a="bc"), digest(ab="c"), digest(a="b"), digest(a="b", c="d")}) == 4
-    first = survey_corpus(DataConfig(corpus=str(tmp_path / "a-bc"))).sha256
+    first = scan_corpus(DataConfig(corpus=str(tmp_path / "a-bc"))).sha256
     (tmp_path / "a-bc").rename(tmp_path / "moved")
-    assert survey_corpus(DataConfig(corpus=str(tmp_path / "moved"))).sha256 == first
+    assert scan_corpus(DataConfig(corpus=str(tmp_path / "moved"))).sha256 == first
 
 
 def test_larger_share_keeps_what_a_smaller_one_holds_out() -> None:
@@ -216,9 +216,9 @@ def test_larger_share_keeps_what_a_smaller_one_holds_out() -> None:
 
 def test_split_of_many_documents_is_whole(corpus: Path) -> None:
     config = DataConfig(corpus=str(corpus), heldout=0.2)
-    survey = survey_corpus(config)
-    assert survey.by_document
-    split = list(split_corpus(config, survey))
+    stats = scan_corpus(config)
+    assert stats.by_document
+    split = list(split_corpus(config, stats))
     assert [document for document, _ in split] == list(read_corpus(config))
     assert {heldout for _, heldout in split} == {True, False}
 
@@ -227,9 +227,9 @@ def test_single_file_gives_up_its_end(tmp_path: Path) -> None:
     text = "".join(f"line {n}\n" for n in range(1000))
     (tmp_path / "story.txt").write_text(text)
     config = DataConfig(corpus=str(tmp_path / "story.txt"))
-    survey = survey_corpus(config)
-    assert not survey.by_document
-    (head, head_heldout), (tail, tail_heldout) = split_corpus(config, survey)
+    stats = scan_corpus(config)
+    assert not stats.by_document
+    (head, head_heldout), (tail, tail_heldout) = split_corpus(config, stats)
     assert (head_heldout, tail_heldout) == (False, True)
     assert head.text + tail.text == text
     assert head.text.endswith("\n")

@@ -98,7 +98,7 @@ def test_any_slicing_gives_the_same_order(path: Path, cuts: list[int]) -> None:
     rows = TokenRows(path, "uint16", 10, 1, EOS_ID, seed=4)
     whole = rows.shuffled(0, 80)
     edges = [0, *cuts, 80]
-    # Last slices first: the order must not depend on what was asked before.
+    # Last slices first: the order must not depend on earlier calls.
     slices = [rows.shuffled(a, b - a) for a, b in reversed(list(itertools.pairwise(edges)))]
     assert torch.equal(torch.cat([batch.tokens_BT for batch in reversed(slices)]), whole.tokens_BT)
     assert torch.equal(torch.cat([batch.targets_HBS for batch in reversed(slices)], dim=1), whole.targets_HBS)
@@ -117,7 +117,7 @@ def test_bad_input_is_explained(tmp_path: Path) -> None:
         TokenRows(path, "uint16", sequence_length=0, lookahead=1, eos_id=EOS_ID)
     with pytest.raises(ValueError, match="seed -1"):
         TokenRows(path, "uint16", 4, 0, EOS_ID, seed=-1)
-    with pytest.raises(FileNotFoundError, match="prepare the corpus first"):
+    with pytest.raises(FileNotFoundError, match="tokenise the corpus first"):
         TokenRows(tmp_path / "none.bin", "uint16", 4, 0, EOS_ID)
     (tmp_path / "odd.bin").write_bytes(b"123")
     with pytest.raises(ValueError, match="no whole number of uint16 tokens"):

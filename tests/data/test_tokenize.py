@@ -1,4 +1,4 @@
-"""What `prepare` writes is the corpus, whole, once, and never half."""
+"""What `tokenize_corpus` writes is the corpus, whole, once, and never half."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fathom.data import tokenize as pack
+from fathom.data import tokenize
 from fathom.data.corpus import DataConfig, is_heldout, read_corpus
 from fathom.data.tokenize import TokenizedCorpus, choose_fim, fim_segments, open_tokenized, tokenize_corpus
 from fathom.data.tokenizer import Tokenizer, save_tokenizer
@@ -20,13 +20,13 @@ from fathom.data.tokenizer import Tokenizer, save_tokenizer
 VOCABULARY = 400
 
 
-def documents_of(path: Path, prepared: TokenizedCorpus) -> Iterator[list[int]]:
+def documents_of(path: Path, tokenized: TokenizedCorpus) -> Iterator[list[int]]:
     """The documents of a token file, without their begin and end tokens."""
     document: list[int] = []
-    for token in np.fromfile(path, dtype=prepared.token_dtype).tolist():
+    for token in np.fromfile(path, dtype=tokenized.token_dtype).tolist():
         document.append(token)
-        if token == prepared.tokenizer.eos_id:
-            assert document[0] == prepared.tokenizer.bos_id
+        if token == tokenized.tokenizer.eos_id:
+            assert document[0] == tokenized.tokenizer.bos_id
             yield document[1:-1]
             document = []
     assert not document
@@ -38,29 +38,29 @@ def config(corpus: Path) -> DataConfig:
 
 
 def test_files_hold_the_corpus(config: DataConfig, tmp_path: Path) -> None:
-    prepared = tokenize_corpus(config, VOCABULARY, tmp_path / "prepared")
-    decode = prepared.tokenizer.decode
+    tokenized = tokenize_corpus(config, VOCABULARY, tmp_path / "tokenised")
+    decode = tokenized.tokenizer.decode
     splits: dict[bool, list[str]] = {True: [], False: []}
     for document in read_corpus(config):
         splits[is_heldout(document.group, config.heldout)].append(document.text)
-    assert [decode(ids) for ids in documents_of(prepared.train_path, prepared)] == splits[False]
-    assert [decode(ids) for ids in documents_of(prepared.valid_path, prepared)] == splits[True]
-    assert prepared.valid_text_path.read_bytes().decode() == "".join(splits[True])
-    assert (prepared.train_documents, prepared.valid_documents) == (len(splits[False]), len(splits[True]))
-    assert prepared.train_bytes == len("".join(splits[False]).encode())
-    assert prepared.valid_bytes == prepared.valid_text_path.stat().st_size
-    assert prepared.valid_tokens * 2 == prepared.valid_path.stat().st_size
-    assert len(prepared.heldout_documents) == prepared.valid_documents
-    assert prepared.token_dtype == "uint16"
+    assert [decode(ids) for ids in documents_of(tokenized.train_path, tokenized)] == splits[False]
+    assert [decode(ids) for ids in documents_of(tokenized.valid_path, tokenized)] == splits[True]
+    assert tokenized.valid_text_path.read_bytes().decode() == "".join(splits[True])
+    assert (tokenized.train_documents, tokenized.valid_documents) == (len(splits[False]), len(splits[True]))
+    assert tokenized.train_bytes == len("".join(splits[False]).encode())
+    assert tokenized.valid_bytes == tokenized.valid_text_path.stat().st_size
+    assert tokenized.valid_tokens * 2 == tokenized.valid_path.stat().st_size
+    assert len(tokenized.heldout_documents) == tokenized.valid_documents
+    assert tokenized.token_dtype == "uint16"
 
 
 def test_meta_json_stands_alone(config: DataConfig, tmp_path: Path) -> None:
-    prepared = tokenize_corpus(config, VOCABULARY, tmp_path / "prepared", seed=3)
-    meta = json.loads((tmp_path / "prepared" / "meta.json").read_text())
+    tokenized = tokenize_corpus(config, VOCABULARY, tmp_path / "tokenised", seed=3)
+    meta = json.loads((tmp_path / "tokenised" / "meta.json").read_text())
     assert meta["config"] == asdict(config)
     assert (meta["seed"], meta["requested_vocab_size"]) == (3, VOCABULARY)
-    assert (meta["vocab_size"], meta["bos_id"], meta["eos_id"]) == (prepared.vocab_size, 0, 1)
-    assert {path.name for path in (tmp_path / "prepared").iterdir()} == pack.FILES
+    assert (meta["vocab_size"], meta["bos_id"], meta["eos_id"]) == (tokenized.vocab_size, 0, 1)
+    assert {path.name for path in (tmp_path / "tokenised").iterdir()} == tokenize.FILES
 
 
 def test_tokenizer_learns_from_training_documents_only(corpus: Path, tmp_path: Path) -> None:
@@ -68,14 +68,14 @@ def test_tokenizer_learns_from_training_documents_only(corpus: Path, tmp_path: P
     for path in corpus.rglob("*.txt"):
         if is_heldout(path.relative_to(corpus).as_posix(), config.heldout):
             path.write_text("zyzzyva " * 100)
-    tokenizer = tokenize_corpus(config, VOCABULARY, tmp_path / "prepared").tokenizer
+    tokenizer = tokenize_corpus(config, VOCABULARY, tmp_path / "tokenised").tokenizer
     assert len(tokenizer.encode("zyzzyva", bos=False)) >= 6
 
 
 def test_small_writes_give_the_same_files(config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(config, fim_rate=0.5)
     whole = tokenize_corpus(config, VOCABULARY, tmp_path / "whole")
-    monkeypatch.setattr(pack, "CHARACTERS_PER_WRITE", 50)
+    monkeypatch.setattr(tokenize, "CHARACTERS_PER_WRITE", 50)
     pieces = tokenize_corpus(config, VOCABULARY, tmp_path / "pieces")
     assert pieces.train_path.read_bytes() == whole.train_path.read_bytes()
 
@@ -103,7 +103,7 @@ def retokenised(config: DataConfig, vocab_size: int, directory: Path, seed: int 
 
 
 def test_reused_only_while_nothing_changed(config: DataConfig, corpus: Path, tmp_path: Path) -> None:
-    directory = tmp_path / "prepared"
+    directory = tmp_path / "tokenised"
     first = tokenize_corpus(config, VOCABULARY, directory)
     assert not retokenised(config, VOCABULARY, directory)
     assert retokenised(config, 300, directory)
@@ -123,36 +123,36 @@ def test_remote_data_sets_are_not_read_again(tmp_path: Path, monkeypatch: pytest
     remote = SimpleNamespace(load_dataset=lambda *names, **options: iter(rows))
     monkeypatch.setitem(sys.modules, "datasets", remote)
     config = DataConfig(corpus="hf:stories")
-    assert retokenised(config, VOCABULARY, tmp_path / "prepared")
+    assert retokenised(config, VOCABULARY, tmp_path / "tokenised")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert not retokenised(config, VOCABULARY, tmp_path / "prepared")
+    assert not retokenised(config, VOCABULARY, tmp_path / "tokenised")
 
 
 def test_same_call_gives_the_same_bytes(config: DataConfig, tmp_path: Path) -> None:
     config = replace(config, fim_rate=0.5)
     first, second = (tokenize_corpus(config, VOCABULARY, tmp_path / name) for name in ("first", "second"))
-    for name in pack.FILES:
+    for name in tokenize.FILES:
         assert (first.directory / name).read_bytes() == (second.directory / name).read_bytes()
 
 
 def test_interrupted_leaves_nothing_and_killed_is_cleaned_up(
     config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = tokenize_corpus(config, VOCABULARY, tmp_path / "prepared")
+    before = tokenize_corpus(config, VOCABULARY, tmp_path / "tokenised")
 
     def interrupt(stage: str, done: float) -> None:
         if done > 0.5 and stage == "tokenising":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tokenize_corpus(config, VOCABULARY, tmp_path / "prepared", seed=1, progress=interrupt)
-    assert open_tokenized(tmp_path / "prepared").seed == before.seed
-    partial = tmp_path / ".prepared.partial"
+        tokenize_corpus(config, VOCABULARY, tmp_path / "tokenised", seed=1, progress=interrupt)
+    assert open_tokenized(tmp_path / "tokenised").seed == before.seed
+    partial = tmp_path / ".tokenised.partial"
     assert not partial.exists()
     # What a killed process leaves behind.
     partial.mkdir()
     (partial / "train.bin").write_bytes(b"half")
-    assert tokenize_corpus(config, VOCABULARY, tmp_path / "prepared", seed=1).seed == 1
+    assert tokenize_corpus(config, VOCABULARY, tmp_path / "tokenised", seed=1).seed == 1
     assert not partial.exists()
 
 
@@ -164,16 +164,16 @@ def test_bad_requests_are_refused_and_other_files_kept(config: DataConfig, tmp_p
     with pytest.raises(ValueError, match="is a file"):
         tokenize_corpus(config, VOCABULARY, tmp_path / "mine" / "thesis.tex")
     with pytest.raises(ValueError, match="seed is -1"):
-        tokenize_corpus(config, VOCABULARY, tmp_path / "prepared", seed=-1)
+        tokenize_corpus(config, VOCABULARY, tmp_path / "tokenised", seed=-1)
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
 
 
 def test_damage_is_noticed(config: DataConfig, tmp_path: Path) -> None:
-    directory = tmp_path / "prepared"
+    directory = tmp_path / "tokenised"
     with pytest.raises(FileNotFoundError, match=r"meta.json is missing"):
         open_tokenized(directory)
-    prepared = tokenize_corpus(config, VOCABULARY, directory)
-    prepared.train_path.write_bytes(prepared.train_path.read_bytes()[:-2])
+    tokenized = tokenize_corpus(config, VOCABULARY, directory)
+    tokenized.train_path.write_bytes(tokenized.train_path.read_bytes()[:-2])
     with pytest.raises(ValueError, match=r"train.bin has \d+ bytes, not the \d+ of meta.json"):
         open_tokenized(directory)
     tokenize_corpus(config, VOCABULARY, directory)
@@ -198,36 +198,36 @@ def test_damage_is_noticed(config: DataConfig, tmp_path: Path) -> None:
 def test_single_file(tmp_path: Path) -> None:
     text = "".join(f"{n} green bottles\n" for n in range(500))
     (tmp_path / "song.txt").write_text(text)
-    prepared = tokenize_corpus(DataConfig(corpus=str(tmp_path / "song.txt")), VOCABULARY, tmp_path / "prepared")
+    tokenized = tokenize_corpus(DataConfig(corpus=str(tmp_path / "song.txt")), VOCABULARY, tmp_path / "tokenised")
     (train,), (valid,) = (
-        [prepared.tokenizer.decode(ids) for ids in documents_of(path, prepared)]
-        for path in (prepared.train_path, prepared.valid_path)
+        [tokenized.tokenizer.decode(ids) for ids in documents_of(path, tokenized)]
+        for path in (tokenized.train_path, tokenized.valid_path)
     )
     assert train + valid == text
-    assert prepared.heldout_documents == ("song.txt",)
+    assert tokenized.heldout_documents == ("song.txt",)
 
 
 def test_too_small_to_split(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(ValueError, match="too small to hold anything out: 1 bytes"):
-        tokenize_corpus(DataConfig(corpus=str(tmp_path / "a.txt")), VOCABULARY, tmp_path / "prepared")
-    assert not (tmp_path / "prepared").exists()
+        tokenize_corpus(DataConfig(corpus=str(tmp_path / "a.txt")), VOCABULARY, tmp_path / "tokenised")
+    assert not (tmp_path / "tokenised").exists()
 
 
 def test_given_tokenizer_is_used(
     config: DataConfig, tokenizer: Tokenizer, released_style: Path, tmp_path: Path
 ) -> None:
     config = replace(config, tokenizer=str(released_style))
-    prepared = tokenize_corpus(config, 1 << 17, tmp_path / "prepared")
-    assert prepared.tokenizer.encode("width") == tokenizer.encode("width")
-    assert not retokenised(config, 1 << 17, tmp_path / "prepared")
+    tokenized = tokenize_corpus(config, 1 << 17, tmp_path / "tokenised")
+    assert tokenized.tokenizer.encode("width") == tokenizer.encode("width")
+    assert not retokenised(config, 1 << 17, tmp_path / "tokenised")
     with pytest.raises(ValueError, match="vocab_size is 300, but the tokenizer in"):
-        tokenize_corpus(config, 300, tmp_path / "prepared")
+        tokenize_corpus(config, 300, tmp_path / "tokenised")
     with pytest.raises(ValueError, match="lacks fill-in-the-middle tokens"):
-        tokenize_corpus(replace(config, fim_rate=0.1), 1 << 17, tmp_path / "prepared")
+        tokenize_corpus(replace(config, fim_rate=0.1), 1 << 17, tmp_path / "tokenised")
     # Another tokenizer in the same place.
     save_tokenizer(tokenizer, released_style)
-    assert tokenize_corpus(config, 1 << 17, tmp_path / "prepared").tokenizer.pad_id == tokenizer.pad_id
+    assert tokenize_corpus(config, 1 << 17, tmp_path / "tokenised").tokenizer.pad_id == tokenizer.pad_id
 
 
 # --- fill in the middle
@@ -258,7 +258,7 @@ def test_fim_rate_is_kept() -> None:
 
 
 def test_fim_touches_training_documents_only(config: DataConfig, tmp_path: Path) -> None:
-    prepared = tokenize_corpus(replace(config, fim_rate=1.0), VOCABULARY, tmp_path / "prepared")
-    fim_id = prepared.tokenizer.fim_prefix_id
-    assert all(ids[0] == fim_id for ids in documents_of(prepared.train_path, prepared))
-    assert not any(fim_id in ids for ids in documents_of(prepared.valid_path, prepared))
+    tokenized = tokenize_corpus(replace(config, fim_rate=1.0), VOCABULARY, tmp_path / "tokenised")
+    fim_id = tokenized.tokenizer.fim_prefix_id
+    assert all(ids[0] == fim_id for ids in documents_of(tokenized.train_path, tokenized))
+    assert not any(fim_id in ids for ids in documents_of(tokenized.valid_path, tokenized))

@@ -20,7 +20,7 @@ from fathom.data.tokenizer import (
     Tokenizer,
     load_tokenizer,
     save_tokenizer,
-    split_pieces,
+    split_chunks,
     train_tokenizer,
 )
 
@@ -67,8 +67,8 @@ def test_batch_equals_single(tokenizer: Tokenizer) -> None:
 def test_pieces_do_not_change_ids(tokenizer: Tokenizer, text: str) -> None:
     whole = tokenizer.encode(text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer_module, "PIECE_LENGTH", 3)
-        assert "".join(split_pieces(text)) == text
+        patch.setattr(tokenizer_module, "CHUNK_CHARACTERS", 3)
+        assert "".join(split_chunks(text)) == text
         assert tokenizer.encode(text) == whole
 
 

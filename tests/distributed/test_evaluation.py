@@ -12,7 +12,7 @@ import pytest
 from fathom.config import save_json
 from fathom.distributed.ranks import Ranks
 from fathom.train.run import Run
-from fathom.train.setup import prepare_data, resolve
+from fathom.train.setup import resolve, tokenize_once
 
 pytestmark = pytest.mark.distributed
 
@@ -52,7 +52,7 @@ def _evaluate(processes: int, out: Path) -> list[Any]:
 
 def test_the_result_depends_on_no_number_of_ranks(tiny_run: Run, one_rank: Ranks, tmp_path: Path) -> None:
     """A single row leaves some ranks without any; the whole split ends with a padded batch."""
-    prepared = prepare_data(tiny_run, tmp_path / "data", one_rank)
+    prepared = tokenize_once(tiny_run, tmp_path / "data", one_rank)
     save_json(resolve(tiny_run, prepared, one_rank), tmp_path / "run.json")
     (tmp_path / "evaluate.py").write_text(PROGRAM)
     (expected,) = _evaluate(1, tmp_path)

@@ -10,15 +10,15 @@ from fathom.metrics import read_metrics
 from fathom.train.evaluation import Validation
 from fathom.train.pretrain import train
 from fathom.train.run import Run
-from fathom.train.setup import build_state, prepare_data, resolve, rows_of
+from fathom.train.setup import build_state, open_rows, resolve, tokenize_once
 
 
 def test_evenly_spaced_rows_or_every_token(tiny_run: Run, one_rank: Ranks, tmp_path: Path) -> None:
-    prepared = prepare_data(tiny_run, tmp_path / "data", one_rank)
+    prepared = tokenize_once(tiny_run, tmp_path / "data", one_rank)
     run = resolve(tiny_run, prepared, one_rank)
     model = build_state(run, one_rank).model
     validation = Validation(run, prepared, one_rank)
-    rows, length = len(rows_of(prepared, run, "valid")), run.train.sequence_length
+    rows, length = len(open_rows(prepared, run, "valid")), run.train.sequence_length
     assert validation.evaluate(model, 3).held_out.tokens == 3 * length
     everything = validation.evaluate(model, None)
     assert everything.held_out.tokens == prepared.valid_tokens - 1

@@ -10,27 +10,27 @@ import torch
 from fathom.distributed.ranks import Ranks
 from fathom.train.pretrain import micro_batches, pretrain_step
 from fathom.train.run import Run
-from fathom.train.setup import build_state, prepare_data, resolve, rows_of
+from fathom.train.setup import build_state, open_rows, resolve, tokenize_once
 from fathom.train.step import StepMetrics
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
 
 
 def _steps(run: Run, directory: Path, device: torch.device, steps: int) -> tuple[list[StepMetrics], list[str]]:
-    """The steps' facts, and where the host waited for the GPU in the last one."""
+    """The steps' metrics, and where the host waited for the GPU in the last one."""
     ranks = Ranks(0, 1, device)
-    prepared = prepare_data(run, directory, ranks)
+    prepared = tokenize_once(run, directory, ranks)
     run = resolve(run, prepared, ranks)
-    state, rows, facts = build_state(run, ranks), rows_of(prepared, run, "train"), []
+    state, rows, metrics = build_state(run, ranks), open_rows(prepared, run, "train"), []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for step in range(steps):
             if step + 1 == steps and device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("warn")
-            facts.append(pretrain_step(state, micro_batches(rows, 8 * step, 8, run, ranks), 8, run, ranks))
+            metrics.append(pretrain_step(state, micro_batches(rows, 8 * step, 8, run, ranks), 8, run, ranks))
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
-    return facts, [f"{w.filename}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)]
+    return metrics, [f"{w.filename}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)]
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

@@ -12,19 +12,19 @@ from fathom.model.balance import updated_bias
 from fathom.train.errors import TrainingError
 from fathom.train.pretrain import micro_batches, pretrain_step, train
 from fathom.train.run import Run
-from fathom.train.setup import build_state, prepare_data, resolve, rows_of
+from fathom.train.setup import build_state, open_rows, resolve, tokenize_once
 from fathom.train.step import TrainState
 
 
 @pytest.fixture
 def prepared(tiny_run: Run, one_rank: Ranks, tmp_path: Path) -> TokenizedCorpus:
-    return prepare_data(tiny_run, tmp_path / "data", one_rank)
+    return tokenize_once(tiny_run, tmp_path / "data", one_rank)
 
 
 def _after_two_steps(run: Run, prepared: TokenizedCorpus, ranks: Ranks) -> TrainState:
     run = resolve(run, prepared, ranks)
     state = build_state(run, ranks)
-    rows = rows_of(prepared, run, "train")
+    rows = open_rows(prepared, run, "train")
     for step in range(2):
         batches = micro_batches(rows, step * run.train.batch_size, run.train.batch_size, run, ranks)
         pretrain_step(state, batches, run.train.batch_size, run, ranks)
@@ -54,11 +54,11 @@ def test_biases_follow_the_rule_from_the_steps_own_loads(
 ) -> None:
     run = resolve(tiny_run, prepared, one_rank)
     state = build_state(run, one_rank)
-    batches = micro_batches(rows_of(prepared, run, "train"), 0, 8, run, one_rank)
-    facts = pretrain_step(state, batches, 8, run, one_rank)
+    batches = micro_batches(open_rows(prepared, run, "train"), 0, 8, run, one_rank)
+    metrics = pretrain_step(state, batches, 8, run, one_rank)
     tokens = 8 * run.train.sequence_length
-    assert facts.tokens_per_expert_LE.sum(-1).tolist() == [tokens * run.model.num_experts_per_tok] * 3
-    for router, tokens_per_expert_E in zip(state.model.routers(), facts.tokens_per_expert_LE, strict=True):
+    assert metrics.tokens_per_expert_LE.sum(-1).tolist() == [tokens * run.model.num_experts_per_tok] * 3
+    for router, tokens_per_expert_E in zip(state.model.routers(), metrics.tokens_per_expert_LE, strict=True):
         expected = updated_bias(
             torch.zeros_like(router.e_score_correction_bias), tokens_per_expert_E, run.schedule.bias_update_speed
         )
@@ -74,9 +74,9 @@ def test_a_step_with_an_infinite_loss_changes_nothing(
     with torch.no_grad():
         state.model.layers[1].mlp.experts.down_proj[0, 0, 0] = float("inf")
     before = {name: t.clone() for name, t in state.model.state_dict().items()}
-    batches = micro_batches(rows_of(prepared, run, "train"), 0, 8, run, one_rank)
-    facts = pretrain_step(state, batches, 8, run, one_rank)
-    assert facts.skipped
+    batches = micro_batches(open_rows(prepared, run, "train"), 0, 8, run, one_rank)
+    metrics = pretrain_step(state, batches, 8, run, one_rank)
+    assert metrics.skipped
     assert (state.step, state.skipped, state.skipped_in_a_row) == (1, 1, 1)
     for name, tensor in state.model.state_dict().items():
         assert torch.equal(tensor, before[name]), name

@@ -31,7 +31,7 @@ from fathom.lab.ablations.scales import Scale, base
 from fathom.lab.ablations.trial import Record
 from fathom.lab.ablations.variants import Variant, costs
 from fathom.train.errors import TrainingError
-from fathom.train.setup import prepare_data
+from fathom.train.setup import tokenize_once
 from fathom.train.signals import stop_signals
 
 _ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -100,7 +100,7 @@ class Runner:
 
     def prepare(self, scale: Scale, data: DataConfig) -> TokenizedCorpus:
         """Tokenise the text once for all runs."""
-        return prepare_data(base(scale, data).run, self._directory / f"data-{scale.vocabulary}", self._ranks)
+        return tokenize_once(base(scale, data).run, self._directory / f"data-{scale.vocabulary}", self._ranks)
 
     def records(self, tasks: Sequence[Task], prepared: TokenizedCorpus) -> list[Record]:
         """One record for each task. Raises InterruptedStudyError, and whatever a run raises."""

@@ -24,7 +24,7 @@ from fathom.runtime.hardware import keep_freed_memory
 from fathom.train.errors import TrainingError
 from fathom.train.loss import PretrainLoss
 from fathom.train.pretrain import micro_batches, pretrain_step
-from fathom.train.setup import compute_dtype, resolve, rows_of, state_around
+from fathom.train.setup import compute_dtype, init_train_state, open_rows, resolve
 from fathom.train.step import StepMetrics, TrainState
 
 _CURVE_POINTS = 50
@@ -43,7 +43,7 @@ def run_trial(variant: Variant, data: Path) -> Record:
     ranks = Ranks(0, 1, device)
     prepared = open_tokenized(data)
     resolved = replace(variant, run=resolve(variant.run, prepared, ranks))
-    state = state_around(build_model(resolved).to(device).train(), resolved.run, ranks)
+    state = init_train_state(build_model(resolved).to(device).train(), resolved.run, ranks)
     if not resolved.shared_ends:
         state.loss = ApartLoss(cast(PretrainLoss, state.loss))
     results, curve, timing = _train(state, resolved, prepared, ranks)
@@ -74,7 +74,7 @@ def _train(
     state: TrainState, variant: Variant, prepared: TokenizedCorpus, ranks: Ranks
 ) -> tuple[measure.Numbers, dict[str, list[float]], measure.Numbers]:
     run, clock = variant.run, measure.clock_of(ranks.device)
-    rows = rows_of(prepared, run, "train")
+    rows = open_rows(prepared, run, "train")
     size, steps = run.train.batch_size, run.train.steps
     history: list[StepMetrics] = []
     optimizing = _time_in(state.optimizers, clock)
@@ -124,7 +124,7 @@ def _measure(
     state: TrainState, variant: Variant, prepared: TokenizedCorpus, device: torch.device
 ) -> tuple[measure.Numbers, measure.Numbers]:
     run, model, clock = variant.run, state.model.eval(), measure.clock_of(device)
-    rows = rows_of(prepared, run, "valid")
+    rows = open_rows(prepared, run, "valid")
     held_out = measure.HeldOut(rows, prepared, run.train, compute_dtype(run))
     timing: measure.Numbers = {}
     with torch.compiler.set_stance("force_eager"):

@@ -36,7 +36,7 @@ from fathom.runtime.hardware import keep_freed_memory
 from fathom.train.pretrain import train
 from fathom.train.progress import duration
 from fathom.train.run import Run
-from fathom.train.setup import prepare_data, resolve
+from fathom.train.setup import resolve, tokenize_once
 from fathom.train.timing import seconds_per_step
 
 _SLOWER = 1.06
@@ -94,7 +94,7 @@ def _frozen_run(command: DemoCommand, ranks: Ranks, console: Console) -> tuple[R
     keep_freed_memory()
     run = presets.nano()
     console.print("reading the Python standard library, training a tokenizer …", style="dim")
-    prepared = prepare_data(run, command.out / "data", ranks)
+    prepared = tokenize_once(run, command.out / "data", ranks)
     began = time.perf_counter()
     run = resolve(run, prepared, ranks)
     how = "compiling, then timing" if run.train.compile == "on" else "timing"
