@@ -23,12 +23,17 @@ class Batch:
     """int64: the inputs, then the lookahead that MTP modules take as inputs for the last ones."""
     targets_HBS: Tensor
     """int64: at [k, b, i] token i + k + 1 of row b, or IGNORE where head k has nothing to predict."""
+    weights_HBS: Tensor | None = None
+    """Float: the weight of each target in the loss; None: all are 1."""
     padding_BT: Tensor | None = None
     """bool: tokens that only fill a row; None: there are none."""
 
     def target_weights(self) -> Tensor:
-        """The sum of the weights of each head's targets, (H) float64: how many there are."""
-        return (self.targets_HBS != IGNORE).sum((1, 2)).double()
+        """The sum of the weights of each head's targets, (H) float64; without weights, how many there are."""
+        valid_HBS = self.targets_HBS != IGNORE
+        if self.weights_HBS is None:
+            return valid_HBS.sum((1, 2)).double()
+        return self.weights_HBS.double().masked_fill(~valid_HBS, 0).sum((1, 2))
 
     @property
     def inputs(self) -> Tensor:
@@ -76,7 +81,7 @@ def next_token_batch(tokens_BW: Tensor, modules: int, documents_BW: Tensor | Non
     ignored_HBS = documents_HBS == PADDING_DOCUMENT
     ignored_HBS[1:] |= documents_HBS[1:] != documents_BW[:, :length]
     padding_BT = padding_BW[:, :-1] if bool(padding_BW.any()) else None
-    return Batch(tokens_BW[:, :-1], targets_HBS.masked_fill(ignored_HBS, IGNORE), padding_BT)
+    return Batch(tokens_BW[:, :-1], targets_HBS.masked_fill(ignored_HBS, IGNORE), padding_BT=padding_BT)
 
 
 def document_ids(tokens_BW: Tensor, eos_id: int) -> Tensor:

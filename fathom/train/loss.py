@@ -1,6 +1,6 @@
 """The pretraining loss: main loss + λ·mean of the MTP losses + α·balance loss (report, sections 2.1.2 and 2.2).
 
-Losses are SUMS over targets divided by the global sum of the targets' weights (their count) of the whole step, so
+Losses are weighted SUMS over targets divided by the global sum of the weights (by default the count) of the step, so
 micro-batches and ranks of any size add up to the one-big-batch gradient. The whole logits never exist.
 
 Shapes: B rows, S inputs of a row, M MTP modules, H = 1 + M heads, N = B·S targets of a head, D hidden.
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fathom.data.batch import Batch
 from fathom.model.transformer import Model
-from fathom.ops.loss import linear_cross_entropy
+from fathom.ops.loss import linear_cross_entropy, linear_logprobs
 from fathom.train.step import LossOutput, weighted_means
 
 
@@ -41,12 +41,9 @@ class PretrainLoss(nn.Module):
             compute_dtype=self.compute_dtype,
             activation_checkpointing=self.activation_checkpointing,
         )
-        sums = []
-        weights = self.head_weights()
-        for k, h_BSD in enumerate((hidden.h_BSD, *hidden.mtp_h_BSD)):
-            targets_N = batch.targets_HBS[k].flatten()
-            sums.append(linear_cross_entropy(h_BSD.flatten(0, 1), weights[k], targets_N))
-        sums_H = torch.stack(sums)
+        h_HBSD = (hidden.h_BSD, *hidden.mtp_h_BSD)
+        heads = zip(h_HBSD, self.head_weights(), strict=True)
+        sums_H = torch.stack([_summed_loss(h_BSD, weight_OD, k, batch) for k, (h_BSD, weight_OD) in enumerate(heads)])
         means_H = weighted_means(sums_H, weights_H)
         total = means_H[0] + self.seq_balance_loss_weight * fraction * hidden.router.balance_loss
         if modules:
@@ -57,3 +54,12 @@ class PretrainLoss(nn.Module):
     def head_weights(self) -> list[Tensor]:
         """The output head (O, D) of the main model and of each MTP module: they share one."""
         return [self.model.lm_head.weight] * (1 + self.model.config.num_nextn_predict_layers)
+
+
+def _summed_loss(h_BSD: Tensor, weight_OD: Tensor, head: int, batch: Batch) -> Tensor:
+    """Σ weight · (−log p) over the targets of a head, in nats."""
+    h_ND, targets_N = h_BSD.flatten(0, 1), batch.targets_HBS[head].flatten()
+    if batch.weights_HBS is None:
+        return linear_cross_entropy(h_ND, weight_OD, targets_N)
+    logprobs_N, _ = linear_logprobs(h_ND, weight_OD, targets_N)
+    return -(batch.weights_HBS[head].flatten() * logprobs_N).sum()

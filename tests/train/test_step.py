@@ -12,8 +12,9 @@ from fathom.model.balance import updated_bias
 from fathom.train.errors import TrainingError
 from fathom.train.pretrain import micro_batches, pretrain_step, train
 from fathom.train.run import Run
+from fathom.train.schedule import StepHyperparameters
 from fathom.train.setup import build_state, open_rows, resolve, tokenize_once
-from fathom.train.step import TrainState
+from fathom.train.step import LossOutput, TrainState, optimizer_step
 
 
 @pytest.fixture
@@ -82,6 +83,34 @@ def test_a_step_with_an_infinite_loss_changes_nothing(
         assert torch.equal(tensor, before[name]), name
     moments = [each for optimizer in state.optimizers for own in optimizer.state.values() for each in own.values()]
     assert moments and not any(each.any() for each in moments)
+
+
+def test_any_loss_and_any_batch_accumulate_and_are_clipped(
+    tiny_run: Run, prepared: TokenizedCorpus, one_rank: Ranks
+) -> None:
+    """With a loss that is linear in one weight and plain SGD, the step is known in closed form."""
+    run = resolve(tiny_run, prepared, one_rank)
+    state = build_state(run, one_rank)
+    weight = state.model.lm_head.weight
+    state.optimizers = [torch.optim.SGD(state.model.parameters(), lr=0.0)]
+    before, draw = weight.detach().clone(), torch.Generator().manual_seed(0)
+    slopes = [torch.randn(weight.shape, generator=draw) for _ in range(3)]
+    routers, experts = len(list(state.model.routers())), run.model.n_routed_experts
+
+    def loss(slope: torch.Tensor) -> LossOutput:
+        total = (slope * weight).sum()
+        loads_LE = torch.zeros(routers, experts, dtype=torch.int64)
+        return LossOutput(total, total.detach()[None], torch.zeros(()), loads_LE)
+
+    gradient = sum(slopes, start=torch.zeros(()))
+    norm = float(gradient.norm())
+    hyper = StepHyperparameters(learning_rate=0.5, max_grad_norm=norm / 4, bias_update_speed=1.0, mtp_loss_weight=0.0)
+    metrics = optimizer_step(state, slopes, loss, torch.tensor([2.0]), hyper, one_rank)
+    assert metrics.loss == pytest.approx(float((gradient * before).sum()) / 2, rel=1e-4)
+    assert metrics.mtp_loss is None
+    assert metrics.grad_norm == pytest.approx(norm, rel=1e-5)
+    torch.testing.assert_close(weight.detach(), before - 0.5 * gradient / 4, rtol=1e-4, atol=1e-5)
+    assert all(not router.e_score_correction_bias.any() for router in state.model.routers())  # no loads, no change
 
 
 @pytest.mark.slow
