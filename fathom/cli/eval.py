@@ -32,7 +32,7 @@ class EvalCommand:
     text: tuple[Path, ...] = ()
     """Text files in UTF-8, each measured as one document; needs no lm-eval."""
     few_shot: int | None = None
-    """Examples before each question of a task; none: as the task defines."""
+    """Examples before each question of a task; None: as the task defines."""
     limit: int | None = None
     """Run only this many questions of each task, the first ones."""
     dtype: str = "float32"

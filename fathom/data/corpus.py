@@ -52,7 +52,7 @@ class DataConfig:
     fim_rate: float = 0.0
     """Fraction of training documents rearranged to fill-in-the-middle; DeepSeek-V3 used 0.1."""
     tokenizer: str | None = None
-    """Directory of an existing tokenizer to use; none: train one on the training documents."""
+    """Directory of an existing tokenizer to use; None: train one on the training documents."""
 
     def __post_init__(self) -> None:
         if not self.corpus:

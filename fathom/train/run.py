@@ -86,7 +86,7 @@ class TrainConfig:
     micro_batch_size: int = 16
     """Sequences per forward pass on one rank; gradients are accumulated over the batch."""
     batch_ramp_start: int | None = None
-    """Sequences per step at the start of the run, growing linearly to batch_size; none: no ramp."""
+    """Sequences per step at the start of the run, growing linearly to batch_size; None: no ramp."""
     batch_ramp_steps: int = 0
     """Steps the ramp takes."""
     sequence_length: int = 256
@@ -104,9 +104,9 @@ class TrainConfig:
     eval_every: int = 200
     """Steps between evaluations on the held-out split (0: only at the end)."""
     eval_sequences: int | None = 1024
-    """Held-out sequences of an evaluation during the run, evenly spaced; none: all of them."""
+    """Held-out sequences of an evaluation during the run, evenly spaced; None: all of them."""
     final_eval_sequences: int | None = 4096
-    """Held-out sequences of the last evaluation, evenly spaced; none: all of them."""
+    """Held-out sequences of the last evaluation, evenly spaced; None: all of them."""
     save_every: int = 200
     """Steps between checkpoints (0: only at the end)."""
     keep_last: int = 2
@@ -133,7 +133,7 @@ class TrainConfig:
         _check(right, "train.batch_ramp_start", start, expected)
         for name in ("eval_sequences", "final_eval_sequences"):
             count = getattr(self, name)
-            _check(count is None or count >= 1, f"train.{name}", count, "1 or more, or none")
+            _check(count is None or count >= 1, f"train.{name}", count, "1 or more, or None")
 
 
 @dataclass(frozen=True)
