@@ -1,4 +1,4 @@
-"""Two ranks with gloo do exactly what one does with the same global batch."""
+"""Two ranks with gloo do what one does with the same global batch; barriers wait for the main rank and name others."""
 
 import os
 import subprocess
@@ -37,3 +37,38 @@ def test_two_ranks_equal_one(tiny_flags: list[str], tmp_path: Path) -> None:
     for a, b in zip(*rows, strict=True):
         for key in ("loss", "mtp_loss", "balance_loss", "max_vio"):
             assert a[key] == pytest.approx(b[key], rel=1e-4), key
+
+
+BARRIER = """
+import sys
+import time
+from datetime import timedelta
+import fathom.distributed.ranks as module
+
+late = int(sys.argv[1])
+module._OTHERS_TIMEOUT = timedelta(seconds=1)
+with module.data_parallel() as ranks:
+    assert ranks.gather(ranks.rank * 10) == [0, 10]
+    if ranks.rank == late:
+        time.sleep(3)
+    try:
+        ranks.barrier()
+        print(f"rank {ranks.rank} passed")
+    except RuntimeError as error:
+        print(f"rank {ranks.rank}: {error}", flush=True)
+        time.sleep(5 if ranks.is_main else 0)
+"""
+
+
+def _barrier(late: int, directory: Path) -> str:
+    (directory / "barrier.py").write_text(BARRIER)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, str(directory / "barrier.py"), str(late)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120).stdout
+
+
+def test_a_barrier_waits_for_the_main_rank_and_names_another_that_hangs(tmp_path: Path) -> None:
+    """The main rank may write for long; the others have no reason to be late."""
+    assert sorted(_barrier(0, tmp_path).splitlines()) == ["rank 0 passed", "rank 1 passed"]
+    assert "Ranks 1 failed to pass monitoredBarrier in 1000 ms" in _barrier(1, tmp_path)
