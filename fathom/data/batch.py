@@ -25,6 +25,11 @@ class Batch:
     """int64: at [k, b, i] token i + k + 1 of row b, or IGNORE where head k has nothing to predict."""
     weights_HBS: Tensor | None = None
     """Float: the weight of each target in the loss; None: all are 1."""
+    positions_BS: Tensor | None = None
+    """int64: the position of each input; None: counted from 0 in each row, or in each segment."""
+    cu_seqlens: Tensor | None = None
+    """int32 (1 + G): boundaries, over the flattened B·S inputs, of segments that do not attend to each other; None:
+    each row is one segment. A batch of segments has no lookahead: what follows a segment belongs to another."""
     padding_BT: Tensor | None = None
     """bool: tokens that only fill a row; None: there are none."""
 
@@ -82,6 +87,22 @@ def next_token_batch(tokens_BW: Tensor, modules: int, documents_BW: Tensor | Non
     ignored_HBS[1:] |= documents_HBS[1:] != documents_BW[:, :length]
     padding_BT = padding_BW[:, :-1] if bool(padding_BW.any()) else None
     return Batch(tokens_BW[:, :-1], targets_HBS.masked_fill(ignored_HBS, IGNORE), padding_BT=padding_BT)
+
+
+def packed_batch(tokens_BS: Tensor, cu_seqlens: Tensor, modules: int) -> Batch:
+    """Rows of segments that are isolated from each other: no head predicts beyond the segment of its input.
+
+    `cu_seqlens` (1 + G) int32 are the segments' boundaries over the flattened tokens, each row's end among them.
+    """
+    tokens = tokens_BS.numel()
+    index_N = torch.arange(tokens, device=tokens_BS.device)
+    ends_N = cu_seqlens[torch.searchsorted(cu_seqlens, index_N, right=True)]
+    targets = []
+    for ahead in range(1, modules + 2):
+        inside_N = index_N + ahead < ends_N
+        target_N = tokens_BS.flatten()[(index_N + ahead).clamp_max(tokens - 1)]
+        targets.append(target_N.masked_fill(~inside_N, IGNORE).view_as(tokens_BS))
+    return Batch(tokens_BS, torch.stack(targets), cu_seqlens=cu_seqlens)
 
 
 def document_ids(tokens_BW: Tensor, eos_id: int) -> Tensor:

@@ -131,7 +131,12 @@ def _measure(model: Model, batch: Batch, compute_dtype: torch.dtype | None, mtp:
             f"{modules} MTP modules"
         )
     hidden = model.forward_hidden(
-        batch.inputs, mtp=mtp and modules > 0, lookahead_BM=batch.lookahead, compute_dtype=compute_dtype
+        batch.inputs,
+        batch.positions_BS,
+        batch.cu_seqlens,
+        mtp=mtp and modules > 0,
+        lookahead_BM=batch.lookahead if batch.cu_seqlens is None else None,
+        compute_dtype=compute_dtype,
     )
     h_HBSD = (hidden.h_BSD, *hidden.mtp_h_BSD)
     targets = batch.targets_HBS[: len(h_HBSD)]

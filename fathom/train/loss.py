@@ -36,8 +36,10 @@ class PretrainLoss(nn.Module):
         modules = self.model.config.num_nextn_predict_layers
         hidden = self.model.forward_hidden(
             batch.inputs,
+            batch.positions_BS,
+            batch.cu_seqlens,
             mtp=modules > 0,
-            lookahead_BM=batch.lookahead,
+            lookahead_BM=batch.lookahead if batch.cu_seqlens is None else None,
             compute_dtype=self.compute_dtype,
             activation_checkpointing=self.activation_checkpointing,
         )

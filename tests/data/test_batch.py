@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fathom.data.batch import PADDING_DOCUMENT, document_ids, next_token_batch
+from fathom.data.batch import PADDING_DOCUMENT, document_ids, next_token_batch, packed_batch
 from fathom.ops.loss import IGNORE
 
 EOS_ID = 1
@@ -49,3 +49,15 @@ def test_rows_of_one_document_have_every_target() -> None:
 def test_rows_too_short_for_one_input_are_refused() -> None:
     with pytest.raises(ValueError, match="rows have 2 tokens; a model with 1 MTP modules needs at least 3"):
         next_token_batch(torch.zeros(1, 2, dtype=torch.int64), modules=1)
+
+
+def test_no_target_lies_beyond_its_segment() -> None:
+    tokens_BS = torch.tensor([[10, 11, 12, 13, 14], [15, 16, 17, 18, 19]])
+    batch = packed_batch(tokens_BS, torch.tensor([0, 3, 5, 6, 10], dtype=torch.int32), modules=1)
+    none = IGNORE
+    assert batch.targets_HBS.tolist() == [
+        [[11, 12, none, 14, none], [none, 17, 18, 19, none]],
+        [[12, none, none, none, none], [none, 18, 19, none, none]],
+    ]
+    assert torch.equal(batch.inputs, tokens_BS) and batch.lookahead.numel() == 0
+    assert batch.target_weights().tolist() == [6, 3]

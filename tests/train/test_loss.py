@@ -1,5 +1,6 @@
 """The pretraining loss against its definition over whole logits; weights of targets; any split into micro-batches."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fathom.data.batch import Batch, document_ids, next_token_batch
+from fathom.data.batch import Batch, document_ids, next_token_batch, packed_batch
 from fathom.model.transformer import Model
 from fathom.ops.loss import IGNORE
 from fathom.train.loss import PretrainLoss
@@ -104,3 +105,42 @@ def test_a_step_without_a_target_has_a_loss_of_zero() -> None:
     none = replace(batch, targets_HBS=torch.full_like(batch.targets_HBS, IGNORE))
     output = PretrainLoss(model, 0.0, torch.float32)(none, none.target_weights(), MTP_WEIGHT, 1.0)
     assert output.total.item() == 0
+
+
+def alone(model: Model, tokens_S: Tensor) -> list[Tensor]:
+    """Each head's summed loss over a segment that is a sequence of its own."""
+    hidden = model.forward_hidden(tokens_S[None], mtp=True)
+    sums = []
+    for k, h_1SD in enumerate((hidden.h_BSD, *hidden.mtp_h_BSD)):
+        targets_S = tokens_S[k + 1 :]
+        log_p_SO = model.logits(h_1SD[0, : len(targets_S)]).log_softmax(-1)
+        sums.append(-log_p_SO.gather(1, targets_S[:, None]).sum())
+    return sums
+
+
+def test_packed_segments_have_the_losses_of_each_alone() -> None:
+    model = lively_model(CONFIG, dtype=torch.float64).train()
+    tokens_BS = random_tokens(CONFIG, 2, LENGTH, seed=4)
+    ends = [0, 5, 9, 15, 18]
+    batch = packed_batch(tokens_BS, torch.tensor(ends, dtype=torch.int32), MODULES)
+    segments = [tokens_BS.flatten()[a:b] for a, b in itertools.pairwise(ends)]
+    assert batch.target_weights().tolist() == [sum(len(s) - k - 1 for s in segments) for k in range(1 + MODULES)]
+    output = PretrainLoss(model, 0.0, torch.float64)(batch, batch.target_weights(), MTP_WEIGHT, 1.0)
+    expected_H = torch.stack([torch.stack(alone(model, segment)) for segment in segments]).sum(0)
+    torch.testing.assert_close(output.sums_H, expected_H.detach(), rtol=1e-12, atol=0)
+    means_H = expected_H / batch.target_weights()
+    wanted = gradients(model, [means_H[0] + MTP_WEIGHT * means_H[1:].mean()])
+    for found, gradient in zip(gradients(model, [output.total]), wanted, strict=True):
+        torch.testing.assert_close(found, gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_positions_reach_the_model() -> None:
+    """Rotary positions are relative: shifted ones change nothing, stretched ones do."""
+    model, batch = lively_model(CONFIG, dtype=torch.float64).train(), make_batch(2, weighted=False)
+    pretrain_loss, positions_BS = PretrainLoss(model, ALPHA, torch.float64), torch.arange(LENGTH).expand(2, -1)
+    plain, shifted, stretched = (
+        pretrain_loss(replace(batch, positions_BS=given), batch.target_weights(), MTP_WEIGHT, 1.0).total.item()
+        for given in (None, positions_BS + 7, 3 * positions_BS)
+    )
+    assert shifted == pytest.approx(plain, rel=1e-9)
+    assert abs(stretched - plain) > 1e-6
