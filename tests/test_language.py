@@ -12,9 +12,19 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 PHRASES = {
+    "reading prompts": "prefill",
     "read a prompt": "prefill",
+    "reads a prompt": "prefill",
+    "read its prompt": "in prefill",
+    "reads its prompt": "in prefill",
+    "prompts are read": "prefill",
+    "drafts as pays": "adaptive draft length",
+    "drafts where they pay": "adaptive draft length",
     "share accepted": "acceptance rate",
+    "in company": "in a batch",
     "who is none": "padding",
+    "get on by": "run",
+    "next to no holes": "almost no fragmentation",
 }
 """What was written in comments, messages and pages, whatever the line breaks, and what is written instead."""
 
@@ -27,6 +37,11 @@ NAMES = {
     "WeightAverage": "EMA",
     "TextStream": "IncrementalDetokenizer",
     "RaggedPiece": "VarlenBatch",
+    "DecodePiece": "DecodeBatch",
+    "Stretch": "SequenceChunk",
+    "before_ND": "prev_hidden_ND",
+    "hopeless": "is_unprofitable",
+    "remember_mtp": "write_mtp_kv_cache",
     "query_ends": "cu_seqlens_q",
     "writes_N": "slot_mapping",
     "wide_linear": "fp32_linear",
