@@ -84,7 +84,9 @@ class MoE(nn.Module):
         balance_loss: bool = True,
     ) -> tuple[Tensor, RouterOutput]:
         """The layer's output (B, S, D) and its router's; the arguments are those of `Router.forward`."""
-        routing = self.gate(x_BSD, topk_ids_BSK, cu_seqlens, balance_loss)
+        # Router and experts share the view: gradients are then summed in one order, bit for bit as in earlier releases.
+        x_ND = x_BSD.flatten(0, 1)
+        routing = self.gate(x_ND.view_as(x_BSD), topk_ids_BSK, cu_seqlens, balance_loss)
         chosen_NK = routing.topk_ids_BSK.flatten(0, 1), routing.weights_BSK.flatten(0, 1)
-        routed_ND = self.experts(x_BSD.flatten(0, 1), *chosen_NK)
+        routed_ND = self.experts(x_ND, *chosen_NK)
         return self.shared_experts(x_BSD) + routed_ND.view_as(x_BSD), routing

@@ -1,9 +1,11 @@
 """Experts and the exchange around them: whatever order tokens come in, they get their own sums back."""
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
-from fathom.model.moe import Experts, ExpertTokens
+from fathom.model.moe import Experts, ExpertTokens, MoE
 from tests.model.configs import enliven, tiny
 
 
@@ -40,3 +42,28 @@ def test_tokens_go_through_the_exchange_and_come_back() -> None:
     assert reversing.calls == ["dispatch", "combine"]
     for local, exchanged in zip(*found, strict=True):
         torch.testing.assert_close(exchanged, local, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_of_the_input_are_summed_in_one_order() -> None:
+    """(experts + router) + shared experts, bit for bit: a run that resumes under another release stays exact."""
+    config = tiny()
+    moe = MoE(config)
+    enliven(moe, 0)
+    x_BSD = torch.randn(2, 9, config.hidden_size, generator=torch.Generator().manual_seed(0))
+
+    def leaf() -> Tensor:
+        return x_BSD.clone().requires_grad_()
+
+    whole, experts, router, shared = leaf(), leaf(), leaf(), leaf()
+    out_BSD, routing = moe(whole)
+    (out_BSD.square().sum() + cast(Tensor, routing.balance_loss)).backward()
+    routing = moe.gate(router)
+    routed_ND = moe.experts(
+        experts.flatten(0, 1), routing.topk_ids_BSK.flatten(0, 1), routing.weights_BSK.flatten(0, 1)
+    )
+    apart_BSD = moe.shared_experts(shared) + routed_ND.view_as(x_BSD)
+    assert torch.equal(apart_BSD, out_BSD)
+    (apart_BSD.square().sum() + routing.balance_loss).backward()
+    parts = [cast(Tensor, part.grad) for part in (experts, router, shared)]
+    assert torch.equal(cast(Tensor, whole.grad), parts[0] + parts[1] + parts[2])
+    assert not torch.equal(cast(Tensor, whole.grad), parts[0] + (parts[1] + parts[2])), "too round to prove anything"
