@@ -1,4 +1,4 @@
-"""export, import and push as a user types them."""
+"""The commands export, import and push."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +27,7 @@ def fails(*words: object) -> None:
     assert stop.value.code == 2
 
 
-def test_export_import_and_what_they_say(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_and_import(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["export", str(directory), "--to", "hf", "--out", str(tmp_path / "f32"), "--dtype", "f32", "--verify"])
     assert "relative error 0.00e+00" in capsys.readouterr().out
     main(["export", str(directory), "--to", "fp8", "--out", str(tmp_path / "fp8"), "--verify"])
@@ -81,28 +81,28 @@ def test_flags_that_do_not_go_together_are_refused(
 
 
 class Hub:
-    """Stands in for the hub: remembers what it was asked for, and uploads into a folder."""
+    """A fake of the hub that records its requests."""
 
-    def __init__(self, asked: list[tuple[str, dict[str, Any]]]) -> None:
-        self._asked = asked
+    def __init__(self, requests: list[tuple[str, dict[str, Any]]]) -> None:
+        self._requests = requests
 
     def create_repo(self, repo: str, **options: Any) -> str:
-        self._asked.append(("create", {"repo": repo, **options}))
+        self._requests.append(("create", {"repo": repo, **options}))
         return f"https://huggingface.co/{repo}"
 
     def upload_folder(self, **options: Any) -> None:
-        self._asked.append(("upload", options))
+        self._requests.append(("upload", options))
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, dict[str, Any]]]]:
-    requests: list[tuple[str, dict[str, Any]]] = []
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: Hub(requests))
-    yield requests
+def requests(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, dict[str, Any]]]]:
+    recorded: list[tuple[str, dict[str, Any]]] = []
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: Hub(recorded))
+    yield recorded
 
 
 def test_push_uploads_the_model_and_nothing_private(
-    directory: Path, asked: list[tuple[str, dict[str, Any]]], capsys: pytest.CaptureFixture[str]
+    directory: Path, requests: list[tuple[str, dict[str, Any]]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     (directory / "training_state").mkdir()
     (directory / "training_state" / "state.json").write_text("{}")
@@ -110,7 +110,7 @@ def test_push_uploads_the_model_and_nothing_private(
     (directory / ".secret").write_text("")
     main(["push", str(directory), "me/model", "--private"])
     assert "https://huggingface.co/me/model" in capsys.readouterr().out
-    (_, created), (_, uploaded) = asked
+    (_, created), (_, uploaded) = requests
     assert created == {"repo": "me/model", "private": True, "exist_ok": True}
     assert uploaded["repo_id"] == "me/model" and uploaded["folder_path"] == directory
     paths = [str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()]
@@ -120,8 +120,8 @@ def test_push_uploads_the_model_and_nothing_private(
     }  # fmt: skip
 
 
-def test_push_refuses_before_it_asks_the_hub(
-    directory: Path, tmp_path: Path, asked: list[Any], capsys: pytest.CaptureFixture[str]
+def test_push_refuses_before_any_request(
+    directory: Path, tmp_path: Path, requests: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     fails("push", directory, "just-a-name")
     assert "it must be owner/name" in " ".join(capsys.readouterr().err.split())
@@ -130,4 +130,4 @@ def test_push_refuses_before_it_asks_the_hub(
     weights.write_bytes(weights.read_bytes()[:-1])
     fails("push", directory, "me/model")
     assert "model.safetensors" in capsys.readouterr().err
-    assert not asked
+    assert not requests

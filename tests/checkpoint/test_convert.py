@@ -1,4 +1,4 @@
-"""Directories converted into one another: every number, what goes along, and what a failure leaves."""
+"""Converting model directories: every value, the files that are copied, refusals and failures."""
 
 import json
 import shutil
@@ -23,14 +23,8 @@ from fathom.data.tokenizer import load_tokenizer, train_tokenizer
 from fathom.model.config import ModelConfig
 from fathom.model.transformer import Model
 from fathom.quantization import fp8
+from tests.checkpoint.fp8_definition import MODEL, NOT_QUANTIZED, quantize_blocks
 from tests.model.configs import lively_model, model_configs, tiny
-
-WIDE = tiny(
-    hidden_size=150, intermediate_size=300, moe_intermediate_size=130, kv_lora_rank=129, q_lora_rank=131,
-    n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2, num_hidden_layers=2,
-    num_nextn_predict_layers=1,
-)  # fmt: skip
-KEPT_WIDE = ("norm", "mlp.gate.", "embed_tokens", "head", "eh_proj")
 
 
 def stored(directory: Path) -> dict[str, Tensor]:
@@ -44,35 +38,22 @@ def narrow_model(config: ModelConfig, seed: int = 0) -> Model:
     return model
 
 
-def block_by_block(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight in FP8 and its scales, by the format's description: a scale is what makes the largest number 448."""
-    rows, columns = weight.shape
-    numbers = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
-    scales = torch.empty(-(-rows // 128), -(-columns // 128))
-    for i in range(scales.shape[0]):
-        for j in range(scales.shape[1]):
-            block = slice(128 * i, 128 * (i + 1)), slice(128 * j, 128 * (j + 1))
-            scales[i, j] = weight[block].float().abs().max() / 448
-            numbers[block] = (weight[block].float() / scales[i, j]).to(torch.float8_e4m3fn)
-    return numbers, scales
-
-
 @pytest.mark.parametrize("shard", [10**9, 300_000])
 def test_fp8_is_stored_as_deepseek_stores_it(tmp_path: Path, shard: int) -> None:
-    model = narrow_model(WIDE)
+    model = narrow_model(MODEL)
     save_model(model, tmp_path / "wide")
     convert(tmp_path / "wide", tmp_path / "fp8", "fp8", max_shard_size=shard)
-    wide, narrow = stored(tmp_path / "wide"), stored(tmp_path / "fp8")
-    for name, tensor in wide.items():
-        found = narrow.pop(name)
-        if any(part in name for part in KEPT_WIDE):
+    bf16, fp8_tensors = stored(tmp_path / "wide"), stored(tmp_path / "fp8")
+    for name, tensor in bf16.items():
+        found = fp8_tensors.pop(name)
+        if any(part in name for part in NOT_QUANTIZED):
             assert found.dtype == tensor.dtype and torch.equal(found, tensor), name
             continue
-        numbers, scales = block_by_block(tensor)
-        assert found.dtype == torch.float8_e4m3fn and torch.equal(found.float(), numbers.float()), name
-        found_scales = narrow.pop(f"{name}_scale_inv")
+        qweight, scales, _ = quantize_blocks(tensor)
+        assert found.dtype == torch.float8_e4m3fn and torch.equal(found.float(), qweight.float()), name
+        found_scales = fp8_tensors.pop(f"{name}_scale_inv")
         assert found_scales.dtype == torch.float32 and torch.equal(found_scales, scales), name
-    assert not narrow
+    assert not fp8_tensors
     raw = json.loads((tmp_path / "fp8" / "config.json").read_text())
     assert raw["quantization_config"] == {
         "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128],
@@ -82,11 +63,11 @@ def test_fp8_is_stored_as_deepseek_stores_it(tmp_path: Path, shard: int) -> None
 
 @settings(max_examples=8, deadline=None)
 @given(model_configs(), st.sampled_from([20_000, 10**9]), st.integers(0, 2**32 - 1))
-def test_there_and_back(
+def test_conversions_round_trip(
     tmp_path_factory: pytest.TempPathFactory, config: ModelConfig, max_shard_size: int, seed: int
 ) -> None:
-    """float32 → bf16 → fp8 → bf16: what is loaded is what was written, and no more is lost than FP8 must lose."""
-    there = tmp_path_factory.mktemp("there")
+    """float32 → bf16 → fp8 → bf16: what is loaded is what was written, with no error beyond the rounding to FP8."""
+    there = tmp_path_factory.mktemp("round_trip")
     model = lively_model(config, seed)
     save_model(model, there / "f32", max_shard_size=max_shard_size)
     convert(there / "f32", there / "bf16", "bf16", verify=True)
@@ -103,7 +84,7 @@ def test_there_and_back(
 
 
 def test_save_model_writes_fp8_as_conversion_does(tmp_path: Path) -> None:
-    model = narrow_model(WIDE)
+    model = narrow_model(MODEL)
     save_model(model, tmp_path / "wide")
     convert(tmp_path / "wide", tmp_path / "converted", "fp8")
     save_model(model, tmp_path / "saved", storage="fp8")
@@ -114,7 +95,7 @@ def test_save_model_writes_fp8_as_conversion_does(tmp_path: Path) -> None:
     assert configs[0] == configs[1]
 
 
-def test_whatever_loads_comes_out_in_our_layout(tmp_path: Path) -> None:
+def test_every_layout_is_converted_to_the_released_one(tmp_path: Path) -> None:
     """Stacked experts, no copies for the MTP layer, names without their prefix, one type for everything."""
     model = lively_model(tiny(num_nextn_predict_layers=1))
     save_model(model, tmp_path / "ours")
@@ -135,7 +116,7 @@ def test_whatever_loads_comes_out_in_our_layout(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in found.items())
 
 
-def test_tokenizer_and_card_go_along_and_programs_do_not(tmp_path: Path) -> None:
+def test_tokenizer_files_are_copied_and_programs_are_not(tmp_path: Path) -> None:
     tokenizer = train_tokenizer(["the quick brown fox", "the lazy dog"], 280)
     save_model(lively_model(tiny(vocab_size=280)), tmp_path / "model", tokenizer)
     (tmp_path / "model" / "modeling_deepseek.py").write_text("raise SystemExit")
@@ -155,17 +136,17 @@ def test_conversion_reads_a_chunk_of_rows_at_a_time(
 ) -> None:
     """An embedding of 1.4 million elements is read in two chunks, as is everything larger."""
     save_model(lively_model(tiny(vocab_size=60_000)), tmp_path / "model")
-    asked = []
+    sizes = []
     rows = StoredTensor.rows
 
-    def noted(stored: StoredTensor, first: int, last: int) -> torch.Tensor:
+    def recorded(stored: StoredTensor, first: int, last: int) -> torch.Tensor:
         found = rows(stored, first, last)
-        asked.append(found.numel())
+        sizes.append(found.numel())
         return found
 
-    monkeypatch.setattr(StoredTensor, "rows", noted)
+    monkeypatch.setattr(StoredTensor, "rows", recorded)
     convert(tmp_path / "model", tmp_path / "out", to, verify=True)
-    assert 10**6 < max(asked) <= 1 << 20
+    assert 10**6 < max(sizes) <= 1 << 20
 
 
 # --------------------------------------------------------------------------------------------------- refusals
@@ -188,7 +169,7 @@ def test_fp8_is_not_made_from_fp8(directory: Path, tmp_path: Path) -> None:
         convert(tmp_path / "fp8", tmp_path / "again", "fp8")
 
 
-def test_numbers_that_are_not_finite_are_named(directory: Path, tmp_path: Path) -> None:
+def test_a_tensor_with_values_that_are_not_finite_is_named(directory: Path, tmp_path: Path) -> None:
     tensors = load_file(directory / "model.safetensors")
     name = "model.layers.1.self_attn.o_proj.weight"
     tensors[name][3, 3] = float("inf")
@@ -198,7 +179,7 @@ def test_numbers_that_are_not_finite_are_named(directory: Path, tmp_path: Path) 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
 
 
-def test_a_full_disk_is_found_before_anything_is_written(
+def test_insufficient_disk_space_is_reported_before_anything_is_written(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
@@ -209,7 +190,7 @@ def test_a_full_disk_is_found_before_anything_is_written(
 
 @pytest.mark.parametrize("existing", [True, False])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_an_interrupted_conversion_leaves_nothing_half_made(
+def test_an_interrupted_conversion_leaves_no_partial_output(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: bool, error: type[BaseException]
 ) -> None:
     out = tmp_path / "out"
@@ -231,14 +212,14 @@ def test_an_interrupted_conversion_leaves_nothing_half_made(
     assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
 
 
-def test_verification_finds_a_wrong_number_and_keeps_it_from_getting_a_name(
+def test_output_that_fails_verification_does_not_get_its_name(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = fp8.quantize
 
     def wrong(weight_RI: Tensor) -> tuple[Tensor, Tensor]:
-        numbers, scales = original(weight_RI)
-        return numbers, scales * 1.2
+        qweight, scales = original(weight_RI)
+        return qweight, scales * 1.2
 
     monkeypatch.setattr(writing.fp8, "quantize", wrong)
     with pytest.raises(CheckpointError, match="what was written differs from the source"):
@@ -246,7 +227,7 @@ def test_verification_finds_a_wrong_number_and_keeps_it_from_getting_a_name(
     assert not (tmp_path / "out").exists()
 
 
-def test_absent_mtp_weights_are_not_promised_again(tmp_path: Path) -> None:
+def test_absent_mtp_weights_are_absent_from_the_new_config(tmp_path: Path) -> None:
     save_model(lively_model(tiny()), tmp_path / "model")
     file = tmp_path / "model" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "num_nextn_predict_layers": 1}))

@@ -1,4 +1,4 @@
-"""What is said of a model without loading it, against the model itself."""
+"""Sizes and costs computed without loading a model, against the model itself."""
 
 import json
 from collections.abc import Callable
@@ -27,7 +27,7 @@ EVEN = tiny(
 
 
 def bytes_of(model: nn.Module) -> int:
-    """Of every parameter and buffer, once."""
+    """The bytes of every parameter and buffer, once."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
@@ -37,13 +37,13 @@ def test_memory_is_what_a_loaded_model_takes(changes: dict[str, Any]) -> None:
     config = tiny(**{**vars(EVEN), **changes})
     found = weight_bytes(config)
     assert found["fp32"] == bytes_of(lively_model(config))
-    narrow = lively_model(config, dtype=torch.bfloat16)
-    assert found["bf16"] == bytes_of(narrow)
-    assert found["int8"] == bytes_of(quantized(narrow, "int8"))
-    assert found["int4"] == bytes_of(quantized(narrow, "int4"))
+    bf16 = lively_model(config, dtype=torch.bfloat16)
+    assert found["bf16"] == bytes_of(bf16)
+    assert found["int8"] == bytes_of(quantized(bf16, "int8"))
+    assert found["int4"] == bytes_of(quantized(bf16, "int4"))
 
 
-def test_a_width_that_int4_cannot_pack_is_said_so() -> None:
+def test_int4_is_none_for_a_width_it_cannot_group() -> None:
     assert weight_bytes(tiny())["int4"] is None
 
 
@@ -86,7 +86,7 @@ def test_a_directory_without_weights_and_a_damaged_one(tmp_path: Path) -> None:
 
 @pytest.fixture
 def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Makes a model of the name org/model in a cache of the hub, as a download leaves it; the hub is out of reach."""
+    """Create the model org/model in the hub's cache, as a download leaves it; the hub itself cannot be reached."""
     cache = tmp_path / "cache"
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -104,7 +104,7 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     return make
 
 
-def test_a_name_on_the_hub_is_read_from_its_cache(hub_cache: Callable[..., Path]) -> None:
+def test_a_model_on_the_hub_is_read_from_the_cache(hub_cache: Callable[..., Path]) -> None:
     snapshot = hub_cache(weights=True)
     assert model_info("org/model") == model_info(snapshot)
 
@@ -115,7 +115,7 @@ def test_a_config_alone_in_the_cache_is_enough(hub_cache: Callable[..., Path]) -
     assert found.config == EVEN and found.stored is None
 
 
-def test_headers_come_from_the_hub_when_the_weights_are_not_here(
+def test_headers_come_from_the_hub_when_the_weights_are_not_cached(
     hub_cache: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub_cache(weights=False)
@@ -126,7 +126,7 @@ def test_headers_come_from_the_hub_when_the_weights_are_not_here(
     assert model_info("org/model").stored == info_module.StoredFiles(1, 30, {"BF16": 15})
 
 
-def test_the_command_prints_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_sizes_and_refuses_other_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_model(lively_model(EVEN, dtype=torch.bfloat16), tmp_path / "model")
     main(["info", str(tmp_path / "model")])
     text = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""`transformers` as judge of `fathom export`: every form loads, computes the same, and drafts with our MTP module.
+"""`fathom export` read by `transformers`: every format loads, computes the same, and drafts with our MTP module.
 
 Its reader of FP8 blocks, which a CPU has to use, takes widths that 128 divides alone (5.23: Fp8Dequantize divides rows
 by the number of scales), and so not DeepSeek-V3's own kv_a_proj_with_mqa of 576 rows; here all blocks are whole.
@@ -32,7 +32,7 @@ CONTINUATION = 24
 
 @pytest.fixture(scope="module", params=FORMS)
 def export(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model in one of the forms."""
+    """A model in one of the formats."""
     folder = tmp_path_factory.mktemp("export")
     save_model(lively_model(WHOLE, seed=4, std=0.1), folder / "model")
     main(["export", str(folder / "model"), "--out", str(folder / "out"), "--to", *FORMS[request.param]])
@@ -42,9 +42,9 @@ def export(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def theirs(export: Path) -> DeepseekV3ForCausalLM:
     """As `transformers` reads it: FP8 is dequantised to bfloat16 as it is loaded."""
-    narrow = torch.float32 if "float32" in (export / "config.json").read_text() else torch.bfloat16
+    dtype = torch.float32 if "float32" in (export / "config.json").read_text() else torch.bfloat16
     with quietly(), mtp_layers_known(WHOLE.num_hidden_layers):
-        model, info = AutoModelForCausalLM.from_pretrained(export, dtype=narrow, output_loading_info=True, **PLAIN)
+        model, info = AutoModelForCausalLM.from_pretrained(export, dtype=dtype, output_loading_info=True, **PLAIN)
     assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     return model.eval()
 
@@ -57,7 +57,7 @@ def test_weights_and_logits_are_the_same(export: Path, theirs: DeepseekV3ForCaus
         assert weight.dtype == dtype and torch.equal(weight, mine[name.removeprefix("model.")]), name
     tokens_BS = random_tokens(WHOLE, 2, 17)
     with torch.no_grad():
-        # The same numbers, multiplied in float32: bfloat16's roundings differ between two right programs.
+        # The same weights, computed in float32: two correct programs may round differently in bfloat16.
         found, expected = ours.float()(tokens_BS).logits_BSO, theirs.float()(tokens_BS, use_cache=False).logits
     assert relative_error(found, expected) <= 1e-5
 

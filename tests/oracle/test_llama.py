@@ -1,4 +1,4 @@
-"""llama.cpp as judge of our GGUF files: the same logits, the same greedy continuations, tokens, chats and drafts."""
+"""Our GGUF files in llama.cpp: the same logits, greedy continuations, tokens, chats and drafts."""
 
 import copy
 import ctypes
@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.oracle, pytest.mark.slow]
 
 LENGTH = 40
 FLOAT32 = 0
-"""ggml's number for the type; llama.cpp keeps its cache in float16 unless told otherwise."""
+"""ggml's number of the type; llama.cpp's KV cache is float16 by default."""
 
 seeds = st.integers(0, 2**32 - 1)
 many = settings(
@@ -44,7 +44,7 @@ many = settings(
 
 @contextmanager
 def llama(path: Path, **options: Any) -> Iterator[Any]:
-    """llama-cpp-python over one file, its cache in float32. One thread: several wait for each other in busy loops."""
+    """llama-cpp-python over one file, its cache in float32. One thread: several would busy-wait for one another."""
     given = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "logits_all": True, "verbose": False} | options
     program = llama_cpp.Llama(str(path), type_k=FLOAT32, type_v=FLOAT32, **given)
     try:
@@ -62,7 +62,7 @@ def logits_of(path: Path, tokens_BS: Tensor) -> Tensor:
 
 def saved(model: Model, folder: Path, dtype: DType = "f32", tokenizer: Tokenizer | None = None) -> Path:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # modules that llama.cpp has no use for
+        warnings.simplefilter("ignore")  # MTP modules that llama.cpp cannot use
         save_gguf(model, tokenizer, folder / "model.gguf", dtype)
     return folder / "model.gguf"
 
@@ -72,7 +72,7 @@ def saved(model: Model, folder: Path, dtype: DType = "f32", tokenizer: Tokenizer
 
 @st.composite
 def representable(draw: st.DrawFn) -> ModelConfig:
-    """Any shape and any YaRN whose ramp is llama.cpp's."""
+    """Any shape, and any YaRN with llama.cpp's ramp."""
     config = draw(model_configs())
     if (yarn := config.rope_scaling) is not None:
         length = max(yarn.original_max_position_embeddings, 7)
@@ -137,8 +137,8 @@ WIDE = tiny(
 
 @pytest.mark.parametrize("dtype", ["bf16", "q8_0"])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_narrow_types_round_weights_and_nothing_else(tmp_path: Path, dtype: DType, seed: int) -> None:
-    """llama.cpp rounds activations like weights in every product: that does about as much as the weights' rounding."""
+def test_bf16_and_q8_0_files_differ_by_the_rounding_of_weights_only(tmp_path: Path, dtype: DType, seed: int) -> None:
+    """llama.cpp rounds the activations of every matmul as it does weights, with an error of about the same size."""
     model = lively_model(WIDE, seed)
     tokens_BS = random_tokens(WIDE, 1, LENGTH, seed)
     found_BSO = logits_of(saved(model, tmp_path, dtype), tokens_BS)
@@ -216,9 +216,9 @@ def test_main_logits_are_the_same_with_modules(tmp_path: Path) -> None:
 @pytest.mark.parametrize("yarn", [None, RELEASED_YARN])
 @pytest.mark.parametrize("tied", [False, True])
 def test_drafts_are_equal(tmp_path: Path, yarn: YarnScaling | None, tied: bool) -> None:
-    """What llama.cpp's `draft-mtp` does: the module's logits from the main model's states and the next tokens.
+    """llama.cpp's `draft-mtp`: the module's logits from the main model's hidden states and the next tokens.
 
-    llama-cpp-python's `Llama` cannot be told to draft so; its bindings of the C functions can.
+    llama-cpp-python's `Llama` has no such mode; its bindings of the C functions have.
     """
     config = tiny(num_nextn_predict_layers=1, rope_scaling=yarn, tie_word_embeddings=tied, rms_norm_eps=1e-5)
     model = lively_model(config, seed=3)
@@ -237,7 +237,7 @@ def test_drafts_are_equal(tmp_path: Path, yarn: YarnScaling | None, tied: bool) 
 
 @contextmanager
 def drafting_contexts(path: Path) -> Iterator[tuple[Any, Any]]:
-    """A context of the main model and one of its MTP module, both giving their states out."""
+    """A context of the main model and one of its MTP module, both with hidden states as output."""
     extension = pytest.importorskip("llama_cpp.llama_cpp_ext", reason="the drafting functions are not bound")
     llama_cpp.llama_backend_init()
     model_options = llama_cpp.llama_model_default_params()
@@ -265,7 +265,7 @@ def drafting_contexts(path: Path) -> Iterator[tuple[Any, Any]]:
 def process(
     context: Any, config: ModelConfig, tokens: list[int], position: int, h_SD: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Logits (S, O) and states (S, D) of tokens, each with the state that goes with it."""
+    """Logits (S, O) and hidden states (S, D) of tokens; `h_SD` are the hidden states that an MTP module takes in."""
     from llama_cpp import llama_cpp_ext
 
     batch = llama_cpp.llama_batch_ext_init(context)
@@ -305,24 +305,24 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def speaker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Model, Tokenizer]]:
-    """A model that speaks, there and here; its vocabulary is larger than the tokenizer's."""
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Model, Tokenizer]]:
+    """A model with a tokenizer, in llama.cpp and here; its vocabulary is larger than the tokenizer's."""
     tokenizer = train_tokenizer([SAMPLE, *TEXTS], 500)
     config = tiny(vocab_size=tokenizer.vocab_size + 11)
     model = lively_model(config, seed=1, std=0.25)
-    with llama(saved(model, tmp_path_factory.mktemp("speaker"), tokenizer=tokenizer)) as program:
+    with llama(saved(model, tmp_path_factory.mktemp("chat"), tokenizer=tokenizer)) as program:
         yield program, model, tokenizer
 
 
 def assert_same_tokens(program: Any, tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     assert program.tokenize(text.encode(), add_bos=True, special=False) == ids
-    # Without the begin token: after it llama-cpp-python takes a blank away from the text.
+    # Without BOS: llama-cpp-python removes a leading space after it.
     assert program.detokenize(ids[1:]) == text.encode() == tokenizer.decode(ids).encode()
 
 
-def test_texts_become_the_same_tokens_and_come_back(speaker: tuple[Any, Model, Tokenizer]) -> None:
-    program, _, tokenizer = speaker
+def test_texts_are_tokenized_and_detokenized_alike(chat_model: tuple[Any, Model, Tokenizer]) -> None:
+    program, _, tokenizer = chat_model
     for text in TEXTS:
         assert_same_tokens(program, tokenizer, text)
     special = [tokenizer.bos_id, tokenizer.token_id(USER), *tokenizer.encode("hi", bos=False), tokenizer.eos_id]
@@ -333,14 +333,14 @@ def test_texts_become_the_same_tokens_and_come_back(speaker: tuple[Any, Model, T
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from([*" \n\r\t.,'a1Z$你か٣é🙂", "  ", "def", " x", "'ll", "()"]), max_size=20).map("".join))
-def test_any_mixture_becomes_the_same_tokens(speaker: tuple[Any, Model, Tokenizer], text: str) -> None:
-    program, _, tokenizer = speaker
+def test_random_texts_are_tokenized_alike(chat_model: tuple[Any, Model, Tokenizer], text: str) -> None:
+    program, _, tokenizer = chat_model
     assert_same_tokens(program, tokenizer, text)
 
 
-def test_chats_are_answered_alike(speaker: tuple[Any, Model, Tokenizer]) -> None:
-    """The chat template in the file puts the same tokens in front, and the greedy answer is the same."""
-    program, model, tokenizer = speaker
+def test_chats_are_answered_alike(chat_model: tuple[Any, Model, Tokenizer]) -> None:
+    """The chat template in the file gives the same prompt tokens, and the greedy answer is the same."""
+    program, model, tokenizer = chat_model
     user, assistant = tokenizer.token_id(USER), tokenizer.token_id(ASSISTANT)
     assert user is not None and assistant is not None
     prompt = [tokenizer.bos_id, user, *tokenizer.encode("Who are you?", bos=False), assistant]
@@ -351,5 +351,5 @@ def test_chats_are_answered_alike(speaker: tuple[Any, Model, Tokenizer]) -> None
     )
     seen = program.input_ids[: program.n_tokens].tolist()
     assert seen[: len(prompt)] == prompt
-    written = seen[len(prompt) :]  # the last token is given out, and not read any more
+    written = seen[len(prompt) :]  # the last token is returned but not fed back
     assert written == answer[: len(written)] and len(written) >= len(answer) - 1 > 3

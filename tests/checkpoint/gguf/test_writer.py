@@ -1,4 +1,4 @@
-"""GGUF files read back with the gguf package: every weight, every key, what is refused, and what a failure leaves."""
+"""GGUF files read back with the gguf package: every weight, every key, refusals, and failed writes."""
 
 import json
 import weakref
@@ -52,7 +52,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]
 
 
 def expected_layer(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """One layer's tensors under llama.cpp's names, from our state dictionary, written out a second time."""
+    """One layer's tensors under llama.cpp's names, from our state dictionary, written independently of the package."""
     heads, nope, experts = config.num_attention_heads, config.qk_nope_head_dim, config.n_routed_experts
     width, latent = config.moe_intermediate_size, config.kv_lora_rank
     scale = (config.rms_norm_eps / LATENT_NORM_EPS) ** 0.5
@@ -129,7 +129,7 @@ WIDE = tiny(
 EXACT = ("norm.weight", "enorm.weight", "hnorm.weight", "ffn_gate_inp.weight", "exp_probs_b.bias")
 
 
-def test_bfloat16_files_hold_bfloat16_weights_as_they_are(tmp_path: Path) -> None:
+def test_bfloat16_weights_are_stored_unchanged_in_bfloat16_files(tmp_path: Path) -> None:
     model = lively_model(WIDE, dtype=torch.bfloat16)
     save_gguf(model, None, tmp_path / "model.gguf")
     keys, tensors, types = read(tmp_path / "model.gguf")
@@ -169,7 +169,7 @@ def test_a_rescaled_matrix_stays_in_float32(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "q8_0"])
-def test_one_piece_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: gguf_tensors.DType) -> None:
+def test_one_chunk_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: gguf_tensors.DType) -> None:
     written: list[weakref.ref[Any]] = []
     encode = gguf_tensors.encode
 
@@ -189,7 +189,7 @@ def test_one_piece_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dt
 # --------------------------------------------------------------------------------------------------- metadata
 
 
-def test_the_keys_say_what_the_configuration_says(tmp_path: Path) -> None:
+def test_metadata_keys_match_the_configuration(tmp_path: Path) -> None:
     yarn = YarnScaling(40.0, 4096, mscale=1.0, mscale_all_dim=1.0)
     config = tiny(num_nextn_predict_layers=1, rope_scaling=yarn, rope_theta=50000.0, n_shared_experts=2)
     save_gguf(lively_model(config), None, tmp_path / "name.gguf", "f32")
@@ -212,8 +212,8 @@ def test_the_keys_say_what_the_configuration_says(tmp_path: Path) -> None:
     assert keys == {k: float(np.float32(v)) if isinstance(v, float) else v for k, v in expected.items()}
 
 
-def test_what_is_not_there_is_said_so(tmp_path: Path) -> None:
-    """No query compression is a rank of 0, a choice of all groups is none, no module has no key."""
+def test_keys_of_absent_features(tmp_path: Path) -> None:
+    """Without query compression the rank is 0; groups that do not restrict, and absent MTP modules, have no keys."""
     config = tiny(q_lora_rank=None, topk_group=4, norm_topk_prob=False)
     save_gguf(lively_model(config), None, tmp_path / "model.gguf")
     keys, _, _ = read(tmp_path / "model.gguf")
@@ -262,8 +262,8 @@ def changed(tokenizer: Tokenizer, change: Callable[[dict[str, Any]], Any]) -> To
     return Tokenizer(json.dumps(content), tokenizer.config)
 
 
-def test_the_spellings_of_deepseeks_own_file_are_understood(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """Line ends unescaped, merges as single strings, an empty normalizer, role tokens not declared special."""
+def test_the_spellings_of_deepseeks_own_file_are_accepted(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Line breaks unescaped, merges as single strings, an empty normalizer, role tokens not declared special."""
 
     def respell(content: dict[str, Any]) -> None:
         for step in content["pre_tokenizer"]["pretokenizers"][:-1]:
@@ -305,7 +305,7 @@ def one_step(content: dict[str, Any]) -> None:
         (lambda content: content["model"].update(merges=[]), "no merges"),
     ],
 )
-def test_a_tokenizer_that_would_cut_differently_is_refused(
+def test_a_tokenizer_that_would_split_text_differently_is_refused(
     tmp_path: Path, tokenizer: Tokenizer, change: Callable[[dict[str, Any]], Any], named: str
 ) -> None:
     model = lively_model(tiny(vocab_size=tokenizer.vocab_size))
@@ -338,7 +338,7 @@ def test_what_llama_cpp_would_run_differently_is_refused(tmp_path: Path, changes
     assert not list(tmp_path.iterdir())
 
 
-def test_depths_of_the_lite_models_are_fine_without_query_compression(tmp_path: Path) -> None:
+def test_depths_of_the_lite_models_are_accepted_without_query_compression(tmp_path: Path) -> None:
     save_gguf(lively_model(tiny(num_hidden_layers=27, q_lora_rank=None)), None, tmp_path / "model.gguf")
     assert (tmp_path / "model.gguf").is_file()
 
@@ -353,12 +353,12 @@ def test_a_file_is_verified_before_it_gets_its_name(
     assert found.tensors == len(gguf.GGUFReader(tmp_path / "model.gguf").tensors)
 
     def disturbed(weights: Any, tensor: Any, dtype: DType) -> Iterator[Any]:
-        """One bit of one tensor changes on its way to the disk."""
-        for piece in gguf_tensors.encoded_chunks(weights, tensor, dtype):
+        """Flip one bit of one tensor on its way to the disk."""
+        for chunk in gguf_tensors.encoded_chunks(weights, tensor, dtype):
             if tensor.name == "blk.1.attn_output.weight":
-                piece = piece.copy()
-                piece.view(np.uint8).reshape(-1)[7] ^= 1
-            yield piece
+                chunk = chunk.copy()
+                chunk.view(np.uint8).reshape(-1)[7] ^= 1
+            yield chunk
 
     monkeypatch.setattr(ours, "encoded_chunks", disturbed)
     with pytest.raises(CheckpointError, match=r"attn_output\.weight: what was written differs from the source"):
@@ -379,7 +379,7 @@ def test_bad_arguments_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None
 
 @pytest.mark.parametrize("stage", ["write_kv_data_to_file", "write_padding", "os.replace"])
 @pytest.mark.parametrize("earlier", [None, b"the model of yesterday"])
-def test_a_failed_write_leaves_what_was_there(
+def test_a_failed_write_leaves_an_earlier_file_unchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, earlier: bytes | None
 ) -> None:
     path = tmp_path / "model.gguf"
@@ -395,7 +395,7 @@ def test_a_failed_write_leaves_what_was_there(
     assert [file.read_bytes() for file in tmp_path.iterdir()] == ([] if earlier is None else [earlier])
 
 
-def test_an_earlier_file_is_replaced_and_folders_are_made(tmp_path: Path) -> None:
+def test_an_earlier_file_is_replaced_and_directories_are_created(tmp_path: Path) -> None:
     path = tmp_path / "deeper" / "model.gguf"
     save_gguf(lively_model(tiny(), seed=1), None, path)
     save_gguf(lively_model(tiny(), seed=2), None, path, "f32")

@@ -1,4 +1,4 @@
-"""Model directories: what is written others can read, what others wrote is read, and damage has a name."""
+"""Model directories: round trips, what other programs write and need, and clear errors for damaged files."""
 
 import json
 import os
@@ -23,6 +23,7 @@ from fathom.engine.sampling.sampler import SamplingParams
 from fathom.model.config import ModelConfig
 from fathom.model.rope_scaling import YarnScaling
 from fathom.model.transformer import Model
+from tests.checkpoint.fp8_definition import MODEL, NOT_QUANTIZED, quantize_blocks
 from tests.model.configs import lively_model, model_configs, tiny
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -78,25 +79,25 @@ def edit_json(file: Path, **changes: Any) -> None:
 
 @settings(max_examples=12, deadline=None)
 @given(model_configs(), st.sampled_from([1, 2000, 10**9]), st.booleans(), st.integers(0, 2**32 - 1))
-def test_what_is_saved_is_loaded_bit_by_bit(
+def test_a_round_trip_keeps_every_bit(
     tmp_path_factory: pytest.TempPathFactory,
     config: ModelConfig,
     max_shard_size: int,
-    narrow: bool,
+    bfloat16: bool,
     seed: int,
 ) -> None:
     """MTP modules, tied heads, shards of one tensor each; biases keep float32 under bfloat16 weights."""
     directory = tmp_path_factory.mktemp("round") / "trip"
-    model = bfloat16_model(config, seed) if narrow else lively_model(config, seed)
+    model = bfloat16_model(config, seed) if bfloat16 else lively_model(config, seed)
     save_model(model, directory, max_shard_size=max_shard_size)
-    again = load_model(directory, dtype=torch.bfloat16 if narrow else torch.float32)
+    again = load_model(directory, dtype=torch.bfloat16 if bfloat16 else torch.float32)
     assert_same_model(again, model)
     assert (again.lm_head.weight is again.embed_tokens.weight) == config.tie_word_embeddings
     assert not again.training
     assert not list(directory.parent.glob(".*")), "something temporary was left behind"
 
 
-def test_shards_are_cut_and_indexed(tmp_path: Path) -> None:
+def test_weights_are_split_into_shards_with_an_index(tmp_path: Path) -> None:
     model = lively_model(tiny(num_nextn_predict_layers=1))
     save_model(model, tmp_path / "many", max_shard_size=6000)
     save_model(model, tmp_path / "one")
@@ -158,7 +159,7 @@ def test_tensors_carry_the_released_names(tmp_path_factory: pytest.TempPathFacto
     model = lively_model(config)
     save_model(model, directory)
     tensors = stored(directory)
-    # A model whose layers are all dense still has a mixture in its MTP modules.
+    # A model whose layers are all dense still has experts in its MTP modules.
     assert set(tensors) == expected_names(config)
     for k in range(config.num_nextn_predict_layers):
         layer = f"model.layers.{config.num_hidden_layers + k}."
@@ -188,7 +189,7 @@ def test_biases_are_written_in_float32_beside_bfloat16_weights(tmp_path: Path) -
         assert tensor.dtype == (torch.float32 if wide else torch.bfloat16), name
 
 
-def test_config_json_says_what_vllm_and_llama_cpp_need(tmp_path: Path) -> None:
+def test_config_json_has_what_vllm_and_llama_cpp_need(tmp_path: Path) -> None:
     yarn = YarnScaling(4.0, 64, mscale=1.0, mscale_all_dim=1.0)
     save_model(bfloat16_model(tiny(rope_scaling=yarn)), tmp_path / "model")
     raw = json.loads((tmp_path / "model" / "config.json").read_text())
@@ -204,8 +205,8 @@ def test_config_json_says_what_vllm_and_llama_cpp_need(tmp_path: Path) -> None:
     assert generation == {"bos_token_id": 0, "eos_token_id": 1}
 
 
-def test_each_of_several_end_tokens_ends_a_text(tmp_path: Path) -> None:
-    """The list is written as it was read, into both files, and the engine stops at any of it."""
+def test_each_of_several_eos_tokens_ends_a_completion(tmp_path: Path) -> None:
+    """The list is written to both files as it was read, and the engine stops at any of them."""
     tokenizer = train_tokenizer(["the quick brown fox"], 280)
     model = lively_model(tiny(vocab_size=tokenizer.vocab_size))
     params = SamplingParams(max_tokens=12)
@@ -222,7 +223,7 @@ def test_each_of_several_end_tokens_ends_a_text(tmp_path: Path) -> None:
         assert json.loads((tmp_path / "again" / name).read_text())["eos_token_id"] == [tokenizer.eos_id, last]
 
 
-def test_a_tokenizer_is_saved_along(tmp_path: Path) -> None:
+def test_the_tokenizer_is_saved_with_the_model(tmp_path: Path) -> None:
     tokenizer = train_tokenizer(["the quick brown fox", "the lazy dog"], 280)
     save_model(lively_model(tiny(vocab_size=280)), tmp_path / "model", tokenizer)
     again = load_tokenizer(tmp_path / "model")
@@ -257,10 +258,10 @@ def test_saving_over_a_model_replaces_it_and_keeps_other_files(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("moment", range(1, 5))
-def test_a_replacement_that_stops_at_any_moment_loses_nothing(
+def test_a_replacement_killed_at_any_moment_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
-    """As if killed before the n-th change of names: both models are whole, under the name or beside it."""
+    """Killed before the n-th rename: both models are complete, under the target's name or beside it."""
     target = tmp_path / "model"
     old, new = lively_model(tiny(), seed=1), lively_model(tiny(), seed=2)
     save_model(old, target)
@@ -287,14 +288,12 @@ def test_a_replacement_that_stops_at_any_moment_loses_nothing(
     found = {path: load_model(path) for path in tmp_path.iterdir() if any(path.glob("*.safetensors"))}
     if target in found:
         assert_same_model(found[target], old if moment == 1 else new)
-    for wanted in (old, new):
-        assert any(torch.equal(wanted.lm_head.weight, model.lm_head.weight) for model in found.values())
+    for expected in (old, new):
+        assert any(torch.equal(expected.lm_head.weight, model.lm_head.weight) for model in found.values())
     assert [path.read_text() for path in tmp_path.rglob("notes.txt")] == ["mine"]
 
 
-def test_a_model_that_cannot_take_the_name_leaves_the_old_one_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_rename_puts_the_old_model_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = lively_model(tiny(), seed=1)
     save_model(old, tmp_path / "model")
     rename, calls = os.rename, []
@@ -311,7 +310,7 @@ def test_a_model_that_cannot_take_the_name_leaves_the_old_one_there(
     assert_same_model(load_model(tmp_path / "model"), old)
 
 
-def test_the_directory_one_stands_in_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_working_directory_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="working directory"):
         save_model(lively_model(tiny()), ".")
@@ -373,7 +372,7 @@ def test_stacked_experts_of_transformers_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_tied_head_may_be_absent_and_no_other(tmp_path: Path, tied: bool) -> None:
+def test_only_a_tied_head_may_be_absent(tmp_path: Path, tied: bool) -> None:
     model = lively_model(tiny(tie_word_embeddings=tied))
     save_model(model, tmp_path / "model")
     edit(tmp_path / "model", lambda tensors: tensors.pop("lm_head.weight"))
@@ -386,7 +385,7 @@ def test_a_tied_head_may_be_absent_and_no_other(tmp_path: Path, tied: bool) -> N
 
 @pytest.mark.parametrize("name", [EMBEDDING, "lm_head.weight"])
 def test_a_tied_head_that_differs_is_refused(tmp_path: Path, name: str) -> None:
-    """`transformers` would untie the two, other programs believe one of them."""
+    """`transformers` would untie the two, other programs use one of them."""
     save_model(lively_model(tiny(tie_word_embeddings=True)), tmp_path / "model")
     edit(tmp_path / "model", lambda tensors: tensors.update({name: tensors[name] + 1}))
     assert_refused(tmp_path / "model", SINGLE, EMBEDDING.removeprefix("model."), "lm_head.weight", "ties them")
@@ -406,7 +405,7 @@ def test_an_mtp_layer_with_an_embedding_or_head_of_its_own_is_refused(tmp_path: 
     assert_same_model(load_model(tmp_path / "model"), model)
 
 
-def test_promised_mtp_weights_that_are_absent_are_warned_of(tmp_path: Path) -> None:
+def test_absent_mtp_weights_cause_a_warning(tmp_path: Path) -> None:
     model = lively_model(tiny(num_nextn_predict_layers=1))
     save_model(model, tmp_path / "model")
 
@@ -422,28 +421,6 @@ def test_promised_mtp_weights_that_are_absent_are_warned_of(tmp_path: Path) -> N
     assert torch.equal(found(tokens_BS).logits_BSO, model(tokens_BS).logits_BSO)
 
 
-def quantized(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A weight as FP8, one scale per 128x128 block, and what that stands for in float64."""
-    rows, columns = weight.shape
-    fp8 = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
-    scales = torch.empty(-(-rows // 128), -(-columns // 128))
-    values = torch.empty(rows, columns, dtype=torch.float64)
-    for i in range(scales.shape[0]):
-        for j in range(scales.shape[1]):
-            block = slice(128 * i, 128 * (i + 1)), slice(128 * j, 128 * (j + 1))
-            scales[i, j] = weight[block].abs().max() / 448
-            fp8[block] = (weight[block] / scales[i, j]).to(torch.float8_e4m3fn)
-            values[block] = fp8[block].double() * scales[i, j].double()
-    return fp8, scales, values
-
-
-WIDE = tiny(
-    hidden_size=150, intermediate_size=300, moe_intermediate_size=130, kv_lora_rank=129, n_routed_experts=4,
-    n_group=2, topk_group=1, num_experts_per_tok=2, num_hidden_layers=2, num_nextn_predict_layers=1,
-)  # fmt: skip
-KEPT_WIDE = ("norm", "mlp.gate.", "embed_tokens", "head", "eh_proj")
-
-
 def save_fp8(model: Model, directory: Path, scales_apart: bool = False) -> dict[str, Tensor]:
     """Write a model as DeepSeek ships its own; returns what each quantised tensor stands for."""
     save_model(model, directory)
@@ -451,8 +428,8 @@ def save_fp8(model: Model, directory: Path, scales_apart: bool = False) -> dict[
 
     def quantize(tensors: dict[str, Tensor]) -> None:
         for name in list(tensors):
-            if not any(part in name for part in KEPT_WIDE):
-                tensors[name], tensors[f"{name}_scale_inv"], values[name] = quantized(tensors[name])
+            if not any(part in name for part in NOT_QUANTIZED):
+                tensors[name], tensors[f"{name}_scale_inv"], values[name] = quantize_blocks(tensors[name])
 
     edit(directory, quantize)
     quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
@@ -468,9 +445,9 @@ def save_fp8(model: Model, directory: Path, scales_apart: bool = False) -> dict[
 
 
 @pytest.mark.parametrize("scales_apart", [False, True], ids=["one file", "scales in another shard"])
-def test_fp8_weights_are_read_by_their_definition(tmp_path: Path, scales_apart: bool) -> None:
-    """Widths above 128 that are no multiples of it: several blocks, the last ones ragged."""
-    model = lively_model(WIDE)
+def test_fp8_weights_are_read_by_the_definition_of_the_format(tmp_path: Path, scales_apart: bool) -> None:
+    """Widths above 128 that are not multiples of it: several blocks, the last ones partial."""
+    model = lively_model(MODEL)
     values = save_fp8(model, tmp_path / "model", scales_apart)
     save_model(load_model(tmp_path / "model"), tmp_path / "again")
     again, original = stored(tmp_path / "again"), stored(tmp_path / "model")
@@ -482,7 +459,7 @@ def test_fp8_weights_are_read_by_their_definition(tmp_path: Path, scales_apart: 
 
 
 def test_fp8_weights_without_scales_are_refused(tmp_path: Path) -> None:
-    save_fp8(lively_model(WIDE), tmp_path / "model")
+    save_fp8(lively_model(MODEL), tmp_path / "model")
     name = "model.layers.0.self_attn.o_proj.weight"
     edit(tmp_path / "model", lambda tensors: tensors.pop(f"{name}_scale_inv"))
     assert_refused(tmp_path / "model", SINGLE, name, f"{name}_scale_inv")
@@ -490,7 +467,7 @@ def test_fp8_weights_without_scales_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 2), (6,), ()])
 def test_fp8_scales_of_the_wrong_shape_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    save_fp8(lively_model(WIDE), tmp_path / "model")
+    save_fp8(lively_model(MODEL), tmp_path / "model")
     name = "model.layers.0.mlp.up_proj.weight_scale_inv"
     edit(tmp_path / "model", lambda tensors: tensors.update({name: torch.ones(shape)}))
     if shape == (3, 2):
@@ -500,7 +477,7 @@ def test_fp8_scales_of_the_wrong_shape_are_refused(tmp_path: Path, shape: tuple[
 
 
 def test_fp8_vectors_are_refused(tmp_path: Path) -> None:
-    """Blocks are of matrices; a quantised norm is no part of the format."""
+    """Only matrices have blocks; a quantised norm is no part of the format."""
     save_model(lively_model(tiny()), tmp_path / "model")
     name = "model.norm.weight"
     fp8 = {name: torch.ones(24).to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(1)}
@@ -568,13 +545,13 @@ def test_an_unexpected_tensor_is_named(directory: Path, name: str) -> None:
 
 
 def test_the_same_tensor_under_two_names_is_refused(directory: Path) -> None:
-    """`norm.weight` and `model.norm.weight` are one place: whichever came second would win silently."""
+    """`norm.weight` and `model.norm.weight` are one parameter: the second would silently overwrite the first."""
     edit(directory, lambda tensors: tensors.update({"norm.weight": torch.ones(24)}))
     assert_refused(directory, SINGLE, "norm.weight")
 
 
-def test_an_expert_given_twice_does_not_hide_a_missing_one(directory: Path) -> None:
-    """Stacked and single tensors together fill the count of numbers, but not every place."""
+def test_a_duplicate_expert_does_not_hide_a_missing_one(directory: Path) -> None:
+    """Stacked and single tensors together have the right number of elements, but do not fill every parameter."""
 
     def confuse(tensors: dict[str, Tensor]) -> None:
         prefix = "model.layers.1.mlp.experts."

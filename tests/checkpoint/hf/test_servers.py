@@ -4,9 +4,9 @@
   03356f8c (MTP layers).
 - SGLang: python/sglang/srt/models/deepseek_common/deepseek_weight_loader.py at commit 0201c04e.
 
-Both fuse some matrices and take the rest as they are: here a tensor's name is turned into the slot it is loaded into,
-and the slots of a model are written down from its configuration. Every slot must be filled, once, and nothing be left.
-Neither program runs here: both need a GPU.
+Both fuse some matrices and load the others unchanged: here a tensor's name is mapped to the slot it is loaded into, and
+the slots of a model are derived from its configuration. Every slot must be filled exactly once, and no tensor be left
+over. Neither program runs here: both need a GPU.
 """
 
 import json
@@ -78,8 +78,8 @@ def test_config_keys_that_sglang_reads(found: Found) -> None:
 
 def test_fp8_is_declared_as_both_read_it(found: Found) -> None:
     _, raw, tensors = found
-    narrow = any(tensor.dtype == "F8_E4M3" for tensor in tensors.values())
-    if not narrow:
+    has_fp8 = any(tensor.dtype == "F8_E4M3" for tensor in tensors.values())
+    if not has_fp8:
         assert "quantization_config" not in raw
         return
     quantization = raw["quantization_config"]
@@ -123,7 +123,7 @@ def slots(config: ModelConfig, fp8: bool, layers: range, prefix: str, fused: str
 
 
 def slot(name: str, config: ModelConfig, fused: str) -> str:
-    """The slot that a tensor of a decoder layer goes into, whatever its prefix has become."""
+    """The slot that a tensor of a decoder layer is loaded into, whatever its prefix."""
     expert = re.fullmatch(r"(.+\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.(\w+)", name)
     if expert is not None:
         part = {"gate": "w1", "up": "w3", "down": "w2"}[expert[3]]
@@ -145,8 +145,8 @@ def layer_of(name: str) -> int | None:
 
 def assert_filled(loaded: list[str], expected: list[str]) -> None:
     counts = Counter(loaded)
-    assert not counts - Counter(expected), "tensors without a place, or twice in one"
-    assert not Counter(expected) - counts, "places that nothing is loaded into"
+    assert not counts - Counter(expected), "tensors without a slot, or twice in one"
+    assert not Counter(expected) - counts, "slots that nothing is loaded into"
 
 
 @pytest.mark.parametrize("fused", ["fused_qkv_a_proj", "fused_qkv_a_proj_with_mqa"], ids=["vllm", "sglang"])
@@ -186,10 +186,10 @@ def test_vllms_mtp_model_is_filled(found: Found) -> None:
 
 
 def test_sglangs_drafter_is_filled_by_one_module(found: Found) -> None:
-    """It drafts with exactly one module, and takes embedding and head from the main model."""
+    """It drafts with exactly one module, and uses embedding and head of the main model."""
     config, _, tensors = found
     if config.num_nextn_predict_layers != 1:
-        pytest.skip("SGLang asks for one MTP module")
+        pytest.skip("SGLang requires one MTP module")
     fp8, fused = any(name.endswith("_scale_inv") for name in tensors), "fused_qkv_a_proj_with_mqa"
     prefix = f"model.layers.{config.num_hidden_layers}"
     loaded = []

@@ -1,4 +1,4 @@
-"""DeepSeek-V3's relatives by their own config.json: those that load, at a tiny size, and those refused by name.
+"""Models related to DeepSeek-V3, by their own config.json: those that load, at a tiny size, and those that are refused.
 
 The fields are those of the released files, written down by hand, sizes and bookkeeping included.
 """
@@ -102,15 +102,15 @@ SMALL = {
         ("DeepSeek-V2", 235.7, 21.4),
     ],
 )
-def test_released_configurations_are_read_and_have_their_sizes(name: str, total: float, active: float) -> None:
+def test_released_configurations_have_the_published_sizes(name: str, total: float, active: float) -> None:
     counts = ModelConfig.from_dict(json.loads(json.dumps(RELEASED[name]))).parameter_counts()
     assert counts.total / 1e9 == pytest.approx(total, rel=0.01)
     assert counts.active / 1e9 == pytest.approx(active, rel=0.05)
 
 
 @pytest.mark.parametrize("name", RELEASED)
-def test_a_tiny_model_of_each_is_loaded_converted_and_saved_as_what_it_is(name: str, tmp_path: Path) -> None:
-    """Every switch of the released configuration, at small widths: 32 to 384 experts in their real groups."""
+def test_a_tiny_model_of_each_is_loaded_converted_and_saved(name: str, tmp_path: Path) -> None:
+    """All options of the released configuration at small widths: 32 to 384 experts in their released groups."""
     raw = {**RELEASED[name], **SMALL, "num_hidden_layers": 2, "first_k_dense_replace": 1}
     raw["q_lora_rank"] = None if raw["q_lora_rank"] is None else 10
     del raw["torch_dtype"]
@@ -131,8 +131,8 @@ def test_a_tiny_model_of_each_is_loaded_converted_and_saved_as_what_it_is(name: 
 
 
 @pytest.mark.parametrize("method", ["greedy", "group_limited_greedy"])
-def test_v2_generates_as_it_computes(method: str) -> None:
-    """The engine, whose C++ knows V3's router alone, against the model's own logits."""
+def test_v2_generates_what_its_logits_say(method: str) -> None:
+    """The engine, whose C++ implements V3's router only, against the model's own logits."""
     tokenizer = train_tokenizer(["the cat sat on the mat"] * 3, 280)
     groups = {"n_group": 4, "topk_group": 2} if method == "group_limited_greedy" else {"n_group": 1, "topk_group": 1}
     config = tiny(vocab_size=280, scoring_func="softmax", topk_method=method, norm_topk_prob=False, **groups)
@@ -162,7 +162,7 @@ def test_v2_is_not_trained() -> None:
         ({"topk_method": "best"}, ["topk_method is 'best'", "group_limited_greedy"]),
     ],
 )
-def test_combinations_that_programs_compute_differently_are_refused(changes: dict[str, Any], words: list[str]) -> None:
+def test_settings_that_programs_interpret_differently_are_refused(changes: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
         ModelConfig.from_dict({**V2_LITE, **changes})
     for word in words:
@@ -183,9 +183,7 @@ V4 = {"model_type": "deepseek_v4", "hc_mult": 4, "hidden_size": 4096, "scoring_f
         ({"model_type": "llama"}, ["'llama'", "'deepseek_v3'", "'deepseek_v2'", "'kimi_k2'"]),
     ],
 )
-def test_relatives_of_another_architecture_are_refused_by_name(
-    raw: dict[str, Any], words: list[str], tmp_path: Path
-) -> None:
+def test_related_architectures_are_refused_by_name(raw: dict[str, Any], words: list[str], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(CheckpointError) as error:
         load_model(tmp_path)
