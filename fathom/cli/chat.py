@@ -12,9 +12,8 @@ from fathom.checkpoint.hf.directory import model_directory
 from fathom.checkpoint.hf.model import load_model
 from fathom.config import ConfigError
 from fathom.data.tokenizer import load_tokenizer
-from fathom.engine.detokenizer import IncrementalDetokenizer
+from fathom.engine.detokenizer import OutputStream
 from fathom.engine.engine import Engine
-from fathom.engine.request import Request
 from fathom.engine.sampling.sampler import SamplingParams
 from fathom.model.quantize import quantized
 from fathom.quantization.integer import Precision
@@ -23,35 +22,30 @@ from fathom.runtime.hardware import keep_freed_memory
 
 @dataclass(frozen=True)
 class ChatCommand:
-    """Talk to a model. Ctrl-C stops an answer, an empty line or Ctrl-D ends; /new begins anew."""
+    """Talk to a model. Ctrl-C stops an answer, an empty line or Ctrl-D quits; /new starts a new conversation."""
 
     path: tyro.conf.Positional[str]
     """A Hugging Face model directory, or a name on the hub."""
     system: str | None = None
-    """What the model is told first."""
+    """The system message."""
     sampling: Annotated[SamplingParams, tyro.conf.arg(name="")] = field(
         default_factory=lambda: SamplingParams(temperature=0.7, top_p=0.95, max_tokens=1024)
     )
     speculative: bool = True
-    """Let the MTP module draft where it pays."""
+    """Let the MTP module draft where that is faster."""
     dtype: str = "float32"
     """float32 or bfloat16."""
     quantize: Precision | None = None
-    """Keep the matrices in 8 or 4 bits."""
+    """Weight-only quantisation to 8 or 4 bits."""
 
 
 def run(words: list[str]) -> None:
-    try:
-        from fathom.data.chat_template import ChatTemplate
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"fathom chat needs {error.name}: pip install 'fathom-lm[serve]'") from error
     command = tyro.cli(ChatCommand, args=words, prog="fathom chat")
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if command.dtype not in dtypes:
         raise ConfigError(f"--dtype is {command.dtype!r}; it must be {' or '.join(dtypes)}")
     directory = model_directory(command.path)
     tokenizer = load_tokenizer(directory)
-    template = ChatTemplate(tokenizer)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         keep_freed_memory()
@@ -59,48 +53,52 @@ def run(words: list[str]) -> None:
     if command.quantize is not None:
         model = quantized(model, command.quantize)
     engine = Engine(model, tokenizer, speculative=command.speculative, max_batch=1)
-    console, beginning = Console(highlight=False), _beginning(command.system)
+    try:
+        engine.chat_template  # noqa: B018 (missing packages and templates are reported before the first line)
+    except ImportError as error:
+        raise ConfigError(f"fathom chat: {error}") from error
+    console, beginning = Console(highlight=False), _system_message(command.system)
     messages = list(beginning)
-    while (said := _ask(console)) is not None:
-        if said == "/new":
+    while (line := _read_line(console)) is not None:
+        if line == "/new":
             messages = list(beginning)
             continue
-        messages.append({"role": "user", "content": said})
-        ids = template.encode(messages)
+        messages.append({"role": "user", "content": line})
+        ids = engine.encode_chat(messages)
         if len(ids) >= engine.max_length:
-            console.print(f"The conversation is longer than the model's {engine.max_length} tokens; /new begins anew.")
+            console.print(
+                f"The conversation has {len(ids)} tokens, the context {engine.max_length}; /new starts a new one."
+            )
             messages.pop()
             continue
-        messages.append({"role": "assistant", "content": _answer(engine, Request(ids, command.sampling), console)})
+        messages.append({"role": "assistant", "content": _answer(engine, ids, command.sampling, console)})
 
 
-def _beginning(system: str | None) -> list[dict[str, Any]]:
+def _system_message(system: str | None) -> list[dict[str, Any]]:
     return [] if system is None else [{"role": "system", "content": system}]
 
 
-def _ask(console: Console) -> str | None:
+def _read_line(console: Console) -> str | None:
     try:
         return console.input("[bold]> [/bold]").strip() or None
     except (EOFError, KeyboardInterrupt):
         return None
 
 
-def _answer(engine: Engine, request: Request, console: Console) -> str:
+def _answer(engine: Engine, ids: list[int], params: SamplingParams, console: Console) -> str:
     """Print an answer as it comes, until it ends or is interrupted; returns it."""
     assert engine.tokenizer is not None
-    handle = engine.submit(request)
-    stream, said, began = IncrementalDetokenizer(engine.tokenizer), "", time.perf_counter()
+    handle = engine.submit(ids, params)
+    output, answer, began = OutputStream(handle, engine.tokenizer), "", time.perf_counter()
     try:
         while not handle.finished:
-            for update in engine.step():
-                said += (piece := stream.add(update.tokens))
-                console.out(piece, end="", highlight=False)
-        said += (piece := stream.rest())
-        console.out(piece, highlight=False)
+            engine.step()
+            answer += (text := output.new_text())
+            console.out(text, end="", highlight=False)
     except KeyboardInterrupt:
         engine.cancel(handle)
-        console.out("")
+    console.out("")
     rate = len(handle.token_ids) / (time.perf_counter() - began)
     drafts = f", {handle.acceptance:.0%} of drafts accepted" if handle.drafted else ""
     console.print(f"{len(handle.token_ids)} tokens, {rate:.0f} tokens/s{drafts}", style="dim")
-    return said
+    return answer

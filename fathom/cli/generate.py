@@ -12,7 +12,7 @@ from rich.console import Console
 from fathom.checkpoint.hf.model import load_model, model_directory
 from fathom.config import ConfigError
 from fathom.data.tokenizer import load_tokenizer
-from fathom.engine.detokenizer import IncrementalDetokenizer
+from fathom.engine.detokenizer import OutputStream
 from fathom.engine.engine import Engine
 from fathom.engine.request import Request
 from fathom.engine.sampling.sampler import SamplingParams
@@ -31,13 +31,13 @@ class GenerateCommand:
     """Text to continue; «-» reads it from standard input."""
     sampling: Annotated[SamplingParams, tyro.conf.arg(name="")] = field(default_factory=SamplingParams)
     speculative: bool = True
-    """Let the MTP module draft where it pays (the text is the same, or of the same distribution)."""
+    """Let the MTP module draft where that is faster (the tokens are the same, or of the same distribution)."""
     eager: bool = False
-    """Plain torch alone, without compiled kernels."""
+    """Plain torch alone, without compiled kernels or CUDA graphs."""
     dtype: str = "float32"
     """float32 or bfloat16."""
     quantize: Precision | None = None
-    """Keep the matrices in 8 or 4 bits: faster where reading weights takes the time, a little less exact."""
+    """Weight-only quantisation to 8 or 4 bits: faster where reading weights takes the time, a little less exact."""
 
 
 def run(words: list[str]) -> None:
@@ -56,20 +56,20 @@ def run(words: list[str]) -> None:
     prompt = sys.stdin.read() if command.prompt == "-" else command.prompt
     engine = Engine(model, tokenizer, speculative=command.speculative, max_batch=1, eager=command.eager)
     handle = engine.submit(Request(prompt, command.sampling))
-    text = IncrementalDetokenizer(tokenizer)
+    output = OutputStream(handle, tokenizer)
     began = time.perf_counter()
     print(prompt, end="", flush=True)
     while engine.has_work:
-        for update in engine.step():
-            print(text.add(update.tokens), end="", flush=True)
-    print(text.rest())
+        engine.step()
+        print(output.new_text(), end="", flush=True)
+    print()
     seconds = time.perf_counter() - began
     tokens, accepted, compiled = len(handle.token_ids), "", engine.compile_seconds
     if handle.drafted:
         accepted = f", {handle.accepted / handle.drafted:.0%} of drafts accepted"
-    preparing = f", {compiled:.1f} of them to prepare the GPU's steps" if compiled else ""
+    compiling = f", {compiled:.1f} of them to compile kernels and capture graphs" if compiled else ""
     Console(stderr=True).print(
-        f"{tokens} tokens in {seconds:.1f} s{preparing}, {handle.tokens_per_forward:.2f} per forward pass{accepted}",
+        f"{tokens} tokens in {seconds:.1f} s{compiling}, {handle.tokens_per_forward:.2f} per forward pass{accepted}",
         style="dim",
         highlight=False,
     )

@@ -9,9 +9,10 @@ Shapes: N tokens, D hidden, O vocabulary.
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import chain
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from fathom.data.tokenizer import Tokenizer
 from fathom.engine import backends
 from fathom.engine.batch import ForwardOutput, Routed, SequenceChunk
 from fathom.engine.config import EngineConfig, merged
-from fathom.engine.detokenizer import IncrementalDetokenizer
+from fathom.engine.detokenizer import OutputStream, StopChecker
 from fathom.engine.outputs import Completion, FinishReason, Generation, Stats, TokenRouting, Update
 from fathom.engine.page_pool import PagePool
 from fathom.engine.proposer import Proposer, max_drafts
@@ -28,7 +29,11 @@ from fathom.engine.routing import ExpertLoad
 from fathom.engine.sampling.sampler import SamplingParams
 from fathom.engine.sampling.verify import SampledTokens, verify
 from fathom.engine.scheduler import PrefillChunk, Scheduler, SequenceState
+from fathom.engine.weights import update_parameters
 from fathom.model.transformer import Model
+
+if TYPE_CHECKING:
+    from fathom.data.chat_template import ChatTemplate
 
 _PREFILL_BUDGETS = {"cpu": 512, "cuda": 2048}
 """Prefill tokens per step while others decode: fewer do not keep a GPU busy."""
@@ -106,20 +111,18 @@ class Engine:
         if self.tokenizer is None:
             raise ValueError("the engine has no tokenizer, so it has no text to stream: use submit and step")
         handle = self.submit(prompt, params)
-        text = IncrementalDetokenizer(self.tokenizer)
+        output = OutputStream(handle, self.tokenizer)
         try:
             while not handle.finished:
-                for update in self.step():
-                    if update.generation is handle:
-                        yield text.add(update.tokens)
-            yield text.rest()
+                self.step()
+                if text := output.new_text():
+                    yield text
         finally:
             self.cancel(handle)
 
     def completion(self, handle: Generation) -> Completion:
         """A request's result."""
-        text = None if self.tokenizer is None else self.tokenizer.decode(handle.token_ids)
-        return Completion(handle, text)
+        return Completion(handle, None if self.tokenizer is None else OutputStream(handle, self.tokenizer).new_text())
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The prompt's token ids."""
@@ -128,6 +131,32 @@ class Engine:
         if self.tokenizer is None:
             raise ValueError("the prompt is text, but the engine has no tokenizer: give it one, or token ids")
         return self.tokenizer.encode(prompt)
+
+    def chat(self, messages: Sequence[dict[str, Any]], params: SamplingParams | None = None) -> Completion:
+        """The model's answer to a conversation: messages of OpenAI's protocol, [{"role": "user", "content": …}].
+
+        Raises ValueError where there is no chat template, or it refuses the messages.
+        """
+        [answer] = self.generate([self.encode_chat(messages)], params)
+        return answer
+
+    def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+        """The token ids of a conversation, up to where the answer begins. Raises ValueError as `chat` does."""
+        return self.chat_template.encode(messages)
+
+    @cached_property
+    def chat_template(self) -> "ChatTemplate":
+        """The one that came with the tokenizer.
+
+        Raises ValueError where there is no tokenizer, or it has no chat template; ImportError without jinja2.
+        """
+        if self.tokenizer is None:
+            raise ValueError("the engine has no tokenizer, so it has no chat template: give it the model's tokenizer")
+        try:
+            from fathom.data.chat_template import ChatTemplate  # jinja2 comes with the extra "serve"
+        except ModuleNotFoundError as error:
+            raise ImportError(f"chat templates need {error.name}: pip install 'fathom-lm[serve]'") from error
+        return ChatTemplate(self.tokenizer)
 
     # ------------------------------------------------------------------------------------------- step by step
 
@@ -146,6 +175,8 @@ class Engine:
         elif params is not None:
             raise ValueError("params is given beside a Request, which has its own; give one of them")
         prompt, params = self.encode(request.prompt), request.params
+        if params.stop and self.tokenizer is None:
+            raise ValueError(f"stop is {list(params.stop)}, but the engine has no tokenizer: use stop_ids")
         check(request, prompt, self.model.config.vocab_size, self.max_length)
         if not self._requests:
             self._proposer.resume_if_due(self._steps)
@@ -155,7 +186,8 @@ class Engine:
         self.scheduler.add(sequence)
         stop_ids = params.stop_ids if params.ignore_eos else (*params.stop_ids, *self._eos_ids)
         generation = Generation(prompt, params, routing=[] if request.trace else None)
-        state = RequestState(generation, sequence, request.stream, stop_ids, request.constraint)
+        checker = StopChecker(self.tokenizer, params.stop) if self.tokenizer is not None and params.stop else None
+        state = RequestState(generation, sequence, request.stream, stop_ids, request.constraint, checker)
         self._requests[sequence] = self._by_generation[generation] = state
         return generation
 
@@ -183,6 +215,29 @@ class Engine:
             yield self._prefill(plan.prefill)
 
     # ------------------------------------------------------------------------------------------ the whole engine
+
+    def update_weights(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
+        """Replace weights in place, given by their names in `Model.state_dict()`; those not given stay as they are.
+
+        Values are converted to each parameter's type, and quantised again where it is int8 or int4. Tensors that the
+        model shares with others change for them, too: `fathom.quantized` shares what it does not quantise. The prefix
+        cache and the measurements of drafting start afresh. Raises RuntimeError while requests are not finished, whose
+        latents would mix old and new weights; ValueError, before anything changes, for an unknown name, another shape,
+        or values that are not floating-point numbers.
+        """
+        if self.has_work:
+            raise RuntimeError(
+                f"{len(self._requests)} requests are not finished; update_weights needs an idle engine: step until "
+                "has_work is False, or cancel them"
+            )
+        update_parameters(self.model, tensors)
+        self.backend.refresh_weights()
+        self.reset_prefix_cache()
+        self._proposer.reset()
+
+    def reset_prefix_cache(self) -> None:
+        """Discard cached prefixes. Running requests keep their pages, which later requests will not find."""
+        self.pool.reset()
 
     def warm_up(self) -> None:
         """Compile kernels and capture graphs now, on a GPU, for all batches that may decode."""

@@ -28,8 +28,10 @@ class Generation:
     token_ids: list[int] = field(default_factory=list)
     """The generated tokens; a token that ended it is the last."""
     finish_reason: FinishReason | None = None
-    """Why it ended: an end-of-text or stop token, max_tokens or the model's length, `cancel`, its constraint's failure;
-    None before."""
+    """stop: EOS, a stop token or a stop string; length: max_tokens or the model's length; cancelled: `Engine.cancel`;
+    error: its constraint failed; None while it runs."""
+    stop_reason: int | str | None = None
+    """The stop token or stop string that ended it; None for EOS and where it ended otherwise."""
     error: str | None = None
     """What went wrong."""
     logprobs: list[TokenLogprob] | None = None
@@ -91,7 +93,7 @@ class Completion:
 
     generation: Generation
     text: str | None
-    """The generated text; None in an engine without tokenizer."""
+    """The generated text, without the stop string or token that ended it; None in an engine without tokenizer."""
 
     @property
     def token_ids(self) -> list[int]:
@@ -100,7 +102,7 @@ class Completion:
 
     @property
     def finish_reason(self) -> FinishReason | None:
-        """stop: EOS or a stop token; length: max_tokens or the model's length; cancelled; error."""
+        """stop: EOS, a stop token or a stop string; length: max_tokens or the model's length; cancelled; error."""
         return self.generation.finish_reason
 
     @property

@@ -14,9 +14,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from hashlib import blake2b
 
-_ROOT = b""
-"""Stands for the page before a sequence's first. Digests are longer, so nothing else hashes alike."""
-
 
 def _digest(parent: bytes, tokens: Sequence[int]) -> bytes:
     """The name of a full page: 16 bytes of a real digest, since two contents of one name would be confused."""
@@ -40,9 +37,10 @@ class PagePool:
         self._holders = [0] * pages
         self._free = list(range(pages))[::-1]
         self._evictable: OrderedDict[int, None] = OrderedDict()
-        self._digests = [_ROOT] * pages
+        self._digests = [b""] * pages
         """What each page held when it was last published, whether that content is found under it or under another."""
         self._registered: dict[bytes, int] = {}
+        self._resets = 0
 
     @property
     def available(self) -> int:
@@ -63,15 +61,34 @@ class PagePool:
         """Pages that so many slots take."""
         return -(-slots // self.page_size)
 
+    def root(self) -> bytes:
+        """Stands for the page before a sequence's first, until the next `reset`."""
+        return blake2b(self._resets.to_bytes(8, "little"), digest_size=16).digest()
+
+    def reset(self) -> None:
+        """Make all content unfindable: evictable pages become free, held ones stay with their sequences.
+
+        What those sequences register later hangs on an earlier `root`, so it cannot be found either.
+        """
+        self._free += reversed(self._evictable)
+        self._evictable.clear()
+        self._registered.clear()
+        self._resets += 1
+
     def match_prefix(
-        self, tokens: Sequence[int], most: int, total: int = 0, digests: list[bytes] | None = None
+        self,
+        tokens: Sequence[int],
+        most: int,
+        total: int = 0,
+        digests: list[bytes] | None = None,
+        root: bytes | None = None,
     ) -> list[int] | None:
         """Hold the pages of the longest cached prefix of full pages, of at most `most` tokens.
 
         None, and nothing held or counted, if these and what is free besides are fewer than `total` pages. Who may
         have to ask again passes a list, empty at first, that keeps the digests of these tokens meanwhile.
         """
-        found = self._find(tokens, min(most, len(tokens)), [] if digests is None else digests)
+        found = self._find(tokens, min(most, len(tokens)), [] if digests is None else digests, root or self.root())
         newly_held = sum(self._holders[page] == 0 for page in found)
         if len(found) + self.available - newly_held < total:
             return None
@@ -92,7 +109,9 @@ class PagePool:
             self._holders[page] = 1
         return taken
 
-    def register_prefix(self, tokens: Sequence[int], pages: Sequence[int], done: int, ready: int) -> int:
+    def register_prefix(
+        self, tokens: Sequence[int], pages: Sequence[int], done: int, ready: int, root: bytes | None = None
+    ) -> int:
         """Let `match` find a sequence's pages that are full and final, now that its slots before `ready` are.
 
         The first `done` pages were published before, or came from `match`; returns their new number. Content that
@@ -100,7 +119,7 @@ class PagePool:
         """
         size = self.page_size
         for place in range(done, ready // size):
-            parent = self._digests[pages[place - 1]] if place else _ROOT
+            parent = self._digests[pages[place - 1]] if place else root or self.root()
             digest = _digest(parent, tokens[place * size : (place + 1) * size])
             self._digests[pages[place]] = digest
             self._registered.setdefault(digest, pages[place])
@@ -118,12 +137,12 @@ class PagePool:
             if self._holders[page] == 0:
                 self._put_back(page)
 
-    def _find(self, tokens: Sequence[int], most: int, digests: list[bytes]) -> list[int]:
+    def _find(self, tokens: Sequence[int], most: int, digests: list[bytes], root: bytes) -> list[int]:
         found: list[int] = []
         size = self.page_size
         for place in range(most // size):
             if place == len(digests):
-                parent = digests[-1] if digests else _ROOT
+                parent = digests[-1] if digests else root
                 digests.append(_digest(parent, tokens[place * size : (place + 1) * size]))
             page = self._registered.get(digests[place])
             if page is None:

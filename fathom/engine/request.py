@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fathom.engine.batch import SequenceChunk
+from fathom.engine.detokenizer import StopChecker
 from fathom.engine.outputs import FinishReason, Generation
 from fathom.engine.sampling.sampler import SamplingParams, check_against
 from fathom.engine.sampling.verify import Constraint, SamplingState, prompt_logprobs
@@ -45,6 +46,7 @@ class RequestState:
     stop_ids: tuple[int, ...]
     """Token ids that end it."""
     constraint: Constraint | None
+    stop_checker: StopChecker | None = None
     drafts: list[int] = field(default_factory=list)
     pending_ND: list[Tensor] = field(default_factory=list)
     """Hidden states of the latest tokens, whose pairs with the token after them the MTP module has not seen."""
@@ -94,6 +96,10 @@ class RequestState:
             return [], "error"
         for count, token in enumerate(sampled, start=1):
             if token in self.stop_ids:
+                self.generation.stop_reason = token if token in self.generation.params.stop_ids else None
+                return sampled[:count], "stop"
+            if self.stop_checker is not None and (stop := self.stop_checker.completed_by(token)):
+                self.generation.stop_reason = stop
                 return sampled[:count], "stop"
             if len(self.sequence.tokens) + count == self.sequence.limit:
                 return sampled[:count], "length"

@@ -55,6 +55,8 @@ class SequenceState:
     """Tokens known when it was last admitted: it decodes when they are computed."""
     digests: list[bytes] = field(default_factory=list)
     """Of its full pages, as far as they were looked for in the cache."""
+    root: bytes = b""
+    """The pool's when it was last admitted: what `digests` hang on, and what it registers."""
     preemptions: int = 0
     arrival: int = -1
     """Its place among all that were added; −1 before."""
@@ -183,7 +185,7 @@ class Scheduler:
     def register_prefix(self, sequence: SequenceState) -> None:
         """Let others find a sequence's full pages; to be called after its `ready` moved on."""
         sequence.registered = self._pool.register_prefix(
-            sequence.tokens, sequence.pages, sequence.registered, sequence.ready
+            sequence.tokens, sequence.pages, sequence.registered, sequence.ready, sequence.root
         )
 
     def finish(self, sequence: SequenceState) -> None:
@@ -222,7 +224,9 @@ class Scheduler:
             total = self._pool.pages_for(known + 1)
             # At least one token is computed: somebody has to say what follows.
             most = known - 1 if sequence.reuse else 0
-            pages = self._pool.match_prefix(sequence.tokens, most, total + promised, sequence.digests)
+            if sequence.root != self._pool.root():
+                sequence.root, sequence.digests = self._pool.root(), []
+            pages = self._pool.match_prefix(sequence.tokens, most, total + promised, sequence.digests, sequence.root)
             if pages is None:
                 return
             sequence.pages, sequence.registered, sequence.to_read = pages, len(pages), known

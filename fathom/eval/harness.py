@@ -1,8 +1,8 @@
 """lm-eval's tasks (EleutherAI's language model evaluation harness) on our models.
 
-lm-eval poses the questions and counts the answers; this is the model that it asks. Texts become tokens as they do for
-its own `hf` backend, so that figures can be compared: in perplexity tasks the begin token is both given and predicted.
-Only control tokens differ: one that a text merely spells stays text.
+lm-eval poses the questions and scores the answers; this is its model interface. Texts are tokenised as by its own `hf`
+backend, so that results can be compared: in perplexity tasks BOS is both context and target. Only control tokens
+differ: one that a text merely spells stays text.
 
 A task's YAML file can name Python functions, which lm-eval runs: whoever chooses a task chooses to run its code.
 """
@@ -12,8 +12,6 @@ from typing import Any
 
 from fathom.data.tokenizer import Tokenizer
 from fathom.engine.engine import Engine
-from fathom.engine.outputs import Generation
-from fathom.engine.request import Request
 from fathom.engine.sampling.sampler import SamplingParams
 from fathom.eval.likelihood import Continuation, likelihoods, windows
 from fathom.model.transformer import Model
@@ -27,7 +25,7 @@ except ImportError as error:
     raise ImportError(f"tasks are run by lm-eval ({error}): pip install 'fathom-lm[eval]'") from error
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
-"""What a task may say of how answers are drawn, under our names and theirs."""
+"""Sampling parameters that a task may set; the names are ours and lm-eval's."""
 
 
 def run_tasks(
@@ -49,7 +47,7 @@ def run_tasks(
 
 
 class HarnessModel(TemplateLM):
-    """A model as lm-eval wants to ask it."""
+    """lm-eval's model interface over the engine."""
 
     def __init__(self, model: Model, tokenizer: Tokenizer) -> None:
         super().__init__()
@@ -72,7 +70,7 @@ class HarnessModel(TemplateLM):
         return self._model.config.max_position_embeddings
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids, with the begin token unless it is declined."""
+        """Token ids, with BOS unless it is declined."""
         return self._tokenizer.encode(string, bos=add_special_tokens is not False)
 
     def _loglikelihood_tokens(
@@ -93,45 +91,28 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: list[Instance], **_: Any) -> list[str]:
         """Each context's continuation up to the first of its stop strings, the end of the text or max_gen_toks."""
         engine = Engine(self._model, self._tokenizer)
-        handles, stops = [], []
-        for place, request in enumerate(requests):
-            context, wishes = request.args
-            params, until = _wishes(wishes)
-            room = self.max_length - params.max_tokens
+        prompts, params = [], []
+        for request in requests:
+            context, options = request.args
+            own = _sampling_params(options)
+            room = self.max_length - own.max_tokens
             if room < 1:
                 raise ValueError(
-                    f"max_gen_toks is {params.max_tokens}; it must leave room in the model's {self.max_length} tokens"
+                    f"max_gen_toks is {own.max_tokens}; it must leave room in the model's {self.max_length} tokens"
                 )
-            handles.append(engine.submit(Request(self.tok_encode(context)[-room:], params, stream=place)))
-            stops.append(until)
-        return self._texts(engine, handles, stops)
-
-    def _texts(self, engine: Engine, handles: list[Generation], stops: list[list[str]]) -> list[str]:
-        """Run all to their ends; one whose text has a stop string in it is ended there."""
-        places = {id(handle): place for place, handle in enumerate(handles)}
-        while engine.has_work:
-            for update in engine.step():
-                handle = update.generation
-                text = self._tokenizer.decode(handle.token_ids)
-                if any(stop in text for stop in stops[places[id(handle)]]):
-                    engine.cancel(handle)
-        texts = [self._tokenizer.decode(handle.token_ids) for handle in handles]
-        return [_before(text, until) for text, until in zip(texts, stops, strict=True)]
+            prompts.append(self.tok_encode(context)[-room:])
+            params.append(own)
+        return [completion.text or "" for completion in engine.generate(prompts, params)]
 
 
-def _wishes(given: dict[str, Any]) -> tuple[SamplingParams, list[str]]:
-    """A task's generation_kwargs: how to draw, and the strings to stop at."""
-    wishes = dict(normalize_gen_kwargs(given))
-    until, longest = [stop for stop in wishes.pop("until") if stop], wishes.pop("max_gen_toks")
-    if not wishes.pop("do_sample"):
-        wishes = {key: value for key, value in wishes.items() if key not in _SAMPLING}
-    unknown = [key for key in wishes if key not in _SAMPLING]
+def _sampling_params(generation_kwargs: dict[str, Any]) -> SamplingParams:
+    """A task's generation_kwargs: how to draw, where to stop."""
+    options = dict(normalize_gen_kwargs(generation_kwargs))
+    stop, max_tokens = [each for each in options.pop("until") if each], options.pop("max_gen_toks")
+    if not options.pop("do_sample"):
+        options = {key: value for key, value in options.items() if key not in _SAMPLING}
+    unknown = [key for key in options if key not in _SAMPLING]
     if unknown:
         raise ValueError(f"generation_kwargs has {unknown[0]!r}; known are until, max_gen_toks, do_sample and "
                          f"{', '.join(_SAMPLING)}")  # fmt: skip
-    return SamplingParams(max_tokens=longest, **wishes), until
-
-
-def _before(text: str, stops: list[str]) -> str:
-    """The text up to the first of the stop strings."""
-    return text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))]
+    return SamplingParams(max_tokens=max_tokens, stop=stop, **options)

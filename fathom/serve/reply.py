@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fathom.data.tokenizer import Tokenizer
+from fathom.engine.detokenizer import OutputToken
 from fathom.engine.request import Request
-from fathom.serve.answer import Choice, Piece, chat_logprobs, completion_logprobs
+from fathom.serve.answer import Choice, chat_logprobs, completion_logprobs
 from fathom.serve.errors import ApiError
 from fathom.serve.protocol import Sampling
 from fathom.serve.tools import parse_tool_call
@@ -53,7 +54,7 @@ class Reply:
         """Whether all of its choices are complete."""
         self._choices: list[Choice] = []
         # Of each choice:
-        self._pieces: list[list[Piece]] = []
+        self._pieces: list[list[OutputToken]] = []
         self._routing: list[list[dict[str, Any]]] = []
         self._around: list[tuple[str, str]] = []
         self._call: list[str | None] = []
@@ -97,15 +98,15 @@ class Reply:
         return chunks
 
     def _begin(self) -> None:
-        body, stops = self.plan.body, self.plan.body.stops()
+        body = self.plan.body
         each = self.plan.top is not None or body.fathom.drafts or body.fathom.routing
-        self._choices = [Choice(handle, self._tokenizer, stops, each) for handle in self.job.handles]
+        self._choices = [Choice(handle, self._tokenizer, each) for handle in self.job.handles]
         self._pieces, self._routing = [[] for _ in self._choices], [[] for _ in self._choices]
         self._around = [self._around_text(number) for number in range(len(self._choices))]
         self._call = ["" if self.plan.calls else None for _ in self._choices]
         self._offset = [0] * len(self._choices)
 
-    def _take(self, event: Event) -> list[Piece]:
+    def _take(self, event: Event) -> list[OutputToken]:
         choice = self._choices[event.choice]
         pieces = choice.take(event.tokens, event.finished)
         if choice.finish_reason in ("error", "cancelled"):
@@ -115,7 +116,7 @@ class Reply:
             self.over = all(each.finish_reason is not None for each in self._choices)
         return pieces
 
-    def _new_chunks(self, number: int, new: list[Piece]) -> list[str]:
+    def _new_chunks(self, number: int, new: list[OutputToken]) -> list[str]:
         chunks = []
         plan, choice, held = self.plan, self._choices[number], self._call[number]
         told = plan.body.stream_options
@@ -162,7 +163,7 @@ class Reply:
             return shown | {"message": said, "finish_reason": "tool_calls"} | extra
         return shown | {"message": {"role": "assistant", "content": text, "refusal": None}} | extra
 
-    def _logprobs(self, choice: Choice, pieces: Sequence[Piece], offset: int) -> dict[str, Any]:
+    def _logprobs(self, choice: Choice, pieces: Sequence[OutputToken], offset: int) -> dict[str, Any]:
         if self.plan.chat:
             return chat_logprobs(self._tokenizer, choice, pieces)
         tokens = [piece.token for piece in pieces]
@@ -172,7 +173,7 @@ class Reply:
             facts = [None, *(choice.generation.prompt_logprobs or []), *facts]
         return completion_logprobs(self._tokenizer, tokens, facts, offset)
 
-    def _facts(self, choice: Choice, pieces: Sequence[Piece], routing: list[dict[str, Any]]) -> dict[str, Any]:
+    def _facts(self, choice: Choice, pieces: Sequence[OutputToken], routing: list[dict[str, Any]]) -> dict[str, Any]:
         told: dict[str, Any] = {}
         if self.plan.body.fathom.drafts:
             told["tokens"] = [
@@ -205,7 +206,7 @@ class Reply:
     def _usage(self) -> dict[str, Any]:
         prompts = self.job.handles[:: self.plan.body.n]
         read = sum(len(handle.prompt_ids) for handle in prompts)
-        made = 0 if self.plan.silent else sum(choice.made for choice in self._choices)
+        made = 0 if self.plan.silent else sum(choice.num_tokens for choice in self._choices)
         return {
             "prompt_tokens": read,
             "completion_tokens": made,

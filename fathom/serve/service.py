@@ -152,6 +152,7 @@ class Service:
                 logit_bias={int(token): bias for token, bias in (body.logit_bias or {}).items()},
                 seed=secrets.randbits(63) if body.seed is None else body.seed % 2**64,
                 stop_ids=tuple(body.stop_token_ids),
+                stop=body.stops(),
                 ignore_eos=body.ignore_eos,
                 max_tokens=limit,
                 min_tokens=body.min_tokens,

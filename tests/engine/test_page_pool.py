@@ -226,3 +226,27 @@ def test_random_use_against_the_plain_manager(rng: random.Random, pages: int, si
     for mine in held:
         blocks.release(mine)
     assert blocks.available == pages
+
+
+def test_after_a_reset_nothing_is_found() -> None:
+    """Evictable pages are free again; held ones stay, and what their sequence registers later is not found either."""
+    pool = PagePool(6, 2)
+    running, ended = pool.allocate(3), pool.allocate(2)
+    assert running is not None and ended is not None
+    root, tokens = pool.root(), [1, 2, 3, 4, 5, 6]
+    done = pool.register_prefix(tokens, running, 0, 2, root)
+    pool.register_prefix([7, 8, 9, 10], ended, 0, 4)
+    pool.release(ended)
+    assert pool.evictable == 2
+    pool.reset()
+    assert pool.evictable == 0 and pool.available == 3
+    assert pool.match_prefix(tokens, 6) == [] and pool.match_prefix([7, 8, 9, 10], 4) == []
+    assert pool.register_prefix(tokens, running, done, 6, root) == 3
+    assert pool.match_prefix(tokens, 6) == []
+    # Even if its beginning is computed anew: the later pages were computed before.
+    anew = pool.allocate(1)
+    assert anew is not None
+    pool.register_prefix(tokens, anew, 0, 2)
+    assert pool.match_prefix(tokens, 6) == anew
+    pool.release(running)
+    assert pool.allocate(5) is not None, "a page was leaked"

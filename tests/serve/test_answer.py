@@ -18,13 +18,13 @@ def test_an_answer_may_end_within_a_character(each: bool, stops: list[str]) -> N
     whole_and_half = next(
         token for token in range(TOKENIZER.vocab_size) if TOKENIZER.text_bytes([token]).endswith(b"a\xc3")
     )
-    generation = Generation([0], SamplingParams(), token_ids=[whole_and_half])
-    choice = Choice(generation, TOKENIZER, stops, each)
+    generation = Generation([0], SamplingParams(stop=stops), token_ids=[whole_and_half])
+    choice = Choice(generation, TOKENIZER, each)
     pieces = choice.take(1, finished=False)
     generation.token_ids.append(TOKENIZER.eos_id)
     generation.finish_reason = "stop"
     pieces += choice.take(2, finished=True)
     assert "".join(piece.text for piece in pieces) == TOKENIZER.decode(generation.token_ids)
-    assert choice.finish_reason == "stop" and choice.made == 2
+    assert choice.finish_reason == "stop" and choice.num_tokens == 2
     if each:
         assert [piece.token for piece in pieces] == [whole_and_half]

@@ -58,6 +58,8 @@ class SamplingParams:
     """Every draw is a function of it and of the token's place."""
     stop_ids: tuple[int, ...] = ()
     """Ids that end the output, beside the end-of-text token."""
+    stop: Sequence[str] = ()
+    """Strings that end the output where the first of them is complete; the text is cut before it."""
     ignore_eos: bool = False
     """Go on after an end-of-text token."""
     max_tokens: int = 256
@@ -85,6 +87,9 @@ class SamplingParams:
         _check(_whole(self.seed, 0, 2**64 - 1), "seed", self.seed, "an integer from 0 to 2**64 − 1")
         ids = isinstance(self.stop_ids, tuple) and all(_whole(token, 0) for token in self.stop_ids)
         _check(ids, "stop_ids", self.stop_ids, "a tuple of token ids")
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop
+        _check(_non_empty_strings(stops), "stop", self.stop, "a string or a list of strings, none of them empty")
+        object.__setattr__(self, "stop", tuple(stops))
         _check(_whole(self.max_tokens, 1), "max_tokens", self.max_tokens, "an integer of at least 1")
         fits = _whole(self.min_tokens, 0, self.max_tokens)
         _check(fits, "min_tokens", self.min_tokens, f"an integer from 0 to max_tokens ({self.max_tokens})")
@@ -228,6 +233,10 @@ def exponential_noise(seed: int, sequence: int, position: int, size: int) -> Ten
 def _check(right: bool, name: str, value: object, expected: str) -> None:
     if not right:
         raise ValueError(f"{name} is {value!r}; it must be {expected}")
+
+
+def _non_empty_strings(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(each, str) and each for each in value)
 
 
 def _whole(value: object, low: int, high: float = math.inf) -> bool:
