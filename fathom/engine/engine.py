@@ -8,11 +8,10 @@ Shapes: N tokens, D hidden, O vocabulary.
 """
 
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -20,12 +19,13 @@ from fathom.data.tokenizer import Tokenizer
 from fathom.engine import backends
 from fathom.engine.batch import ForwardOutput, Routed, SequenceChunk
 from fathom.engine.config import EngineConfig, merged
+from fathom.engine.deprecated import OldNames
 from fathom.engine.detokenizer import OutputStream, StopChecker
-from fathom.engine.outputs import Completion, FinishReason, Generation, Stats, TokenRouting, Update
+from fathom.engine.outputs import Completion, FinishReason, Generation, Stats, Update
 from fathom.engine.page_pool import PagePool
 from fathom.engine.proposer import Proposer, max_drafts
-from fathom.engine.request import Prompt, Request, RequestState, check
-from fathom.engine.routing import ExpertLoad
+from fathom.engine.request import Prompt, Request, RequestState, check, eos_ids
+from fathom.engine.routing import ExpertLoad, PageRouting, RoutingRecord
 from fathom.engine.sampling.sampler import SamplingParams
 from fathom.engine.sampling.verify import SampledTokens, verify
 from fathom.engine.scheduler import PrefillChunk, Scheduler, SequenceState
@@ -39,7 +39,7 @@ _PREFILL_BUDGETS = {"cpu": 512, "cuda": 2048}
 """Prefill tokens per step while others decode: fewer do not keep a GPU busy."""
 
 
-class Engine:
+class Engine(OldNames):
     """Continues prompts with a model: many at once, each with its own parameters. Not thread-safe.
 
     engine = fathom.Engine(model, tokenizer)
@@ -73,9 +73,10 @@ class Engine:
         positions = self.max_length + max_drafts(drafts) + 2
         self.backend = backends.choose(model, pages, size, positions, self.config.eager)
         self._proposer = Proposer(self.backend, self.speculative, drafts)
-        moe_layers = model.config.num_hidden_layers - model.config.first_k_dense_replace
-        self._load = ExpertLoad(moe_layers, model.config.n_routed_experts, device)
-        self._eos_ids = _eos_ids(model, tokenizer)
+        self._moe_layers = model.config.num_hidden_layers - model.config.first_k_dense_replace
+        self._load = ExpertLoad(self._moe_layers, model.config.n_routed_experts, device)
+        self._page_routing = PageRouting()
+        self._eos_ids = eos_ids(model.config, tokenizer)
         self._steps = self._prompt_tokens = self._generated_tokens = self._drafted = self._accepted = 0
         self._requests: dict[SequenceState, RequestState] = {}
         self._by_generation: dict[Generation, RequestState] = {}
@@ -185,7 +186,11 @@ class Engine:
         sequence = SequenceState(list(prompt), limit, request.priority, reuse=params.prompt_logprobs is None)
         self.scheduler.add(sequence)
         stop_ids = params.stop_ids if params.ignore_eos else (*params.stop_ids, *self._eos_ids)
-        generation = Generation(prompt, params, routing=[] if request.trace else None)
+        generation = Generation(prompt, params)
+        if request.return_routed_experts:
+            sequence.cache_salt = PageRouting.salt
+            topk = self.model.config.num_experts_per_tok
+            generation.routing = RoutingRecord(self._moe_layers, topk, request.return_routing_weights)
         checker = StopChecker(self.tokenizer, params.stop) if self.tokenizer is not None and params.stop else None
         state = RequestState(generation, sequence, request.stream, stop_ids, request.constraint, checker)
         self._requests[sequence] = self._by_generation[generation] = state
@@ -226,10 +231,8 @@ class Engine:
         or values that are not floating-point numbers.
         """
         if self.has_work:
-            raise RuntimeError(
-                f"{len(self._requests)} requests are not finished; update_weights needs an idle engine: step until "
-                "has_work is False, or cancel them"
-            )
+            left = len(self._requests)
+            raise RuntimeError(f"{left} requests are not finished; step until has_work is False, or cancel them")
         update_parameters(self.model, tensors)
         self.backend.refresh_weights()
         self.reset_prefix_cache()
@@ -271,17 +274,6 @@ class Engine:
             compile_seconds=self.compile_seconds,
         )
 
-    @property
-    def core(self) -> Self:
-        """Deprecated: the engine itself."""
-        warnings.warn("Engine.core is the engine itself; use its own methods", DeprecationWarning, stacklevel=2)
-        return self
-
-    def prepare(self) -> None:
-        """Deprecated name of `warm_up`."""
-        warnings.warn("Engine.prepare is now Engine.warm_up", DeprecationWarning, stacklevel=2)
-        self.warm_up()
-
     # ------------------------------------------------------------------------------------------------- decoding
 
     def _decode(self, batch: list[RequestState], drafts: int) -> list[Update]:
@@ -296,7 +288,7 @@ class Engine:
             self._drafted, self._accepted = self._drafted + drafts, self._accepted + own.accepted
             request.generation.count_drafts(drafts, own.accepted)
             first = index * fed
-            self._trace(request.generation, len(request.sequence.tokens) - 1, output.routed, first, own.accepted + 1)
+            request.record_routing(len(request.sequence.tokens) - 1, output, first, own.accepted + 1)
             updates.append(self._append(request, own, output.h_ND, first))
         accepted = [own.accepted for own in sampled]
         if self._proposer.record(drafts, accepted, time.perf_counter() - began, caught_up):
@@ -307,20 +299,6 @@ class Engine:
         output = self.backend.forward(chunks, logits_indices)
         self._load.add(output.routed.experts_LNK)
         return output
-
-    @staticmethod
-    def _trace(generation: Generation, start: int, routed: Routed, first: int, count: int) -> None:
-        """Note what `count` tokens took, the first of which is the sequence's token `start` and the pass's `first`."""
-        if generation.routing is None:
-            return
-        experts_NLK = routed.experts_LNK[:, first : first + count].transpose(0, 1).tolist()
-        weights_NLK = routed.weights_LNK[:, first : first + count].transpose(0, 1).tolist()
-        # Tokens whose latents were found in the cache took experts that nobody saw. All in one assignment, as another
-        # thread may be reading the list.
-        known = min(start, len(generation.routing))
-        found: list[TokenRouting | None] = [None] * (start - known)
-        found += [TokenRouting(*facts) for facts in zip(experts_NLK, weights_NLK, strict=True)]
-        generation.routing[known : start + count] = found
 
     # -------------------------------------------------------------------------------------------------- prefill
 
@@ -349,10 +327,13 @@ class Engine:
         for part in scheduled:
             sequence, request = part.sequence, self._requests[part.sequence]
             if sequence.computed == sequence.matched:
+                if request.generation.routing is not None:
+                    matched = sequence.pages[: sequence.matched // self.pool.page_size]
+                    self._page_routing.load(request.generation.routing, matched)
                 request.clear_drafting()
                 if sequence.preemptions == 0:
                     request.generation.cached_tokens = sequence.matched
-            self._trace(request.generation, part.start, output.routed, fed, part.num_tokens)
+            request.record_routing(part.start, output, fed, part.num_tokens)
             h_ND = output.h_ND[fed : fed + part.num_tokens]
             fed += part.num_tokens
             num_logits = int(part.is_last)
@@ -372,7 +353,7 @@ class Engine:
                 complete.append((request, h_ND[-1:]))
                 last_logits.append(used - 1)
             else:
-                self.scheduler.register_prefix(sequence)
+                self._register_prefix(request)
         self._proposer.add_prefill(mtp_chunks, mtp_hidden)
         if not complete:
             return []
@@ -399,23 +380,24 @@ class Engine:
         sequence.computed = len(sequence.tokens) - 1
         if generation.routing is not None:
             # The pass also computed accepted drafts behind a token that ends the request.
-            del generation.routing[sequence.computed :]
+            generation.routing.truncate(sequence.computed)
         if self._proposer.is_active:
             request.pending_ND.append(h_ND[first : first + len(tokens)])
             request.num_pending += len(tokens)
         sequence.ready = len(sequence.tokens) - max(request.num_pending, 1)
-        self.scheduler.register_prefix(sequence)
+        self._register_prefix(request)
         if reason:
             self._finish(request, reason)
         return Update(generation, tokens)
+
+    def _register_prefix(self, request: RequestState) -> None:
+        sequence, record = request.sequence, request.generation.routing
+        before = sequence.registered
+        self.scheduler.register_prefix(sequence)
+        if record is not None:
+            self._page_routing.save(record, sequence.pages, before, sequence.registered, self.pool.page_size)
 
     def _finish(self, request: RequestState, reason: FinishReason) -> None:
         request.generation.finish_reason = reason
         self.scheduler.finish(request.sequence)
         del self._requests[request.sequence], self._by_generation[request.generation]
-
-
-def _eos_ids(model: Model, tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    """What ends a text: the tokenizer's EOS, or else the model's, and further ones that the model names."""
-    eos_id = model.config.eos_token_id if tokenizer is None else tokenizer.eos_id
-    return () if eos_id is None else (eos_id, *model.config.other_eos_token_ids)

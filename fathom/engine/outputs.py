@@ -6,17 +6,11 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from fathom.engine.routing import RoutingRecord
 from fathom.engine.sampling.sampler import SamplingParams
 from fathom.engine.sampling.verify import TokenLogprob
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
-
-
-class TokenRouting(NamedTuple):
-    """Which experts the main model chose for one token: the MoE layers' choices, first layer first."""
-
-    experts: list[list[int]]
-    weights: list[list[float]]
 
 
 @dataclass(eq=False)
@@ -50,9 +44,22 @@ class Generation:
     """Tokens of the prompt whose latents were found in the cache."""
     started: float | None = None
     """When its prompt was first read, by time.monotonic; until then it waited."""
-    routing: list[TokenRouting | None] | None = None
-    """Where asked for, one for each token of the prompt and the output that the model has read, which it does one step
-    after it chose a token; the last one of a finished output is never read. None for those found in the cache."""
+    routing: RoutingRecord | None = field(default=None, repr=False)
+    """See `routed_experts`."""
+
+    @property
+    def routed_experts(self) -> Tensor | None:
+        """Where asked for, the experts of every token whose hidden state was computed, (L MoE layers, T, K) int16.
+
+        T counts the prompt, prefix-cached tokens included, and the output but for its last token, which is not fed
+        once the request has finished. Rejected drafts are not among them.
+        """
+        return None if self.routing is None else self.routing.experts()
+
+    @property
+    def routing_weights(self) -> Tensor | None:
+        """Where asked for, the weights of `routed_experts`, float32; NaN for prefix-cached tokens."""
+        return None if self.routing is None else self.routing.weights()
 
     def count_drafts(self, drafted: int, accepted: int) -> None:
         """A forward pass verified drafts."""

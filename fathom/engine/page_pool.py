@@ -61,9 +61,9 @@ class PagePool:
         """Pages that so many slots take."""
         return -(-slots // self.page_size)
 
-    def root(self) -> bytes:
-        """Stands for the page before a sequence's first, until the next `reset`."""
-        return blake2b(self._resets.to_bytes(8, "little"), digest_size=16).digest()
+    def root(self, salt: bytes = b"") -> bytes:
+        """Stands for the page before a sequence's first, until the next `reset`; each salt has its own."""
+        return blake2b(self._resets.to_bytes(8, "little") + salt, digest_size=16).digest()
 
     def reset(self) -> None:
         """Make all content unfindable: evictable pages become free, held ones stay with their sequences.

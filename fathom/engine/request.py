@@ -9,17 +9,21 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fathom.engine.batch import SequenceChunk
+from fathom.config import renamed_fields
+from fathom.data.tokenizer import Tokenizer
+from fathom.engine.batch import ForwardOutput, SequenceChunk
 from fathom.engine.detokenizer import StopChecker
 from fathom.engine.outputs import FinishReason, Generation
 from fathom.engine.sampling.sampler import SamplingParams, check_against
 from fathom.engine.sampling.verify import Constraint, SamplingState, prompt_logprobs
 from fathom.engine.scheduler import SequenceState
+from fathom.model.config import ModelConfig
 
 Prompt = str | Sequence[int]
 """Text, where the engine has a tokenizer, or token ids. BOS is put before a text, not before ids."""
 
 
+@renamed_fields(trace="return_routed_experts")
 @dataclass(frozen=True)
 class Request:
     """A prompt, and how to continue it."""
@@ -30,8 +34,10 @@ class Request:
     """Requests of higher priority are scheduled first."""
     stream: int = 0
     """Requests with the same seed draw differently if their streams differ."""
-    trace: bool = False
-    """Report which experts each token took, in `Generation.routing`."""
+    return_routed_experts: bool = False
+    """Record the experts of every token, in `Generation.routed_experts`."""
+    return_routing_weights: bool = False
+    """Record their weights, too, in `Generation.routing_weights`."""
     constraint: Constraint | None = None
     """Restricts what may be generated. If it fails, the request ends with the finish reason "error"."""
 
@@ -117,6 +123,12 @@ class RequestState:
             known = known + prompt_logprobs(logits_NO[: len(following)], ids, top)
         generation.prompt_logprobs = known
 
+    def record_routing(self, start: int, output: ForwardOutput, first: int, count: int) -> None:
+        """The pass's tokens `first` on are `count` tokens of the sequence, from its token `start` on."""
+        if self.generation.routing is not None:
+            experts_LNK, weights_LNK = (each_LNK[:, first : first + count] for each_LNK in output.routed)
+            self.generation.routing.add(start, experts_LNK, weights_LNK)
+
     def _allowed(self) -> Tensor | None:
         """Which tokens the constraint allows (T, O). If it fails, this request alone ends, when the step is done."""
         if self.constraint is None or self.generation.error:
@@ -145,7 +157,15 @@ def check(request: Request, prompt: list[int], vocab_size: int, max_length: int)
             f"max_position_embeddings = {max_length}"
         )
     check_against(request.params, vocab_size)
+    if request.return_routing_weights and not request.return_routed_experts:
+        raise ValueError("return_routing_weights is True; return_routed_experts must then be True, too")
     if request.constraint is not None and request.params.min_tokens:
         raise ValueError(
             f"min_tokens is {request.params.min_tokens}; with a constraint, which may allow only EOS, it must be 0"
         )
+
+
+def eos_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """What ends a text: the tokenizer's EOS, or else the model's, and further ones that the model names."""
+    eos_id = config.eos_token_id if tokenizer is None else tokenizer.eos_id
+    return () if eos_id is None else (eos_id, *config.other_eos_token_ids)

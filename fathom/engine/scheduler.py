@@ -41,6 +41,8 @@ class SequenceState:
     """Larger goes first."""
     reuse: bool = True
     """Whether it may begin with what others left in the cache; without, all its tokens are read."""
+    cache_salt: bytes = b""
+    """Only sequences with the same salt share pages."""
     computed: int = 0
     """Tokens whose latents in the main model lie in the cache."""
     ready: int = 0
@@ -224,8 +226,9 @@ class Scheduler:
             total = self._pool.pages_for(known + 1)
             # At least one token is computed: somebody has to say what follows.
             most = known - 1 if sequence.reuse else 0
-            if sequence.root != self._pool.root():
-                sequence.root, sequence.digests = self._pool.root(), []
+            root = self._pool.root(sequence.cache_salt)
+            if sequence.root != root:
+                sequence.root, sequence.digests = root, []
             pages = self._pool.match_prefix(sequence.tokens, most, total + promised, sequence.digests, sequence.root)
             if pages is None:
                 return

@@ -18,16 +18,18 @@ class Choice(OutputStream):
         self._routed = 0
 
     def routing(self) -> list[dict[str, Any]]:
-        """The routing of tokens that have gone out, so far as the model has read them and they were not given yet."""
-        prompt, known = len(self.generation.prompt_ids), self.generation.routing or []
-        given = []
-        while self._routed < min(self.num_released, len(known) - prompt):
-            routing = known[prompt + self._routed]
-            if routing is not None:
-                weights = [[round(weight, 4) for weight in layer] for layer in routing.weights]
-                given.append({"index": self._routed, "experts": routing.experts, "weights": weights})
-            self._routed += 1
-        return given
+        """The routing of released tokens, as far as it is known and was not given yet."""
+        experts_LTK, weights_LTK = self.generation.routed_experts, self.generation.routing_weights
+        if experts_LTK is None or weights_LTK is None:
+            return []
+        prompt, first = len(self.generation.prompt_ids), self._routed
+        self._routed = max(first, min(self.num_released, weights_LTK.shape[1] - prompt))
+        tokens = slice(prompt + first, prompt + self._routed)
+        experts_TLK, weights_TLK = (each[:, tokens].transpose(0, 1).tolist() for each in (experts_LTK, weights_LTK))
+        return [
+            {"index": index, "experts": experts, "weights": [[round(each, 4) for each in layer] for layer in weights]}
+            for index, (experts, weights) in enumerate(zip(experts_TLK, weights_TLK, strict=True), start=first)
+        ]
 
     def drafted(self, token: OutputToken) -> bool:
         """Whether the token was an accepted draft."""

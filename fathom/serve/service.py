@@ -162,7 +162,15 @@ class Service:
         except ValueError as error:
             raise ApiError(400, str(error)) from error
         constraint = None if grammar is None else self._grammars.constraint(grammar)
-        return Request(ids, params, stream=stream, trace=body.fathom.routing, constraint=constraint)
+        routing = body.fathom.routing
+        return Request(
+            ids,
+            params,
+            stream=stream,
+            return_routed_experts=routing,
+            return_routing_weights=routing,
+            constraint=constraint,
+        )
 
     def _grammar(self, body: ChatRequest, tools: list[dict[str, Any]]) -> str | None:
         wanted = body.response_format

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fathom.data.tokenizer import Tokenizer, train_tokenizer
+from fathom.engine.config import EngineConfig
 from fathom.engine.detokenizer import IncrementalDetokenizer
 from fathom.engine.engine import Engine
 from fathom.engine.generate import generate
@@ -249,7 +250,15 @@ def test_bad_requests_are_named() -> None:
     with pytest.raises(ValueError, match="stop_ids names token 9"):
         engine.submit([1], greedy(3, stop_ids=(9,)))
     assert not engine.has_work
-    for wrong in ({"speculative": 99}, {"max_batch": 0}, {"page_size": 0}, {"cache_tokens": 1}, {"prefill_budget": 0}):
+    for wrong in (
+        {"speculative": 99},
+        {"max_batch": 0},
+        {"max_waiting": 0},
+        {"eager": 1},
+        {"page_size": 0},
+        {"cache_tokens": 1},
+        {"prefill_budget": 0},
+    ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Engine(model, **wrong)
 
@@ -308,6 +317,24 @@ def test_what_decoding_brings_does_not_wait_for_prompts(tokenizer: Tokenizer) ->
     assert [update.generation for update in next(parts)] == [first] and not second.token_ids
     assert [update.generation for update in next(parts)] == [second] and len(second.token_ids) == 1
     assert next(parts, None) is None
+
+
+def test_old_names_work_for_one_release() -> None:
+    engine = Engine(lively_model(small_vocabulary()))
+    with pytest.warns(DeprecationWarning, match="its own methods"):
+        assert engine.core is engine
+    with pytest.warns(DeprecationWarning, match="warm_up"):
+        engine.prepare()
+
+
+def test_settings_may_be_one_config() -> None:
+    model = lively_model(small_vocabulary())
+    engine = Engine(model, config=EngineConfig(max_batch=3, page_size=8), page_size=4)
+    assert engine.config == EngineConfig(max_batch=3, page_size=4) and engine.stats().page_size == 4
+    with pytest.raises(ValueError, match=r"max_bach is not a setting of the engine; there are speculative, max_batch"):
+        Engine(model, max_bach=3)
+    with pytest.raises(ValueError, match="config is False; it must be an EngineConfig"):
+        Engine(model, None, False)  # type: ignore[arg-type]
 
 
 def test_wrong_calls_are_explained(tokenizer: Tokenizer) -> None:

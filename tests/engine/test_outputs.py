@@ -1,18 +1,13 @@
-"""What the engine tells besides tokens: routing, counts; and what it is told: constraints."""
-
-import random
-import threading
+"""What the engine reports besides tokens, and constraints."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from fathom.engine.engine import Engine
-from fathom.engine.outputs import Generation
 from fathom.engine.request import Request
 from fathom.engine.sampling.sampler import SamplingParams
 from fathom.model.config import ModelConfig
-from fathom.ops import cpu
 from tests.model.configs import lively_model, tiny
 
 ways = pytest.mark.parametrize("eager", [False, True], ids=["native", "torch"])
@@ -26,76 +21,6 @@ def finish(engine: Engine) -> None:
     while engine.has_work:
         engine.step()
     assert engine.pool.available == engine.pool.pages
-
-
-@ways
-@pytest.mark.parametrize("speculative", [False, 2])
-@pytest.mark.parametrize("cache_tokens", [None, 40])
-def test_routing_is_that_of_the_whole_model(eager: bool, speculative: bool | int, cache_tokens: int | None) -> None:
-    """Also after preemptions and rejected drafts, and where a stop token cuts accepted drafts off."""
-    if not eager and not cpu.available():
-        pytest.skip(f"the kernels are not built: {cpu.missing()}")
-    model = lively_model(config(), seed=2, std=0.3)
-    rng = random.Random(1)
-    engine = Engine(
-        model,
-        speculative=speculative,
-        max_batch=3,
-        page_size=4,
-        cache_tokens=cache_tokens,
-        prefill_budget=8,
-        eager=eager,
-    )
-    handles: list[Generation] = []
-    for count in (1, 5, 14, 20):
-        prompt = [rng.randrange(11) for _ in range(count)]
-        stops = (4,) if count < 6 else ()
-        params = SamplingParams(max_tokens=21, stop_ids=stops, ignore_eos=True, temperature=1.0, seed=count)
-        handles.append(engine.submit(Request(prompt, params, trace=True)))
-    plain = engine.submit([1, 2], SamplingParams(max_tokens=3))
-    finish(engine)
-    assert plain.routing is None
-    if cache_tokens:
-        assert engine.stats().preempted > 0
-    for handle in handles:
-        tokens = handle.prompt_ids + handle.token_ids
-        assert handle.routing is not None and len(handle.routing) == len(tokens) - 1
-        with torch.no_grad():
-            expected = model.forward_hidden(torch.tensor([tokens])).router.topk_ids_LBSK
-        for place, found in enumerate(handle.routing):
-            assert found is not None, "nothing was found in the cache"
-            assert [sorted(ids) for ids in found.experts] == [sorted(layer[0, place].tolist()) for layer in expected]
-            for weights in found.weights:
-                assert sum(weights) == pytest.approx(model.config.routed_scaling_factor, rel=1e-5)
-
-
-def test_cached_tokens_have_no_routing() -> None:
-    engine = Engine(lively_model(config(), seed=2), max_batch=1, page_size=4)
-    prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9]
-    first = engine.submit(Request(prompt, SamplingParams(max_tokens=4, ignore_eos=True), trace=True))
-    second = engine.submit(Request(prompt, SamplingParams(max_tokens=4, ignore_eos=True), trace=True))
-    finish(engine)
-    assert second.cached_tokens == 8 and first.routing is not None and second.routing is not None
-    assert [facts is None for facts in second.routing] == [place < 7 for place in range(12)], (
-        "of the last one the state is read again"
-    )
-    assert second.routing[8:] == first.routing[8:]
-
-
-def test_routing_can_be_read_while_the_engine_steps() -> None:
-    """By a server's thread: a token's routing is there or not there yet, never empty."""
-    engine = Engine(lively_model(config(), seed=2), max_batch=1)
-    handle = engine.submit(Request([1, 2, 3], SamplingParams(max_tokens=124, ignore_eos=True), trace=True))
-    stepping = threading.Thread(target=finish, args=(engine,))
-    stepping.start()
-    reads = gaps = 0
-    while stepping.is_alive():
-        assert handle.routing is not None
-        gaps += None in list(handle.routing)
-        reads += 1
-    assert reads and not gaps
-    assert handle.finish_reason == "length" and handle.routing is not None, "the other thread did not get to its end"
-    assert len(handle.routing) == len(handle.prompt_ids) + len(handle.token_ids) - 1
 
 
 @ways

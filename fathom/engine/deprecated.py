@@ -1,0 +1,23 @@
+"""Names of the engine's methods that still work for one release."""
+
+import warnings
+from typing import Self
+
+
+class OldNames:
+    """What scripts written before `Engine` and its core became one class may call."""
+
+    @property
+    def core(self) -> Self:
+        """Deprecated: the engine itself."""
+        warnings.warn("Engine.core is the engine itself; use its own methods", DeprecationWarning, stacklevel=2)
+        return self
+
+    def prepare(self) -> None:
+        """Deprecated: `warm_up`."""
+        warnings.warn("Engine.prepare is now Engine.warm_up", DeprecationWarning, stacklevel=2)
+        self.warm_up()
+
+    def warm_up(self) -> None:
+        """See `Engine.warm_up`."""
+        raise NotImplementedError
