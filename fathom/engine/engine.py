@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fathom.data.tokenizer import Tokenizer
 from fathom.engine import backends
-from fathom.engine.batch import ForwardOutput, Routed, SequenceChunk
+from fathom.engine.batch import ForwardOutput, SequenceChunk
 from fathom.engine.config import EngineConfig, merged
 from fathom.engine.deprecated import OldNames
 from fathom.engine.detokenizer import OutputStream, StopChecker
@@ -211,7 +211,7 @@ class Engine(OldNames):
 
         Must be exhausted before any other method is called.
         """
-        decoding = sum(sequence.computed >= sequence.to_read for sequence in self.scheduler.running)
+        decoding = sum(sequence.computed >= sequence.prefill_length for sequence in self.scheduler.running)
         plan = self.scheduler.schedule(self._proposer.num_drafts(decoding))
         self._steps += bool(plan.decode or plan.prefill)
         if plan.decode:

@@ -1,12 +1,12 @@
-"""Pages of the latent cache: who holds which, which may be shared by content, which is given up first.
+"""Pages of the latent cache: reference counts, sharing by content, eviction.
 
 A page has slots for `page_size` tokens in every layer; a sequence's slot t lies in its page t // page_size, wherever
 that page is (PagedAttention, Kwon et al., arXiv 2309.06180). What a slot holds depends on its token and the ones
 before it, so a full page is named by the digest of (the previous page's digest, its own tokens), and a sequence that
 begins with the same tokens may hold the same page. Shared pages are full, and full pages are never written again.
 
-A page is *held* by one sequence or more, *evictable* (held by none, its content kept in case it is asked for again) or
-*free*. Idle pages are evicted only when no free one is left, the one that was held longest ago first.
+A page is *held* by one sequence or more, *evictable* (held by none, its content kept for sequences to come) or *free*.
+Evictable pages are evicted only when no free one is left, the least recently held first.
 """
 
 from array import array
@@ -16,12 +16,12 @@ from hashlib import blake2b
 
 
 def _digest(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """The name of a full page: 16 bytes of a real digest, since two contents of one name would be confused."""
+    """Names a full page by its content: 16 bytes of a cryptographic hash, since a collision would mix up contents."""
     return blake2b(parent + array("q", tokens).tobytes(), digest_size=16).digest()
 
 
 class PagePool:
-    """Hands out pages 0 … pages − 1, counts who holds them, and finds full ones by content."""
+    """Allocates pages 0 … pages − 1, counts their holders, and finds full ones by content."""
 
     def __init__(self, pages: int, page_size: int) -> None:
         for name, size in (("pages", pages), ("page_size", page_size)):
@@ -29,27 +29,27 @@ class PagePool:
                 raise ValueError(f"{name} is {size}; it must be at least 1")
         self.pages, self.page_size = pages, page_size
         self.looked_up_tokens = 0
-        """Tokens that `match` was asked for and answered."""
+        """Tokens looked up by `match_prefix`."""
         self.matched_tokens = 0
-        """Those among them that lay in the cache."""
+        """Those of them found in the cache."""
         self.evictions = 0
-        """Idle pages that were given up for new content."""
+        """Evictable pages that were reused for new content."""
         self._holders = [0] * pages
         self._free = list(range(pages))[::-1]
         self._evictable: OrderedDict[int, None] = OrderedDict()
         self._digests = [b""] * pages
-        """What each page held when it was last published, whether that content is found under it or under another."""
+        """The content each page was last registered with, whether it is found under this page or another."""
         self._registered: dict[bytes, int] = {}
         self._resets = 0
 
     @property
     def available(self) -> int:
-        """Pages that can be handed out now: free and evictable ones."""
+        """Pages that can be allocated now: free and evictable ones."""
         return len(self._free) + len(self._evictable)
 
     @property
     def evictable(self) -> int:
-        """Pages that nobody holds, kept in case their content is asked for again."""
+        """Pages that no sequence holds, whose content can still be found."""
         return len(self._evictable)
 
     @property
@@ -85,8 +85,8 @@ class PagePool:
     ) -> list[int] | None:
         """Hold the pages of the longest cached prefix of full pages, of at most `most` tokens.
 
-        None, and nothing held or counted, if these and what is free besides are fewer than `total` pages. Who may
-        have to ask again passes a list, empty at first, that keeps the digests of these tokens meanwhile.
+        None, with nothing held or counted, if these and what is available besides are fewer than `total` pages. A
+        caller that may have to try again passes a list, empty at first, which caches the digests of these tokens.
         """
         found = self._find(tokens, min(most, len(tokens)), [] if digests is None else digests, root or self.root())
         newly_held = sum(self._holders[page] == 0 for page in found)
@@ -101,21 +101,21 @@ class PagePool:
         return found
 
     def allocate(self, count: int) -> list[int] | None:
-        """Hold `count` pages without content; None, and nothing taken, if fewer are free."""
+        """Hold `count` pages without content; None, with nothing held, if fewer are available."""
         if count > self.available:
             return None
-        taken = [self._free.pop() if self._free else self._evict() for _ in range(count)]
-        for page in taken:
+        pages = [self._free.pop() if self._free else self._evict() for _ in range(count)]
+        for page in pages:
             self._holders[page] = 1
-        return taken
+        return pages
 
     def register_prefix(
         self, tokens: Sequence[int], pages: Sequence[int], done: int, ready: int, root: bytes | None = None
     ) -> int:
-        """Let `match` find a sequence's pages that are full and final, now that its slots before `ready` are.
+        """Make a sequence's full pages findable, now that its slots before `ready` are final.
 
-        The first `done` pages were published before, or came from `match`; returns their new number. Content that
-        two sequences computed at the same time is found under the page that was published first.
+        The first `done` pages were registered before, or came from `match_prefix`; returns their new number. Content
+        that two sequences computed at the same time is found under the page that was registered first.
         """
         size = self.page_size
         for place in range(done, ready // size):
@@ -126,13 +126,15 @@ class PagePool:
         return max(done, ready // size)
 
     def release(self, pages: Sequence[int]) -> None:
-        """No longer hold a sequence's pages, given in its order.
+        """Give back a sequence's pages, listed in its order.
 
         Its last pages are evicted first: a later page can only be found through the earlier ones.
         """
         for page in reversed(pages):
             if self._holders[page] == 0:
-                raise ValueError(f"page {page} is released, but nobody holds it; it must be released once per holder")
+                raise ValueError(
+                    f"page {page} is released, which no sequence holds; it must be released once per holder"
+                )
             self._holders[page] -= 1
             if self._holders[page] == 0:
                 self._put_back(page)

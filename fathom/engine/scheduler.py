@@ -1,18 +1,18 @@
 """Which sequences the next step works on: continuous batching over a paged cache, with chunked prefill.
 
-Pure bookkeeping: no tensor and no model. `schedule` says what to do and holds the pages it takes, the core does it,
-moves each sequence's `computed` and `ready` on, appends the new tokens, and asks again.
+Pure bookkeeping: no tensor and no model. `schedule` plans a step and allocates the pages it needs; the engine runs it,
+advances each sequence's `computed` and `ready`, appends the new tokens, and calls `schedule` again.
 
-Order: higher priority first, then first come, first served. It rules who is admitted, who reads first, and who goes
-when pages run out: the last of the running sequences, whose pages are released and which later reads all its tokens
-again, as far as they are no longer cached. Everyone may be preempted for the first, so the first always gets on.
+Order: higher priority first, then first come, first served. It decides which sequences are admitted, which prefill
+first, and which is preempted when pages run out: the last of the running ones, whose pages are released and which later
+computes all its tokens again, as far as they are no longer cached. Every other sequence may be preempted for the first,
+so the first always makes progress.
 
-Slots: a step holds slots for every token it feeds, and with `overlap` one more. Then a drafting module keeps the
-entry made from (state i, token i + 1) at slot i + 1, so that a page depends on nothing but its own and earlier
-tokens. So prompt tokens up to `end` take end + overlap slots, and decoding with d drafts len(tokens) + d + overlap,
-drafts beyond `limit` included: the batch is rectangular, and what they write needs somewhere to lie. The last token
-is never fed, hence without drafts `limit` slots are always enough; `add` demands no more, and drafts are the first
-to be given up.
+Slots: a step needs slots for every token it feeds, and with `overlap` one more, for then the MTP module keeps the entry
+made from (hidden state i, token i + 1) at slot i + 1, so that a page depends on nothing but its own and earlier tokens.
+So prompt tokens up to `end` take end + overlap slots, and decoding with d drafts len(tokens) + d + overlap, drafts
+beyond `limit` included: the batch is rectangular, and what they write needs slots. The last token is never fed, hence
+without drafts `limit` slots are always enough; `add` demands no more, and drafts are the first to be dropped.
 """
 
 from bisect import bisect_left, insort
@@ -22,46 +22,46 @@ from typing import NamedTuple
 from fathom.engine.page_pool import PagePool
 
 _IDLE_FACTOR = 4
-"""A step in which nobody decodes, so that nobody's next token waits for it, reads so many times more."""
+"""Multiplies the prefill budget of steps without decoding, for whose length no next token waits."""
 
 
 class QueueFull(RuntimeError):  # noqa: N818
-    """As many sequences are waiting as may wait."""
+    """`max_waiting` sequences are waiting already."""
 
 
 @dataclass(eq=False)
 class SequenceState:
-    """One request's tokens, and where their latents lie."""
+    """One request's tokens, and the pages of their latents."""
 
     tokens: list[int]
-    """The prompt, then what was generated; the core appends."""
+    """The prompt, then what was generated; the engine appends."""
     limit: int
-    """The length, prompt and new tokens, at which the core finishes it at the latest."""
+    """The length, prompt and output together, at which the engine finishes it at the latest."""
     priority: int = 0
-    """Larger goes first."""
+    """Higher is scheduled first."""
     reuse: bool = True
-    """Whether it may begin with what others left in the cache; without, all its tokens are read."""
+    """Whether it may use cached prefixes; otherwise all its tokens are computed."""
     cache_salt: bytes = b""
     """Only sequences with the same salt share pages."""
     computed: int = 0
-    """Tokens whose latents in the main model lie in the cache."""
+    """Tokens whose latents in the main model are in the cache."""
     ready: int = 0
-    """Slots that are complete in every layer, a drafting module's included: only these are shared."""
+    """Slots that are complete in every layer, the MTP module's included: only these are shared."""
     pages: list[int] = field(default_factory=list)
-    """Slot t lies in pages[t // page_size]; empty while it waits."""
+    """Its block table: slot t lies in pages[t // page_size]; empty while it waits."""
     registered: int = 0
-    """Pages from the first on that other sequences can find."""
+    """How many of its first pages other sequences can find."""
     matched: int = 0
     """Tokens that were found in the cache when it was last admitted."""
-    to_read: int = 0
-    """Tokens known when it was last admitted: it decodes when they are computed."""
+    prefill_length: int = 0
+    """Its length when it was last admitted: it decodes once so many tokens are computed."""
     digests: list[bytes] = field(default_factory=list)
-    """Of its full pages, as far as they were looked for in the cache."""
+    """Of its full pages, as far as they were looked up."""
     root: bytes = b""
     """The pool's when it was last admitted: what `digests` hang on, and what it registers."""
     preemptions: int = 0
     arrival: int = -1
-    """Its place among all that were added; −1 before."""
+    """Its place in the order of arrival; −1 before `add`."""
     prompt_length: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -89,10 +89,10 @@ class PrefillChunk(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What to do next. All slots that it takes are held."""
+    """What to run next. All slots it needs are allocated."""
 
     decode: list[SequenceState]
-    """Those that have all but their last token computed: each feeds that and its drafts."""
+    """Sequences with all but their last token computed: each feeds that and its drafts."""
     drafts: int
     """Drafts that each of them may feed."""
     prefill: list[PrefillChunk]
@@ -104,7 +104,7 @@ def _order(sequence: SequenceState) -> tuple[int, int]:
 
 
 class Scheduler:
-    """Keeps the waiting and the running sequences, each in order, and gives the running ones their pages."""
+    """Keeps the waiting and the running sequences, each in order, and allocates pages for the running ones."""
 
     def __init__(
         self,
@@ -114,8 +114,8 @@ class Scheduler:
         overlap: bool,
         max_waiting: int | None = None,
     ) -> None:
-        """At most `max_batch` sequences run, and a step reads at most `prefill_budget` known tokens, or four times
-        as many if nobody decodes. With `overlap` a drafting module writes one slot ahead of the main model."""
+        """At most `max_batch` sequences run, and a step prefills at most `prefill_budget` tokens, or four times as many
+        if none decodes. With `overlap` an MTP module writes one slot ahead of the main model."""
         least = 2 if overlap else 1
         for name, value, lowest in (
             ("max_batch", max_batch, 1),
@@ -133,21 +133,21 @@ class Scheduler:
 
     @property
     def waiting(self) -> tuple[SequenceState, ...]:
-        """Those without pages, preempted ones among them, in order."""
+        """Sequences without pages, preempted ones among them, in order."""
         return tuple(self._waiting)
 
     @property
     def running(self) -> tuple[SequenceState, ...]:
-        """Those that read or decode, in order."""
+        """Sequences in prefill or decode, in order."""
         return tuple(self._running)
 
     @property
     def has_work(self) -> bool:
-        """Whether anybody waits or runs."""
+        """Whether any sequence is waiting or running."""
         return bool(self._waiting or self._running)
 
     def add(self, sequence: SequenceState) -> None:
-        """Let a new sequence wait for its turn.
+        """Queue a new sequence.
 
         Raises QueueFull if `max_waiting` sequences wait already, and ValueError for one that could never finish.
         """
@@ -155,7 +155,7 @@ class Scheduler:
         if sequence.arrival >= 0:
             raise ValueError(f"arrival is {sequence.arrival}: the sequence was added before; add a new one")
         if length == 0:
-            raise ValueError("tokens is empty; a sequence needs at least one token, such as the begin token")
+            raise ValueError("tokens is empty; a sequence needs at least one token, such as BOS")
         if limit <= length:
             raise ValueError(f"limit is {limit} for {length} tokens; it must leave room for at least one more")
         if limit > self._pool.slots:
@@ -170,13 +170,13 @@ class Scheduler:
         insort(self._waiting, sequence, key=_order)
 
     def schedule(self, drafts: int = 0) -> Step:
-        """The next step, with at most `drafts` drafts per decoding sequence; it does something if there is work."""
+        """The next step, with at most `drafts` drafts per decoding sequence; it makes progress if there is work."""
         if drafts < 0:
             raise ValueError(f"drafts is {drafts}; it must be at least 0")
         preemptions = self.preemptions
         decode, drafts = self._decode(drafts)
         budget = self._prefill_budget if decode else _IDLE_FACTOR * self._prefill_budget
-        # Whoever was just preempted would be the first to be let in again.
+        # A sequence that was just preempted would be the first to be admitted again.
         if self._waiting and self.preemptions == preemptions:
             self._admit(budget)
         prefill = self._prefill(budget) if len(decode) < len(self._running) else []
@@ -185,46 +185,46 @@ class Scheduler:
         return Step(decode, drafts, prefill)
 
     def register_prefix(self, sequence: SequenceState) -> None:
-        """Let others find a sequence's full pages; to be called after its `ready` moved on."""
+        """Make a sequence's full pages findable; to be called after its `ready` advanced."""
         sequence.registered = self._pool.register_prefix(
             sequence.tokens, sequence.pages, sequence.registered, sequence.ready, sequence.root
         )
 
     def finish(self, sequence: SequenceState) -> None:
-        """A sequence leaves, done or cancelled, wherever it is; once it has left, this does nothing."""
+        """Remove a sequence, done or cancelled, wherever it is; does nothing to one that is not there."""
         for group in (self._running, self._waiting):
             place = bisect_left(group, _order(sequence), key=_order)
             if place < len(group) and group[place] is sequence:
                 del group[place]
-        self._vacate(sequence)
+        self._release(sequence)
 
     def _decode(self, drafts: int) -> tuple[list[SequenceState], int]:
-        """Hold the slots of all that decode; where pages lack, for fewer drafts, then for fewer sequences."""
+        """Allocate the slots of all that decode; if pages are short, for fewer drafts, then for fewer sequences."""
         while True:
-            decode = [sequence for sequence in self._running if sequence.computed >= sequence.to_read]
+            decode = [sequence for sequence in self._running if sequence.computed >= sequence.prefill_length]
             free = self._pool.available
             for count in range(drafts, -1, -1):
                 ahead = count + self._overlap
-                if sum(self._lacking(sequence, len(sequence.tokens) + ahead) for sequence in decode) <= free:
+                if sum(self._missing(sequence, len(sequence.tokens) + ahead) for sequence in decode) <= free:
                     for sequence in decode:
-                        self._hold(sequence, len(sequence.tokens) + ahead)
+                        self._allocate(sequence, len(sequence.tokens) + ahead)
                     return decode, count
             self._preempt_last()
 
     def _admit(self, budget: int) -> None:
-        """Let waiting sequences run while there is something left of the budget for them to read.
+        """Admit waiting sequences while some of the budget is left for their prefill.
 
-        There must be pages for all that a newcomer will read and one token more, besides those that the ones already
-        reading will need. If the first in the queue has to wait, so have the others.
+        There must be pages for a new sequence's whole prefill and one token more, besides those that the sequences in
+        prefill will need. If the first in the queue has to wait, so do the others.
         """
-        reading = [sequence for sequence in self._running if sequence.computed < sequence.to_read]
-        unread = sum(sequence.to_read - sequence.computed for sequence in reading)
-        promised = sum(self._lacking(sequence, sequence.to_read + 1) for sequence in reading)
-        while self._waiting and len(self._running) < self._max_batch and unread + self._overlap < budget:
+        prefilling = [sequence for sequence in self._running if sequence.computed < sequence.prefill_length]
+        uncomputed = sum(sequence.prefill_length - sequence.computed for sequence in prefilling)
+        promised = sum(self._missing(sequence, sequence.prefill_length + 1) for sequence in prefilling)
+        while self._waiting and len(self._running) < self._max_batch and uncomputed + self._overlap < budget:
             sequence = self._waiting[0]
             known = len(sequence.tokens)
             total = self._pool.pages_for(known + 1)
-            # At least one token is computed: somebody has to say what follows.
+            # At least one token must be computed, for the logits of the next.
             most = known - 1 if sequence.reuse else 0
             root = self._pool.root(sequence.cache_salt)
             if sequence.root != root:
@@ -232,21 +232,21 @@ class Scheduler:
             pages = self._pool.match_prefix(sequence.tokens, most, total + promised, sequence.digests, sequence.root)
             if pages is None:
                 return
-            sequence.pages, sequence.registered, sequence.to_read = pages, len(pages), known
+            sequence.pages, sequence.registered, sequence.prefill_length = pages, len(pages), known
             sequence.computed = sequence.ready = sequence.matched = len(pages) * self._pool.page_size
             insort(self._running, self._waiting.pop(0), key=_order)
-            unread += known - sequence.computed
+            uncomputed += known - sequence.computed
             promised += total - len(pages)
 
     def _prefill(self, budget: int) -> list[PrefillChunk]:
-        """Share the budget among those that have known tokens left to read."""
+        """Share the budget among the sequences in prefill."""
         chunks: list[PrefillChunk] = []
-        # Preemption takes from the end of this list, never one that was served before.
+        # Preemption takes the last of the running sequences, never one that has its chunk already.
         for sequence in self._running:
-            # The least that gets on is one token, and with overlap perhaps one that is read again.
+            # The least that makes progress is one token, and with overlap perhaps one that is computed again.
             if budget <= self._overlap:
                 break
-            if sequence.computed >= sequence.to_read:
+            if sequence.computed >= sequence.prefill_length:
                 continue
             chunk = self._chunk(sequence, budget)
             while chunk is None and self._preempt_last() is not sequence:
@@ -257,38 +257,38 @@ class Scheduler:
         return chunks
 
     def _chunk(self, sequence: SequenceState, budget: int) -> PrefillChunk | None:
-        """What a sequence reads next, as far as budget and pages go; None if that is nothing new."""
-        # The drafting module's first entry behind a shared prefix takes the state of the prefix's last token.
-        repeated = self._overlap if 0 < sequence.computed == sequence.matched else 0
-        start = sequence.computed - repeated
+        """A sequence's next chunk, as far as budget and pages go; None if it would have no new token."""
+        # The MTP module's first entry behind a shared prefix takes the hidden state of the prefix's last token.
+        recomputed = self._overlap if 0 < sequence.computed == sequence.matched else 0
+        start = sequence.computed - recomputed
         slots = (len(sequence.pages) + self._pool.available) * self._pool.page_size
-        end = min(sequence.to_read, start + budget, slots - self._overlap)
+        end = min(sequence.prefill_length, start + budget, slots - self._overlap)
         if end <= sequence.computed:
             return None
-        self._hold(sequence, end + self._overlap)
+        self._allocate(sequence, end + self._overlap)
         return PrefillChunk(sequence, start, end - start, sequence.computed)
 
-    def _lacking(self, sequence: SequenceState, slots: int) -> int:
-        """Pages that a sequence has to take to hold so many slots."""
+    def _missing(self, sequence: SequenceState, slots: int) -> int:
+        """Pages to allocate before a sequence has so many slots."""
         return max(0, self._pool.pages_for(slots) - len(sequence.pages))
 
-    def _hold(self, sequence: SequenceState, slots: int) -> None:
-        lacking = self._lacking(sequence, slots)
-        if lacking:
-            pages = self._pool.allocate(lacking)
-            assert pages is not None, "the caller saw that so many are free"
+    def _allocate(self, sequence: SequenceState, slots: int) -> None:
+        missing = self._missing(sequence, slots)
+        if missing:
+            pages = self._pool.allocate(missing)
+            assert pages is not None, "the caller has checked that so many are available"
             sequence.pages += pages
 
     def _preempt_last(self) -> SequenceState:
-        """Send the last of the running sequences back to its place in the queue."""
+        """Preempt the last of the running sequences: it goes back to its place in the queue."""
         sequence = self._running.pop()
-        self._vacate(sequence)
+        self._release(sequence)
         sequence.preemptions += 1
         self.preemptions += 1
         insort(self._waiting, sequence, key=_order)
         return sequence
 
-    def _vacate(self, sequence: SequenceState) -> None:
+    def _release(self, sequence: SequenceState) -> None:
         self._pool.release(sequence.pages)
         sequence.pages = []
         sequence.computed = sequence.ready = sequence.registered = 0

@@ -1,11 +1,11 @@
 """Speculative decoding: which drafts to accept, and how many to make.
 
-A draft is accepted where it is the token that the model itself chooses at that place: the likeliest one, or the winner
-of the place's race (see sampler.py). So the output is the same, token by token, whatever was drafted, and by how many.
-Drafter and model run the same race, by their own distributions q and p: they agree with a chance of at least
-(1 − d)/(1 + d), d being half the sum of |p − q| (Daliri, Musco and Suresh, arXiv 2408.07978). The rule of Leviathan et
-al. (arXiv 2211.17192) reaches 1 − d, but what it draws depends on the drafts.
-How many drafts pay depends on how often they are accepted and on what a step costs: `DraftLength` measures both.
+A draft is accepted where it is the token that the main model itself samples at that position: the likeliest one, or the
+one that Gumbel-max sampling draws (see sampler.py). So the output is the same, token by token, whatever was drafted,
+and however much. Drafter and main model draw with the same noise from their own distributions q and p: they agree with
+a probability of at least (1 − d)/(1 + d), d being half the sum of |p − q| (Daliri, Musco and Suresh, arXiv 2408.07978).
+The rule of Leviathan et al. (arXiv 2211.17192) reaches 1 − d, but there the samples depend on the drafts.
+The best number of drafts depends on acceptance and on the cost of a step: `DraftLength` measures both.
 """
 
 from collections import deque
@@ -15,7 +15,7 @@ from statistics import median
 
 
 def accept(drafts: Sequence[int], chosen: Sequence[int]) -> int:
-    """How many drafts are what the model chose: those before the first that differs."""
+    """How many drafts are accepted: those before the first that differs from what the model sampled."""
     count = 0
     for token, own in zip(drafts, chosen, strict=False):
         if token != own:
@@ -24,69 +24,69 @@ def accept(drafts: Sequence[int], chosen: Sequence[int]) -> int:
     return count
 
 
-_PRIOR_CHANCE, _PRIOR_WEIGHT = 0.7, 2.0
-"""Before anything was measured, a draft is believed to be accepted so often, on the strength of so many trials."""
+_PRIOR_RATE, _PRIOR_WEIGHT = 0.7, 2.0
+"""The prior: this acceptance rate, weighted as so many trials."""
 
 _HALF_LIFE = 64
 """Trials after which an earlier one counts half."""
 
-_FIRST_LOOKS = 3
-"""Steps of a new length before its cost is believed: the median of three survives one slow step."""
+_FIRST_TRIALS = 3
+"""Steps of a new length before its cost counts as known: the median of three survives one slow step."""
 
 _COSTS_KEPT = 15
 """Latest steps whose median is the cost of a length."""
 
 _FIRST_WAIT, _SHORTEST_WAIT, _LONGEST_WAIT = 16, 64, 1024
-"""Steps between two tries of a length that was not the best: at first, after a change, and at most."""
+"""Steps between two trials of a length that is not the best: at first, after a change, and at most."""
 
-_HOPELESS_WAIT = 256
-"""Waiting that long between two tries of drafts whose costs alone rule them out is giving up."""
+_UNPROFITABLE_WAIT = 256
+"""Interval between two trials from which on drafts whose cost alone rules them out are unprofitable."""
 
 
 @dataclass
 class _Costs:
-    """What steps of about the same batch took, by drafts per row, and when to try another length again."""
+    """Costs of steps of about the same batch size, by drafts per request, and when to try another length again."""
 
     latest: list[deque[float]]
     typical: list[float]
-    """Their medians, found anew when one step matters, else when all of the latest are new."""
-    unread: list[int]
+    """Their medians, recomputed at once after a trial, else when all of the latest are new."""
+    uncounted: list[int]
     """Steps since then."""
     waited: int = 0
     """Steps at the best length since another was tried."""
     wait: int = _FIRST_WAIT
     turn: int = 0
-    """Which of the others is tried next."""
+    """Which of the other lengths is tried next."""
     best: int | None = None
-    """The length that pays most; None: to be found out again, for costs have changed."""
+    """The most profitable length; None: to be determined again, since costs have changed."""
 
     def known(self, drafts: int) -> bool:
-        return len(self.latest[drafts]) >= _FIRST_LOOKS
+        return len(self.latest[drafts]) >= _FIRST_TRIALS
 
     def add(self, drafts: int, seconds: float, after_wait: bool) -> None:
         latest = self.latest[drafts]
-        while after_wait and len(latest) >= _FIRST_LOOKS:
-            # Old by now: two tries that agree shall outvote what is left.
+        while after_wait and len(latest) >= _FIRST_TRIALS:
+            # Old by now: two trials that agree outvote what is left.
             latest.popleft()
         latest.append(seconds)
-        self.unread[drafts] += 1
-        if after_wait or len(latest) <= _FIRST_LOOKS or self.unread[drafts] >= _COSTS_KEPT:
-            self.typical[drafts], self.unread[drafts] = median(latest), 0
+        self.uncounted[drafts] += 1
+        if after_wait or len(latest) <= _FIRST_TRIALS or self.uncounted[drafts] >= _COSTS_KEPT:
+            self.typical[drafts], self.uncounted[drafts] = median(latest), 0
             self.best = None
 
 
 class DraftLength:
     """How many drafts to make per step: most expected tokens per second from measured acceptance and measured costs.
 
-    A step with n drafts per row yields 1 + Σ_{k≤n} Π_{i≤k} a_i tokens per row, a_i being the chance that the i-th
-    draft is accepted after the ones before. SeqLens are measured upwards from 0 until one more does not pay. Later
-    the neighbours of the best length, and 0, are tried again, for texts and costs change, and an engine's first steps
-    are slow: one step each, at intervals that double while nothing comes of it; only a try that paid for itself is
+    A step with n drafts per request yields 1 + Σ_{k≤n} Π_{i≤k} a_i tokens per request, a_i being the probability that
+    the i-th draft is accepted after the ones before. Lengths are measured upwards from 0 until one more is slower.
+    Later the neighbours of the best length, and 0, are tried again, since texts and costs change and an engine's first
+    steps are slow: one step each, at intervals that double while nothing improves; only a trial that was faster is
     repeated at once. Everything is deterministic given what was recorded.
     """
 
     def __init__(self, most: int) -> None:
-        """`most`: drafts per row and step at most."""
+        """`most`: drafts per request and step at most."""
         if most < 0:
             raise ValueError(f"most is {most}; it must be at least 0 (0: never draft)")
         self.most = most
@@ -94,7 +94,7 @@ class DraftLength:
         self._costs: dict[int, _Costs] = {}
 
     def choose(self, batch: int) -> int:
-        """Drafts per row for a step of `batch` rows, 0 to `most`."""
+        """Drafts per request for a step of `batch` requests, 0 to `most`."""
         costs = self._costs_of(batch)
         best = self._best(costs)
         for drafts in range(min(best + 1, self.most) + 1):
@@ -106,11 +106,11 @@ class DraftLength:
         return others[costs.turn % len(others)]
 
     def record(self, batch: int, drafts: int, offered: int, accepted_at: Sequence[int], seconds: float) -> None:
-        """What a step did: `offered` of its `batch` rows had `drafts` drafts each, of `accepted_at[k]` rows the first
-        k + 1 were accepted, and making and verifying them took `seconds`."""
+        """Record a step of `batch` requests: `offered` of them had `drafts` drafts each, `accepted_at[k]` of them had
+        their first k + 1 accepted, and drafting and verifying took `seconds`."""
         if not len(accepted_at) == drafts <= self.most:
             raise ValueError(
-                f"accepted_at has {len(accepted_at)} numbers for {drafts} drafts; there must be one for each, and at "
+                f"accepted_at has {len(accepted_at)} entries for {drafts} drafts; there must be one for each, and at "
                 f"most {self.most}"
             )
         costs = self._costs_of(batch)
@@ -132,17 +132,17 @@ class DraftLength:
             costs.waited += 1
 
     def is_unprofitable(self, batch: int) -> bool:
-        """Whether a draft has long cost steps of `batch` rows more than it could bring even if it were always accepted.
+        """Whether a draft has long cost steps of `batch` requests more than it would gain if always accepted.
 
-        So must it be for all other numbers of rows for which a draft's cost is known.
+        This must also hold for all other batch sizes for which the cost of a draft is known.
         """
-        if self.most == 0 or self._costs_of(batch).wait < _HOPELESS_WAIT:
+        if self.most == 0 or self._costs_of(batch).wait < _UNPROFITABLE_WAIT:
             return False
         tried = [costs for costs in self._costs.values() if costs.known(1)]
         return all(costs.typical[1] >= 2 * costs.typical[0] for costs in tried)
 
     def _costs_of(self, batch: int) -> _Costs:
-        """One account for 1 row, 2, 3 to 4, 5 to 8, and so on."""
+        """One record for 1 request, 2, 3 to 4, 5 to 8, and so on."""
         bucket = (batch - 1).bit_length()
         if bucket not in self._costs:
             latest: list[deque[float]] = [deque(maxlen=_COSTS_KEPT) for _ in range(self.most + 1)]
@@ -157,22 +157,22 @@ class DraftLength:
         return costs.best
 
     def _tokens(self, drafts: int) -> float:
-        """Expected tokens per row and step."""
-        tokens = chance = 1.0
+        """Expected tokens per request and step."""
+        tokens = probability = 1.0
         for offered, accepted in zip(self._offered[:drafts], self._accepted[:drafts], strict=True):
-            chance *= (accepted + _PRIOR_CHANCE * _PRIOR_WEIGHT) / (offered + _PRIOR_WEIGHT)
-            tokens += chance
+            probability *= (accepted + _PRIOR_RATE * _PRIOR_WEIGHT) / (offered + _PRIOR_WEIGHT)
+            tokens += probability
         return tokens
 
     def _paid(self, costs: _Costs, best: int, drafts: int, accepted: int, offered: int) -> bool:
-        """Whether this one step's acceptance of the draft beyond the best length was worth its usual cost."""
+        """Whether this one step's acceptance of the draft beyond the best length was worth its typical cost."""
         tokens = self._tokens(best)
         return (tokens * offered + accepted) * costs.typical[best] > tokens * offered * costs.typical[drafts]
 
     def _count(self, offered: int, accepted_at: Sequence[int], best: int) -> None:
-        """Take in a step's acceptance, each draft's among the rows that accepted the ones before."""
+        """Count a step's acceptance: each draft's among the requests that accepted the ones before."""
         for place, accepted in enumerate(accepted_at):
-            # What is known of drafts beyond the best length is old: each new look halves it.
+            # Counts of drafts beyond the best length are old: each new one halves them.
             kept = 0.5 if place >= best else 0.5 ** (offered / _HALF_LIFE)
             self._offered[place] = kept * self._offered[place] + offered
             self._accepted[place] = kept * self._accepted[place] + accepted

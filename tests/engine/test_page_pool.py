@@ -138,7 +138,7 @@ def test_releasing_too_often_is_an_error() -> None:
     pages = blocks.allocate(1)
     assert pages is not None
     blocks.release(pages)
-    with pytest.raises(ValueError, match="page 0 is released, but nobody holds it"):
+    with pytest.raises(ValueError, match="page 0 is released, which no sequence holds"):
         blocks.release(pages)
 
 

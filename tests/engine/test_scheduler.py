@@ -107,7 +107,7 @@ class Core:
         assert not (preempted and admitted), "nobody is let in when somebody has to go"
         assert all(not sequence.pages and sequence.computed == 0 for sequence in now.waiting)
         self.seen["preempted"] += len(preempted)
-        self.seen["preempted while reading"] += sum(not len(s.tokens) > s.to_read for s in preempted)
+        self.seen["preempted while reading"] += sum(not len(s.tokens) > s.prefill_length for s in preempted)
 
     def _check_step(self, step: Step, drafts: int) -> None:
         running = self.scheduler.running
@@ -115,7 +115,7 @@ class Core:
         assert len(running) <= self.max_batch
         assert step.decode or step.prefill, "there was work, and nothing was done"
         assert 0 <= step.drafts <= drafts
-        assert step.decode == [sequence for sequence in running if len(sequence.tokens) > sequence.to_read]
+        assert step.decode == [sequence for sequence in running if len(sequence.tokens) > sequence.prefill_length]
         assert all(sequence.computed == len(sequence.tokens) - 1 for sequence in step.decode)
         assert sum(chunk.num_tokens for chunk in step.prefill) <= self.budget * (1 if step.decode else 4)
         assert reading == [sequence for sequence in running if sequence in reading], "out of order or twice"
@@ -147,7 +147,7 @@ class Core:
         sequence.ready = min(sequence.computed, self.paired[sequence]) if self.overlap else sequence.computed
 
     def _read(self, sequence: SequenceState, start: int, end: int, write_from: int) -> None:
-        assert write_from == sequence.computed < end <= len(sequence.tokens) == sequence.to_read
+        assert write_from == sequence.computed < end <= len(sequence.tokens) == sequence.prefill_length
         hit = self.overlap and 0 < sequence.computed == sequence.matched
         assert start == write_from - hit
         assert sequence.registered * self.pool.page_size >= sequence.matched

@@ -166,7 +166,7 @@ def test_draft_lengths_stay_within_bounds() -> None:
             length.record(batch, drafts, 0, [0] * drafts, chance.random() + 0.01)
     with pytest.raises(ValueError, match="most is -1; it must be at least 0"):
         DraftLength(-1)
-    with pytest.raises(ValueError, match="accepted_at has 1 numbers for 2 drafts"):
+    with pytest.raises(ValueError, match="accepted_at has 1 entries for 2 drafts"):
         DraftLength(2).record(1, 2, 1, [1], 0.1)
-    with pytest.raises(ValueError, match=r"accepted_at has 2 numbers for 2 drafts.* at most 1"):
+    with pytest.raises(ValueError, match=r"accepted_at has 2 entries for 2 drafts.* at most 1"):
         DraftLength(1).record(1, 2, 1, [1, 0], 0.1)

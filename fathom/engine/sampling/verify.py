@@ -1,9 +1,9 @@
-"""One step's logits become tokens, for requests that each have their own parameters and their own number of drafts.
+"""From one step's logits to tokens, for requests with their own parameters and their own numbers of drafts.
 
 A request that verifies M drafts has M + 1 consecutive positions of logits: after its last token, after draft 1, and
-so on. Each position's distribution takes the drafts before it for output: penalties and min_tokens count them. A draft
-stays when it is what the position's own logits choose. Requests without drafts take the same way. The usual step, all
-greedy and nothing adjusted, costs one argmax and one transfer.
+so on. At each position the drafts before it count as output, for penalties and min_tokens. A draft is accepted when it
+is the token sampled from the position's own logits. Requests without drafts are the case M = 0. The usual step, all
+greedy and without logits processors, costs one argmax and one transfer.
 
 Shapes: B requests, N positions of all requests, T positions of one, M drafts, S prompt tokens, O vocabulary.
 """
@@ -27,42 +27,42 @@ from fathom.engine.speculative import accept
 from fathom.model.layers import at_least_float32
 
 _CHUNK = 256
-"""Prompt positions whose log-probabilities are held at a time."""
+"""Prompt positions whose log-probabilities are in memory at a time."""
 
 
 class Constraint(Protocol):
-    """Says what a request may generate, for example by a grammar."""
+    """Restricts what a request may generate, for example to a grammar."""
 
     def allowed(self, drafts: Sequence[int]) -> Tensor:
         """The ids that may follow the output so far, and those that may follow each draft: bool (M + 1, O).
 
-        Rows behind a draft that is not allowed itself may say anything. Nothing is remembered.
+        Rows behind a draft that is not allowed itself do not matter. The state does not change.
         """
 
     def take(self, tokens: Sequence[int]) -> None:
-        """These tokens were generated."""
+        """Advance: these tokens were generated."""
 
 
 @dataclass
 class SamplingState:
-    """One request's place in a step."""
+    """What sampling needs of one request in a step."""
 
     params: SamplingParams
     stream: int
-    """Second key of its random numbers, such as the prompt's place among a call's prompts."""
+    """Second key of its noise, such as the prompt's place among a call's prompts."""
     tokens: Sequence[int]
     """The prompt and the output so far."""
     prompt_length: int
     banned_until_min: tuple[int, ...] = ()
-    """What would end it, and so cannot be chosen before min_tokens: stop ids, and end-of-text unless ignored."""
+    """Ids that cannot be sampled before min_tokens: stop ids, and EOS unless it is ignored."""
     drafts: list[int] = field(default_factory=list)
-    """Tokens that may follow, to be verified in this step."""
+    """Tokens to be verified in this step."""
     allowed_TO: Tensor | None = None
-    """What may be chosen after the tokens and after each draft, where that is constrained."""
+    """What may be sampled after the tokens and after each draft, (M + 1, O) bool; None: anything."""
 
 
 class TokenLogprob(NamedTuple):
-    """How likely a token was by the model's own logits, before any processing."""
+    """A token's log-probability by the model's own logits, before any processing."""
 
     logprob: float
     rank: int
@@ -72,20 +72,20 @@ class TokenLogprob(NamedTuple):
 
 
 class SampledTokens(NamedTuple):
-    """What one step decided for one row."""
+    """One request's new tokens of a step."""
 
     tokens: list[int]
     """The accepted drafts, then one more token."""
     accepted: int
     """How many of them were drafts."""
     logprobs: list[TokenLogprob] | None
-    """One for each of `tokens`, where the row asks for them."""
+    """One for each of `tokens`, where asked for."""
 
 
 def verify(logits_NO: Tensor, rows: Sequence[SamplingState]) -> list[SampledTokens]:
-    """Decide each row's next tokens from 1 + len(drafts) consecutive positions of logits per row, in the rows' order.
+    """Sample each request's next tokens from its 1 + len(drafts) consecutive positions of logits, in order.
 
-    Raises ValueError where the positions are not as many as the rows and drafts need.
+    Raises ValueError if there are more or fewer positions than the requests with their drafts need.
     """
     places = _places(rows, len(logits_NO))
     best_N = _likeliest(logits_NO)
@@ -98,20 +98,20 @@ def verify(logits_NO: Tensor, rows: Sequence[SamplingState]) -> list[SampledToke
     if sampled:
         drawn_N = _drawn([(row, logits_NO[place], 0) for row, place in sampled])
         best_N[torch.cat([torch.arange(place.start, place.stop) for _, place in sampled]).to(best_N.device)] = drawn_N
-    chosen = best_N.tolist()  # the call's one transfer, but for log-probabilities
-    decisions = []
+    chosen = best_N.tolist()  # the call's one transfer to the host, but for log-probabilities
+    results = []
     for row, place in zip(rows, places, strict=True):
         count = accept(row.drafts, chosen[place])
-        decisions.append(SampledTokens(chosen[place.start : place.start + count + 1], count, None))
+        results.append(SampledTokens(chosen[place.start : place.start + count + 1], count, None))
     if any(row.params.logprobs is not None for row in rows):
-        return _with_logprobs(logits_NO, rows, places, decisions)
-    return decisions
+        return _with_logprobs(logits_NO, rows, places, results)
+    return results
 
 
 def draft(logits_BO: Tensor, rows: Sequence[SamplingState]) -> list[int]:
-    """One more draft per row from a drafting module's logits at the place after `row.tokens` and `row.drafts`.
+    """One more draft per request, from the MTP module's logits at the position after `tokens` and `drafts`.
 
-    They are processed, and drawn from, just as the model's own logits will be at that place. The rows stay as they are.
+    The logits are processed, and sampled from, exactly as the main model's will be at that position.
     """
     best_B = _likeliest(logits_BO)
     sampled = [b for b, row in enumerate(rows) if row.params.temperature > 0]
@@ -124,7 +124,7 @@ def draft(logits_BO: Tensor, rows: Sequence[SamplingState]) -> list[int]:
 
 
 def prompt_logprobs(logits_SO: Tensor, following_S: Tensor, top: int) -> list[TokenLogprob]:
-    """How likely each token was that followed, and the `top` likeliest ones, by the logits of the place before it."""
+    """Log-probabilities of the tokens that followed, and of the `top` likeliest ones, by the logits before them."""
     found = []
     for part_NO, ids_N in zip(logits_SO.split(_CHUNK), following_S.split(_CHUNK), strict=True):
         found += _token_logprobs(part_NO, ids_N, top)
@@ -132,27 +132,27 @@ def prompt_logprobs(logits_SO: Tensor, following_S: Tensor, top: int) -> list[To
 
 
 def _likeliest(logits_NO: Tensor) -> Tensor:
-    """The first of the likeliest tokens (N) of each place."""
+    """The first of the likeliest tokens at each position, (N)."""
     if logits_NO.device.type == "cpu":
-        # Some ten times as fast as torch's, which takes as long as a small model's whole step.
+        # Some ten times as fast as torch's argmax, which takes as long as a small model's whole step.
         return torch.from_numpy(at_least_float32(logits_NO).numpy().argmax(-1))
     return logits_NO.argmax(-1)
 
 
 def _places(rows: Sequence[SamplingState], positions: int) -> list[slice]:
-    """Which positions of the logits are each row's."""
+    """Which positions of the logits are each request's."""
     places, start = [], 0
     for row in rows:
         end = start + len(row.drafts) + 1
         places.append(slice(start, end))
         start = end
     if start != positions:
-        raise ValueError(f"logits_NO has {positions} positions; rows with their drafts need {start}")
+        raise ValueError(f"logits_NO has {positions} positions; the requests with their drafts need {start}")
     return places
 
 
 def _changes_logits(row: SamplingState) -> bool:
-    """Whether its logits are anything but the model's own."""
+    """Whether its logits differ from the model's own."""
     params = row.params
     return (
         row.allowed_TO is not None or params.changes_logits or len(row.tokens) - row.prompt_length < params.min_tokens
@@ -165,13 +165,13 @@ def _processed(logits_TO: Tensor, row: SamplingState) -> Tensor:
     )
     if row.allowed_TO is None:
         return adjusted_TO
-    # A drafting module has logits for the last place alone.
+    # The MTP module has logits for the last position alone.
     allowed_TO = row.allowed_TO[-len(logits_TO) :].to(logits_TO.device)
     return adjusted_TO.masked_fill(~allowed_TO, -math.inf)
 
 
 def _distributions(sampled: Sequence[tuple[SamplingState, Tensor]]) -> list[Tensor]:
-    """What each row draws from at its positions; rows with the same filters are filtered together."""
+    """The distributions at each request's positions; requests with the same filters are filtered together."""
     logits = [_processed(logits_TO, row) if _changes_logits(row) else logits_TO for row, logits_TO in sampled]
     groups: dict[tuple[float, ...], list[int]] = {}
     for b, (row, _) in enumerate(sampled):
@@ -185,26 +185,26 @@ def _distributions(sampled: Sequence[tuple[SamplingState, Tensor]]) -> list[Tens
 
 
 def _drawn(sampled: Sequence[tuple[SamplingState, Tensor, int]]) -> Tensor:
-    """The tokens (N) drawn at all positions of some rows: each row's logits (T, O), whose first position lies so
-    many places after its next token's."""
+    """The tokens (N) sampled at all positions of some requests: each with its logits (T, O) and how many positions
+    after its next token these begin."""
     probs_NO = torch.cat(_distributions([(row, logits_TO) for row, logits_TO, _ in sampled]))
-    races = [
+    noise = [
         exponential_noise(row.params.seed, row.stream, len(row.tokens) + ahead + place, logits_TO.shape[1])
         for row, logits_TO, ahead in sampled
         for place in range(len(logits_TO))
     ]
-    return draw(probs_NO, torch.stack(races).to(probs_NO.device))
+    return draw(probs_NO, torch.stack(noise).to(probs_NO.device))
 
 
 def _with_logprobs(
-    logits_NO: Tensor, rows: Sequence[SamplingState], places: Sequence[slice], decisions: Sequence[SampledTokens]
+    logits_NO: Tensor, rows: Sequence[SamplingState], places: Sequence[slice], results: Sequence[SampledTokens]
 ) -> list[SampledTokens]:
-    """The decisions with log-probabilities where rows ask for them, all found in one go."""
+    """The results with log-probabilities where requests ask for them, all computed at once."""
     asking = [(r, row.params.logprobs) for r, row in enumerate(rows) if row.params.logprobs is not None]
-    positions = [places[r].start + i for r, _ in asking for i in range(len(decisions[r].tokens))]
-    ids_N = torch.tensor([token for r, _ in asking for token in decisions[r].tokens], device=logits_NO.device)
+    positions = [places[r].start + i for r, _ in asking for i in range(len(results[r].tokens))]
+    ids_N = torch.tensor([token for r, _ in asking for token in results[r].tokens], device=logits_NO.device)
     facts = iter(_token_logprobs(logits_NO[positions], ids_N, max(top for _, top in asking)))
-    found = list(decisions)
+    found = list(results)
     for r, top in asking:
         own = [next(facts) for _ in found[r].tokens]
         found[r] = found[r]._replace(logprobs=[fact._replace(top=fact.top[:top]) for fact in own])

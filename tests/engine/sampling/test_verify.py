@@ -245,7 +245,7 @@ def test_prompt_log_probabilities_of_any_length(length: int) -> None:
 
 def test_what_does_not_fit_together_is_refused() -> None:
     rows = [SamplingState(SamplingParams(1.0), 0, [0], 1, drafts=[1])]
-    with pytest.raises(ValueError, match=r"logits_NO has 3 positions; rows with their drafts need 2"):
+    with pytest.raises(ValueError, match=r"logits_NO has 3 positions; the requests with their drafts need 2"):
         verify(torch.zeros(3, SIZE), rows)
 
 
