@@ -1,13 +1,36 @@
 """Errors in OpenAI's shape."""
 
-from collections.abc import Sequence
 from typing import Any
 
-from starlette.responses import JSONResponse
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ExceptionHandler
+
+_TYPES = {401: "authentication_error", 408: "timeout_error", 429: "rate_limit_error"}
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+"""JSON schema of an error's body."""
 
 
 class ApiError(Exception):
-    """What a client is told instead of an answer."""
+    """A request that is refused or has failed, as the client sees it."""
 
     def __init__(
         self,
@@ -17,7 +40,7 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after: int | None = None,
     ) -> None:
-        """`retry_after`: seconds until asking again makes sense."""
+        """`retry_after`: seconds until another attempt makes sense."""
         super().__init__(message)
         self.status = status
         self.message = message
@@ -26,28 +49,57 @@ class ApiError(Exception):
         self.retry_after = retry_after
 
     def body(self) -> dict[str, Any]:
-        """The JSON that says so."""
-        return {"error": {"message": self.message, "type": _kind(self.status), "param": self.param, "code": self.code}}
+        """The JSON object."""
+        default = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = _TYPES.get(self.status, default)
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
         """The whole response."""
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        if self.status == 405:
-            headers["Allow"] = "POST"
         return JSONResponse(self.body(), self.status, headers)
 
 
-def wrong_body(mistakes: Sequence[Any]) -> ApiError:
-    """What pydantic finds wrong with a body, its first mistake in words."""
-    first = mistakes[0]
-    # Inside a union every alternative complains; its name says nothing to a client.
-    place = ".".join(str(part) for part in first["loc"] if part != "body" and "[" not in str(part))
-    message = str(first["msg"]).removeprefix("Value error, ")
-    return ApiError(400, f"{place}: {message}" if place else message, place or None)
+def invalid_body(error: ValidationError) -> ApiError:
+    """The first of pydantic's errors, by the name of the field."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    # Inside a union every alternative has its errors; the names of alternatives mean nothing to a client.
+    field = ".".join(str(part) for part in first["loc"] if "[" not in str(part))
+    message = first["msg"].removeprefix("Value error, ")
+    return ApiError(400, f"{field}: {message}" if field else message, field or None)
 
 
-def _kind(status: int) -> str:
-    known = {401: "authentication_error", 429: "rate_limit_error", 408: "timeout_error"}
-    return known.get(status) or ("invalid_request_error" if status < 500 else "server_error")
+async def _api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    headers = error.headers or {}
+    messages = {
+        404: f"there is no path {request.url.path[:200]!r}",
+        405: f"the method is {request.method}; it must be {headers.get('Allow')}",
+    }
+    response = ApiError(error.status_code, messages.get(error.status_code, error.detail)).response()
+    response.headers.update(headers)
+    return response
+
+
+async def _disconnected(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nginx's code for it; nobody receives it
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    return ApiError(500, "internal error; the server's log has the details").response()
+
+
+HANDLERS: dict[Any, ExceptionHandler] = {
+    ApiError: _api_error,
+    HTTPException: _no_route,
+    ClientDisconnect: _disconnected,
+    Exception: _unexpected,
+}
+"""Starlette's exception handlers, by type."""

@@ -5,8 +5,7 @@ Those that change nothing (user, metadata, store) are taken and ignored. Lists e
 have a size: a body of a million mistakes would otherwise be a million complaints.
 """
 
-import json
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -15,11 +14,8 @@ from pydantic import (
     Field,
     JsonValue,
     StringConstraints,
-    ValidationError,
     model_validator,
 )
-
-from fathom.serve.errors import ApiError, wrong_body
 
 MOST_CHOICES = 16
 MOST_STOPS = 8
@@ -302,21 +298,6 @@ class DetokenizeRequest(_Body):
 
     model: Annotated[str, StringConstraints(max_length=512)] | None = None
     tokens: Annotated[list[_TokenId], Field(fail_fast=True, max_length=LONGEST_PROMPT)]
-
-
-_AnyBody = TypeVar("_AnyBody", bound=_Body)
-
-
-def parsed(kind: type[_AnyBody], raw: bytes) -> _AnyBody:
-    """The body that a request brings. Raises ApiError."""
-    try:
-        content = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is not JSON: {error}") from error
-    try:
-        return kind.model_validate(content)
-    except ValidationError as error:
-        raise wrong_body(error.errors(include_url=False, include_context=False)) from error
 
 
 def check_schema(schema: JsonValue, name: str) -> None:

@@ -44,11 +44,17 @@ class Service:
         except ChatError as error:
             self.template, self.no_chat = None, str(error)
 
+    def check_name(self, name: str | None) -> None:
+        """Raises ApiError unless `name` is the model's, or None."""
+        if name is not None and name != self.name:
+            message = f"there is no model {name[:200]!r}; there is {self.name!r}"
+            raise ApiError(404, message, "model", "model_not_found")
+
     # What follows up to `open` may take long for long texts: it is for other threads than the event loop's.
 
     def plan_completion(self, body: CompletionRequest) -> Plan:
         """Raises ApiError for what cannot be served."""
-        self._check_name(body.model)
+        self.check_name(body.model)
         one = isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
         prompts: Any = [body.prompt] if one else body.prompt
         top = body.logprobs
@@ -64,7 +70,7 @@ class Service:
 
     def plan_chat(self, body: ChatRequest) -> Plan:
         """Raises ApiError for what cannot be served."""
-        self._check_name(body.model)
+        self.check_name(body.model)
         tools = body.chosen_tools()
         ids = self.encode_chat([message.plain() for message in body.messages], tools)
         grammar = self._grammar(body, tools)
@@ -185,10 +191,6 @@ class Service:
         except GrammarError as error:
             param = "tools" if tools else "response_format"
             raise ApiError(400, f"the schema cannot be followed: {error}", param, "invalid_schema") from error
-
-    def _check_name(self, name: str | None) -> None:
-        if name is not None and name != self.name:
-            raise ApiError(404, f"there is no model {name!r}; there is {self.name!r}", "model", "model_not_found")
 
 
 def _warm(temperature: float | None) -> float:

@@ -2,7 +2,7 @@
 
 import pytest
 
-pytest.importorskip("fastapi", reason="the server needs fastapi")
+pytest.importorskip("starlette", reason="the server needs starlette")
 from fathom.data.tokenizer import train_tokenizer
 from fathom.engine.outputs import Generation
 from fathom.engine.sampling.sampler import SamplingParams

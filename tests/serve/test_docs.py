@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("fastapi", reason="the server needs fastapi")
+pytest.importorskip("starlette", reason="the server needs starlette")
 pytest.importorskip("llguidance", reason="the server needs llguidance")
 from prometheus_client.parser import text_string_to_metric_families
 

@@ -16,7 +16,7 @@ import pytest
 from tests.serve.random_model import save_random_model
 from tests.serve.running import Running, running
 
-pytest.importorskip("fastapi", reason="the server needs fastapi")
+pytest.importorskip("starlette", reason="the server needs starlette")
 pytest.importorskip("llguidance", reason="the server needs llguidance")
 pytestmark = pytest.mark.slow
 

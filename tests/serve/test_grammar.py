@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("llguidance", reason="the server needs llguidance")
-pytest.importorskip("fastapi", reason="the server needs fastapi")
+pytest.importorskip("starlette", reason="the server needs starlette")
 import torch
 
 from fathom.data.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer

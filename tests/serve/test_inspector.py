@@ -12,7 +12,7 @@ from fathom.cli import main
 from tests.serve.random_model import save_random_model
 from tests.serve.running import running
 
-pytest.importorskip("fastapi", reason="the server needs fastapi")
+pytest.importorskip("starlette", reason="the server needs starlette")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium")
 pytestmark = [

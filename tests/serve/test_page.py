@@ -14,7 +14,7 @@ import pytest
 from tests.serve.page_model import CONFIG, SENTENCE, save_talking_model
 from tests.serve.running import running
 
-pytest.importorskip("fastapi", reason="the server needs fastapi")
+pytest.importorskip("starlette", reason="the server needs starlette")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium")
 pytestmark = [

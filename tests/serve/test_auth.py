@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("fastapi", reason="the server needs fastapi")
+pytest.importorskip("starlette", reason="the server needs starlette")
 import httpx
 from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from fathom.serve.gate import AuthMiddleware
+from fathom.serve.auth import AuthMiddleware
 
 
 async def inside(request: Any) -> PlainTextResponse:

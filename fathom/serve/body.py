@@ -1,0 +1,34 @@
+"""The JSON body of a request: read, parsed and validated."""
+
+import json
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
+
+from fathom.serve.errors import ApiError, invalid_body
+
+_Body = TypeVar("_Body", bound=BaseModel)
+
+
+async def read_json(request: Request) -> bytes:
+    """The raw body. Raises ApiError unless it is declared as JSON, and starlette's ClientDisconnect.
+
+    A web page of another origin can send any text without asking first (a CORS preflight), but not declare it as JSON.
+    """
+    content_type = request.headers.get("content-type", "")
+    if content_type.partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(400, f"the content-type is {content_type[:80]!r}; it must be 'application/json'", "content-type")
+    return await request.body()
+
+
+def parse(model: type[_Body], raw: bytes) -> _Body:
+    """The validated body. Raises ApiError. May take long: not for the event loop."""
+    try:
+        content = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is not JSON: {error}") from error
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        raise invalid_body(error) from error
