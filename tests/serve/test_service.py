@@ -1,6 +1,7 @@
 """The service and the engine's thread, in this process: what happens where, and what one failure leaves alone."""
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from fathom.engine.request import Request
 from fathom.engine.sampling.sampler import SamplingParams
 from fathom.serve.app import make_app
 from fathom.serve.grammar import Grammars
+from fathom.serve.server import listen
 from fathom.serve.service import Service
 from fathom.serve.status import describe
 from fathom.serve.worker import Job, Worker
@@ -246,3 +248,24 @@ def test_a_dead_engine_turns_health_red(engine: Engine, monkeypatch: pytest.Monk
 
     assert asyncio.run(serve()) == [200, 503, 503, 503]
     assert isinstance(worker.failure, RuntimeError)
+
+
+def test_connections_send_what_is_written_at_once() -> None:
+    """With Nagle's algorithm a response in two writes waits 40 ms for the client's delayed acknowledgement."""
+
+    async def accepted() -> int:
+        found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            connection = writer.get_extra_info("socket")
+            found.set_result(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        with listen("127.0.0.1", 0) as listening:
+            async with await asyncio.start_server(connected, sock=listening):
+                _, writer = await asyncio.open_connection(*listening.getsockname())
+                nodelay = await asyncio.wait_for(found, 10)
+                writer.close()
+        return nodelay
+
+    assert asyncio.run(accepted()) != 0
