@@ -1,10 +1,15 @@
 """The names and signatures that `import fathom` promises."""
 
+import ast
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import fathom
+from fathom.data.tokenizer import train_tokenizer
 
 
 def test_the_whole_api_in_one_breath(tmp_path: Path) -> None:
@@ -24,7 +29,7 @@ def test_the_whole_api_in_one_breath(tmp_path: Path) -> None:
     assert model(tokens_BS).mtp_logits is None
     torch.testing.assert_close(model.logits(model.hidden(tokens_BS)), out.logits_BSO)
 
-    tokenizer = fathom.data.tokenizer.train_tokenizer(["def f(x):\n    return x\n"] * 9, 300)
+    tokenizer = train_tokenizer(["def f(x):\n    return x\n"] * 9, 300)
     fathom.save_model(model, tmp_path / "m", tokenizer=tokenizer, max_shard_size=10_000)
     loaded = fathom.load_model(tmp_path / "m", dtype=torch.float32, device="cpu")
     torch.testing.assert_close(loaded(tokens_BS).logits_BSO, out.logits_BSO)
@@ -41,3 +46,26 @@ def test_presets_have_the_advertised_sizes() -> None:
     assert 15e9 < sizes["16b-a3b"].total < 17e9
     assert 2.4e9 < sizes["16b-a3b"].active < 3.2e9
     assert sizes["nano"].active < 10e6
+
+
+def test_names_are_imported_at_first_use_from_where_type_checkers_find_them() -> None:
+    tree = ast.parse(Path(fathom.__file__).read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module != "typing"]
+    assert {alias.name for node in imports for alias in node.names} == set(fathom.__all__) <= set(dir(fathom))
+    for node in imports:
+        for alias in node.names:
+            assert fathom._MODULES.get(alias.name, "fathom") == node.module
+            assert getattr(fathom, alias.name) is not None
+    with pytest.raises(AttributeError, match="'fathom' has no attribute 'Modle'"):
+        _ = fathom.Modle
+
+
+@pytest.mark.parametrize(
+    "line", ["import fathom", "from fathom.cli import main; main(['--help']); main(['--version'])"]
+)
+def test_nothing_slow_is_imported_before_it_is_used(line: str) -> None:
+    """torch alone takes seconds."""
+    slow = {"torch", "numpy", "transformers", "tyro", "starlette", "huggingface_hub"}
+    code = f"import sys; {line}; print(sorted({slow} & set(sys.modules)))"
+    lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert lines[-1] == "[]"
