@@ -99,8 +99,8 @@ def test_any_loss_and_any_batch_accumulate_and_are_clipped(
 
     def loss(slope: torch.Tensor) -> LossOutput:
         total = (slope * weight).sum()
-        loads_LE = torch.zeros(routers, experts, dtype=torch.int64)
-        return LossOutput(total, total.detach()[None], torch.zeros(()), loads_LE)
+        tokens_per_expert_LE = torch.zeros(routers, experts, dtype=torch.int64)
+        return LossOutput(total, total.detach()[None], torch.zeros(()), tokens_per_expert_LE)
 
     gradient = sum(slopes, start=torch.zeros(()))
     norm = float(gradient.norm())
