@@ -89,11 +89,15 @@ def test_bfloat16_is_as_exact_as_plain_torch(case: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1, 16, 45])
 def test_rows_are_added_up(size: int, dtype: torch.dtype) -> None:
-    y_RD, inverse_indices_NK = random(7, size, seed=3, dtype=dtype), torch.tensor([[0, 2, 4], [6, 0, 3]])
-    expected_ND = y_RD.double()[inverse_indices_NK].sum(1)
+    """By the kernel, by plain torch and compiled; −1 adds nothing, whatever rows there are."""
+    y_RD, inverse_indices_NK = random(7, size, seed=3, dtype=dtype), torch.tensor([[0, 2, 4], [6, 0, 3], [-1, 5, -1]])
+    y_RD[1] = float("nan")
+    expected_ND = torch.stack([y_RD.double()[[i for i in row if i >= 0]].sum(0) for row in inverse_indices_NK.tolist()])
     assert torch.allclose(combine(y_RD, inverse_indices_NK).double(), expected_ND, rtol=2**-8, atol=1e-6)
-    with cpu.disabled():
-        assert torch.allclose(combine(y_RD, inverse_indices_NK).double(), expected_ND, rtol=2**-7, atol=1e-2)
+    for plain in (combine, torch.compile(combine, backend="eager")):
+        with cpu.disabled():
+            found_ND = plain(y_RD, inverse_indices_NK)
+        assert torch.allclose(found_ND.double(), expected_ND, rtol=2**-7, atol=1e-2)
 
 
 def test_extreme_numbers_keep_their_meaning() -> None:

@@ -52,7 +52,7 @@ def rope(*shape: int) -> Rope:
 
 @pytest.mark.parametrize(("tokens", "choices", "experts"), [(1, 1, 1), (7, 3, 5), (300, 4, 9), (64, 6, 64)])
 def test_pairs_are_sorted_as_by_torch(tokens: int, choices: int, experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In several blocks; one expert is nobody's choice."""
+    """In several blocks; one expert is nobody's choice. Then without one more expert, whose choices become −1."""
     monkeypatch.setattr(rows, "_PAIRS", 256)
     draw = torch.Generator().manual_seed(tokens)
     ids_NK = torch.rand(tokens, max(experts - 1, 1), generator=draw).argsort(1)[:, :choices].contiguous()
@@ -66,6 +66,18 @@ def test_pairs_are_sorted_as_by_torch(tokens: int, choices: int, experts: int, m
     assert torch.equal(tokens_per_expert_E, ids_P.bincount(minlength=experts)) and torch.equal(
         ends_E, tokens_per_expert_E.cumsum(0).int()
     )
+    ids_NK = ids_NK.masked_fill(ids_NK == experts // 2, -1)
+    sort_indices_R, inverse_indices_NK, ends_E, tokens_per_expert_E = (
+        t.cpu() for t in rows.dispatch(ids_NK.to(DEVICE), experts)
+    )
+    ids_P, pair_P = ids_NK.flatten().sort(stable=True)
+    none = int((ids_P < 0).sum())
+    here_NK, pair_NK = ids_NK >= 0, torch.arange(ids_P.numel()).view_as(ids_NK)
+    assert torch.equal(sort_indices_R, torch.cat((pair_P[none:], torch.full((none,), -1))))
+    assert torch.equal(inverse_indices_NK >= 0, here_NK)
+    assert torch.equal(sort_indices_R[inverse_indices_NK[here_NK]], pair_NK[here_NK])
+    assert torch.equal(tokens_per_expert_E, ids_P[none:].bincount(minlength=experts))
+    assert torch.equal(ends_E, tokens_per_expert_E.cumsum(0).int())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -139,12 +151,14 @@ def test_sequences_attend_by_themselves(lengths: tuple[tuple[int, ...], tuple[in
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("choices", [1, 3])
 @pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=str)
-def test_without_gradients_the_result_is_the_same(dtype: torch.dtype) -> None:
-    """The operations themselves, through whatever they choose."""
-    x_ND, weights_NK = random(9, 32, seed=1, dtype=dtype), random(9, 3, seed=2).sigmoid()
+def test_without_gradients_the_result_is_the_same(dtype: torch.dtype, choices: int) -> None:
+    """The operations themselves, through whatever they choose; some choices are none."""
+    x_ND, weights_NK = random(9, 32, seed=1, dtype=dtype), random(9, choices, seed=2).sigmoid()
     gate_up_EGD, down_EDF = random(5, 48, 32, seed=3, dtype=dtype) / 6, random(5, 32, 24, seed=4, dtype=dtype) / 5
-    ids_NK = random(9, 5, seed=5).argsort(1)[:, :3]
+    ids_NK = random(9, 5, seed=5).argsort(1)[:, :choices]
+    ids_NK = ids_NK.masked_fill(ids_NK == 2, -1)
     with torch.no_grad():
         order = dispatch(ids_NK, 5)
         found_ND = routed_experts(x_ND, order, weights_NK, gate_up_EGD, down_EDF)
@@ -154,7 +168,8 @@ def test_without_gradients_the_result_is_the_same(dtype: torch.dtype) -> None:
     norm = RMSNorm(32, 1e-6).to(DEVICE, dtype).requires_grad_(False)
     assert scale_free_error(norm(x_ND), F.rms_norm(x_ND.double(), (32,), eps=1e-6)) < EXACT[dtype]
     assert scale_free_error(swiglu(x_ND, x_ND), F.silu(x_ND.double()) * x_ND.double()) < EXACT[dtype]
-    assert scale_free_error(combine(x_ND, ids_NK), x_ND.double()[ids_NK].sum(1)) < EXACT[dtype]
+    summed_ND = (x_ND.double()[ids_NK] * (ids_NK >= 0).unsqueeze(2)).sum(1)
+    assert scale_free_error(combine(x_ND, ids_NK), summed_ND) < EXACT[dtype]
 
 
 @pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=str)

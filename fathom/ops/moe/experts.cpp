@@ -118,14 +118,17 @@ void routed_experts_backward(int threads, const T* x, const int64_t* token, cons
     masters ? run(float{}) : run(T{});
 }
 
-// Row n of `out` is the sum of the rows index[n, 0 … count) of y.
+// Row n of `out` is the sum of the rows index[n, 0 … count) of y; an index of −1 adds nothing.
 template <class T>
 void combine(int threads, const T* y, const int64_t* index, T* out, int64_t rows, int64_t count, int64_t size) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = 0; row < rows; row++)
         each(size, [&](int64_t i, int64_t n) {
             Floats total = {};
-            for (int64_t k = 0; k < count; k++) total += load(y + index[row * count + k] * size + i, n);
+            for (int64_t k = 0; k < count; k++) {
+                const int64_t from = index[row * count + k];
+                if (from >= 0) total += load(y + from * size + i, n);
+            }
             store(out + row * size + i, total, n);
         });
 }

@@ -26,12 +26,12 @@ class Dispatch(NamedTuple):
     """Where each (token, expert) pair stands once the pairs are sorted by expert."""
 
     sort_indices_R: Tensor
-    """Row r holds pair sort_indices_R[r] of the flattened (N, K) choices, so token sort_indices_R[r] // K; −1 for a
-    padding row."""
+    """Row r holds pair sort_indices_R[r] of the flattened (N, K) choices, so token sort_indices_R[r] // K; −1 for a row
+    without a pair: padding, and what is left after the last expert's rows."""
     inverse_indices_NK: Tensor
-    """The inverse: the row in which token n's k-th choice stands."""
+    """The inverse: the row of token n's k-th choice; −1 where that choice is none."""
     ends_E: Tensor
-    """Row after expert e's last one, int32 as the grouped product wants it."""
+    """Row after expert e's last one, int32 as the grouped matmul takes it."""
     tokens_per_expert_E: Tensor
     """Tokens each expert received, int64."""
 
@@ -39,6 +39,8 @@ class Dispatch(NamedTuple):
 def dispatch(topk_ids_NK: Tensor, experts: int, dtype: torch.dtype | None = None) -> Dispatch:
     """Sort the pairs by expert; stable, so equal inputs give equal sums. On a GPU in one kernel.
 
+    An id of −1 is a choice that is not computed here (with expert parallelism: another rank's expert). It stands in no
+    expert's rows, is in no load, and adds nothing to the token's sum, nor to any gradient.
     `dtype`: of the tokens, where it is known. Rows of a type that the kernels multiply themselves are not padded.
     """
     if gpu.usable(topk_ids_NK):
@@ -46,7 +48,8 @@ def dispatch(topk_ids_NK: Tensor, experts: int, dtype: torch.dtype | None = None
 
         return Dispatch(*rows.dispatch(topk_ids_NK, experts))
     pairs = topk_ids_NK.numel()
-    ids_P, pair_P = topk_ids_NK.flatten().sort(stable=True)
+    ids_P = topk_ids_NK.flatten()
+    ids_P, pair_P = ids_P.masked_fill(ids_P < 0, experts).sort(stable=True)  # those that are none come last
     every_E = torch.arange(experts, device=ids_P.device)
     begin_E, end_E = torch.searchsorted(ids_P, every_E), torch.searchsorted(ids_P, every_E, right=True)
     tokens_per_expert_E = end_E - begin_E
@@ -55,12 +58,13 @@ def dispatch(topk_ids_NK: Tensor, experts: int, dtype: torch.dtype | None = None
     rows_E = _padded(tokens_per_expert_E) if pads else tokens_per_expert_E
     spare = experts * _LEAST_MULTIPLE + pairs // _LEAST_MULTIPLE if pads else 0
     ends_E = rows_E.cumsum(0)
-    row_P = torch.arange(pairs, device=ids_P.device)
-    sort_indices_R = pair_P
+    row_P, none_P = torch.arange(pairs, device=ids_P.device), ids_P == experts
+    sort_indices_R = pair_P.masked_fill(none_P, -1)
     if pads:
-        row_P = row_P + (ends_E - rows_E - begin_E)[ids_P]
+        row_P = row_P + torch.cat((ends_E - rows_E - begin_E, ends_E[-1:] - end_E[-1:]))[ids_P]
         sort_indices_R = pair_P.new_full((pairs + spare,), -1)
-        sort_indices_R[row_P] = pair_P
+        sort_indices_R[row_P] = pair_P.masked_fill(none_P, -1)
+    row_P = row_P.masked_fill(none_P, -1)
     inverse_indices_NK = torch.empty_like(pair_P)
     inverse_indices_NK[pair_P] = row_P
     return Dispatch(
@@ -84,7 +88,7 @@ def routed_experts_reference(
 ) -> Tensor:
     """Σ_k weight_k · down_e(silu(gate_e(x)) · up_e(x)) with e = the token's k-th expert, one expert at a time.
 
-    `gate_up_EGD` stacks gate over up (G = 2F). Returns (N, D) in x's type.
+    `gate_up_EGD` stacks gate over up (G = 2F). An id of −1 adds nothing. Returns (N, D) in x's type.
     """
     out_ND = torch.zeros_like(x_ND)
     for expert in range(gate_up_EGD.shape[0]):
@@ -163,7 +167,7 @@ class _ExpertByExpert(torch.autograd.Function):
         sizes = (*down_EDF.shape, int(down_EDF.dtype == torch.float32))
         outputs = (dx_RD, dweight_R, dgate_up_EGD, ddown_EDF)
         cpu.call("routed_experts_backward", x_ND.dtype, *inputs, *outputs, *sizes)
-        dweights_NK = dweight_R.index_select(0, inverse_indices_NK.flatten()).view_as(weights_NK)
+        dweights_NK = _of_pairs(dweight_R, inverse_indices_NK)
         return combine(dx_RD, inverse_indices_NK), None, None, None, dweights_NK, dgate_up_EGD, ddown_EDF
 
 
@@ -217,19 +221,25 @@ class _RoutedExperts(torch.autograd.Function):
         ddown_EDF = grouped_wgrad(dy_RD, scaled_RF, ends_E)
         dgate_up_EGD = grouped_wgrad(dgate_up_RG, _gather_rows(x_ND, token_R, inverse_indices_NK), ends_E)
         dx_ND = combine(grouped_matmul(dgate_up_RG, gate_up_EGD, ends_E), inverse_indices_NK)
-        dweights_NK = dweight_R.index_select(0, inverse_indices_NK.flatten()).view_as(weights_NK).to(weights_NK.dtype)
+        dweights_NK = _of_pairs(dweight_R, inverse_indices_NK).to(weights_NK.dtype)
         return dx_ND, None, None, None, dweights_NK, dgate_up_EGD, ddown_EDF
 
 
 def _tokens_and_weights(sort_indices_R: Tensor, weights_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """The token of each row, −1 for padding, and its weight (any number for padding, whose rows are zero)."""
+    """The token of each row, −1 where there is none, and its weight (any value where there is none)."""
     return sort_indices_R // weights_NK.shape[1], weights_NK.flatten().index_select(0, sort_indices_R.clamp_min(0))
 
 
+def _of_pairs(value_R: Tensor, inverse_indices_NK: Tensor) -> Tensor:
+    """The value in each pair's row, (N, K); 0 for a choice that is none."""
+    value_NK = value_R.index_select(0, inverse_indices_NK.flatten().clamp_min(0)).view_as(inverse_indices_NK)
+    return value_NK.masked_fill(inverse_indices_NK < 0, 0)
+
+
 def _gather_rows(x_ND: Tensor, token_R: Tensor, inverse_indices_NK: Tensor) -> Tensor:
-    """Row r is token token_R[r], or zeros for padding: (R, D)."""
-    if len(token_R) == inverse_indices_NK.numel():  # a row for every pair, so none is padding
-        return x_ND.index_select(0, token_R)
+    """Row r is token token_R[r], or zeros for padding: (R, D). After the last expert's rows anything may stand."""
+    if len(token_R) == inverse_indices_NK.numel():  # at most a row for every pair, so none is padding
+        return x_ND.index_select(0, token_R.clamp_min(0))
     padded_ND = torch.cat((x_ND, x_ND.new_zeros(1, x_ND.shape[1])))
     return padded_ND.index_select(0, torch.where(token_R < 0, x_ND.shape[0], token_R))
 
@@ -275,15 +285,17 @@ def _(gate_up_RG: Tensor, weight_R: Tensor, dscaled_RF: Tensor) -> tuple[Tensor,
 
 
 def combine(y_RD: Tensor, inverse_indices_NK: Tensor) -> Tensor:
-    """Each token's K rows added up, (N, D); nothing of size (N, K, D) is made in between."""
-    if torch.compiler.is_compiling():
-        return y_RD[inverse_indices_NK].sum(1)  # becomes one kernel
+    """Each token's K rows added up, but those whose index is −1: (N, D), and nothing of size (N, K, D) in between."""
+    if torch.compiler.is_compiling():  # becomes one kernel
+        y_NKD = y_RD[inverse_indices_NK.clamp_min(0)]
+        return y_NKD.masked_fill((inverse_indices_NK < 0).unsqueeze(2), 0).sum(1)
     if gpu.usable(y_RD, inverse_indices_NK):
         from fathom.ops.moe import triton_permute as rows  # Triton comes with torch's CUDA builds alone
 
         return rows.combine(y_RD, inverse_indices_NK)
     if not cpu.usable(y_RD, inverse_indices_NK):
-        return F.embedding_bag(inverse_indices_NK, y_RD, mode="sum")
+        padded_RD = torch.cat((y_RD, y_RD.new_zeros(1, y_RD.shape[1])))
+        return F.embedding_bag(inverse_indices_NK.where(inverse_indices_NK >= 0, len(y_RD)), padded_RD, mode="sum")
     out_ND = y_RD.new_empty(inverse_indices_NK.shape[0], y_RD.shape[1])
     cpu.call("combine", y_RD.dtype, y_RD, inverse_indices_NK, out_ND, *inverse_indices_NK.shape, y_RD.shape[1])
     return out_ND

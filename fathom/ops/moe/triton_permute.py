@@ -18,7 +18,8 @@ _COLUMNS = 1024
 def dispatch(topk_ids_NK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`Dispatch`'s four tensors (fathom/ops/moe/experts.py), without padding: a stable counting sort.
 
-    Every expert looks through all choices, for how many come before its own and then for its own.
+    A program for every expert reads all choices twice: to count those before its own, then to place its own. One more
+    program takes the choices that are none (−1), as an expert after the last.
     """
     ids_P = topk_ids_NK.contiguous()
     sort_indices_R, inverse_indices_NK = torch.empty_like(ids_P).flatten(), torch.empty_like(ids_P)
@@ -26,7 +27,7 @@ def dispatch(topk_ids_NK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor,
     tokens_per_expert_E = torch.empty(experts, dtype=torch.int64, device=ids_P.device)
     pairs = ids_P.numel()
     block = min(_PAIRS, max(128, triton.next_power_of_2(pairs)))
-    _dispatch[(experts,)](
+    _dispatch[(experts + 1,)](
         ids_P,
         sort_indices_R,
         inverse_indices_NK,
@@ -40,7 +41,7 @@ def dispatch(topk_ids_NK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor,
 
 
 def gather(x_ND: Tensor, sort_indices_R: Tensor, choices: int) -> Tensor:
-    """Row r is the token of pair sort_indices_R[r]: (R, D)."""
+    """Row r is the token of pair sort_indices_R[r], or any token for −1: (R, D)."""
     x_RD = x_ND.new_empty(len(sort_indices_R), x_ND.shape[1])
     _gather[_grid(x_RD)](x_ND, sort_indices_R, x_RD, x_ND.stride(0), choices, x_RD.shape[1], BLOCK_D=_columns(x_RD))
     return x_RD
@@ -55,7 +56,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def weighted_swiglu(gate_up_RG: Tensor, sort_indices_R: Tensor, weights_NK: Tensor) -> Tensor:
-    """silu(gate)·up·weight of each row's pair: (R, F)."""
+    """silu(gate)·up·weight of each row's pair, anything for rows without a pair: (R, F)."""
     rows, both = gate_up_RG.shape
     hidden_RF = gate_up_RG.new_empty(rows, both // 2)
     _activate(gate_up_RG, gate_up_RG[:, both // 2 :], both, sort_indices_R, weights_NK.contiguous(), hidden_RF)
@@ -63,7 +64,7 @@ def weighted_swiglu(gate_up_RG: Tensor, sort_indices_R: Tensor, weights_NK: Tens
 
 
 def combine(y_RD: Tensor, inverse_indices_NK: Tensor) -> Tensor:
-    """Each token's K rows added up in float32, in their order: (N, D)."""
+    """Each token's K rows, but those whose index is −1, added up in float32, in their order: (N, D)."""
     y_RD, inverse_indices_NK = y_RD.contiguous(), inverse_indices_NK.contiguous()
     out_ND = y_RD.new_empty(inverse_indices_NK.shape[0], y_RD.shape[1])
     choices, block = inverse_indices_NK.shape[1], _columns(out_ND)
@@ -89,22 +90,25 @@ def _grid(out: Tensor) -> tuple[int, int]:
 
 @triton.jit
 def _dispatch(ids, pair, row, ends, load, pairs, BLOCK_P: tl.constexpr):
-    expert = tl.program_id(0)
+    expert, experts = tl.program_id(0), tl.num_programs(0) - 1
+    is_expert = expert < experts
     p_P = tl.arange(0, BLOCK_P)
     before_P, own_P = tl.zeros((BLOCK_P,), tl.int32), tl.zeros((BLOCK_P,), tl.int32)
     for start in range(0, pairs, BLOCK_P):
         id_P = tl.load(ids + start + p_P, mask=start + p_P < pairs, other=2147483647)
+        id_P = tl.where(id_P < 0, experts, id_P)
         before_P += (id_P < expert).to(tl.int32)
         own_P += (id_P == expert).to(tl.int32)
     at, own = tl.sum(before_P, 0), tl.sum(own_P, 0)
-    tl.store(ends + expert, at + own)
-    tl.store(load + expert, own.to(tl.int64))
+    tl.store(ends + expert, at + own, mask=is_expert)
+    tl.store(load + expert, own.to(tl.int64), mask=is_expert)
     for start in range(0, pairs, BLOCK_P):
         id_P = tl.load(ids + start + p_P, mask=start + p_P < pairs, other=2147483647)
+        id_P = tl.where(id_P < 0, experts, id_P)
         own_P = (id_P == expert).to(tl.int32)
         to_P = at + tl.cumsum(own_P, 0) - 1
-        tl.store(pair + to_P, (start + p_P).to(tl.int64), mask=own_P > 0)
-        tl.store(row + start + p_P, to_P.to(tl.int64), mask=own_P > 0)
+        tl.store(pair + to_P, tl.where(is_expert, start + p_P, -1).to(tl.int64), mask=own_P > 0)
+        tl.store(row + start + p_P, tl.where(is_expert, to_P, -1).to(tl.int64), mask=own_P > 0)
         at += tl.sum(own_P, 0)
 
 
@@ -112,7 +116,7 @@ def _dispatch(ids, pair, row, ends, load, pairs, BLOCK_P: tl.constexpr):
 def _gather(x, pair, out, x_n, choices, hidden, BLOCK_D: tl.constexpr):
     r = tl.program_id(0).to(tl.int64)
     d_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    x_D = tl.load(x + tl.load(pair + r) // choices * x_n + d_D, mask=d_D < hidden)
+    x_D = tl.load(x + tl.maximum(tl.load(pair + r), 0) // choices * x_n + d_D, mask=d_D < hidden)
     tl.store(out + r * hidden + d_D, x_D, mask=d_D < hidden)
 
 
@@ -126,7 +130,7 @@ def _swiglu(gate, up, pair, weights, out, stride, width, BLOCK_F: tl.constexpr):
     up_F = tl.load(up + r * stride + f_F, mask=ok_F, other=0.0).to(tl.float32)
     hidden_F = gate_F * tl.sigmoid(gate_F) * up_F
     if weights is not None:
-        hidden_F *= tl.load(weights + tl.load(pair + r)).to(tl.float32)
+        hidden_F *= tl.load(weights + tl.maximum(tl.load(pair + r), 0)).to(tl.float32)
     tl.store(out + r * width + f_F, hidden_F.to(out.dtype.element_ty), mask=ok_F)
 
 
@@ -136,6 +140,6 @@ def _sum_rows(y, row, out, hidden, CHOICES: tl.constexpr, BLOCK_D: tl.constexpr)
     d_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     sum_D = tl.zeros((BLOCK_D,), tl.float32)
     for k in tl.static_range(CHOICES):
-        at_D = y + tl.load(row + n * CHOICES + k) * hidden + d_D
-        sum_D += tl.load(at_D, mask=d_D < hidden, other=0.0).to(tl.float32)
+        at = tl.load(row + n * CHOICES + k)
+        sum_D += tl.load(y + at * hidden + d_D, mask=(d_D < hidden) & (at >= 0), other=0.0).to(tl.float32)
     tl.store(out + n * hidden + d_D, sum_D.to(out.dtype.element_ty), mask=d_D < hidden)

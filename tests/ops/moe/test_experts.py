@@ -57,6 +57,11 @@ def random_ids(tokens: int, choices: int, experts: int, seed: int = 0) -> Tensor
     return torch.rand(tokens, experts, generator=generator).argsort(dim=1)[:, :choices]
 
 
+def without(ids_NK: Tensor, *experts: int) -> Tensor:
+    """−1 for choices of these experts: they are not here."""
+    return ids_NK.masked_fill(torch.isin(ids_NK, torch.tensor(experts)), -1)
+
+
 ROUTINGS = {
     "one token": (random_ids(1, 2, 5), 5),
     "odd number": (random_ids(37, 3, 7), 7),
@@ -68,6 +73,9 @@ ROUTINGS = {
     "padding, and experts without tokens": (random_ids(800, 2, 3) + 1, 6),
     "padding, and all to one expert": (torch.full((1030, 1), 2), 4),
     "one expert": (torch.zeros(3, 1, dtype=torch.int64), 1),
+    "choices that are none": (without(random_ids(37, 3, 7), 2, 5), 7),
+    "padding, and choices that are none": (without(random_ids(800, 3, 4), 0, 3), 4),
+    "no choice at all": (torch.full((5, 2), -1), 3),
 }
 
 
@@ -92,7 +100,8 @@ def test_any_shape_equals_the_reference(
     tokens: int, experts: int, data: st.DataObject, widths: tuple[int, int], seed: int
 ) -> None:
     choices = data.draw(st.integers(1, experts))
-    case = Case(random_ids(tokens, choices, experts, seed), experts, widths, seed)
+    ids_NK = without(random_ids(tokens, choices, experts, seed), *data.draw(st.sets(st.integers(0, experts - 1))))
+    case = Case(ids_NK, experts, widths, seed)
     for found, expected in zip(case.run(True, torch.float64), case.run(False, torch.float64), strict=True):
         assert (found - expected).abs().max() <= 1e-12 * max(1.0, expected.abs().max())
 
@@ -132,7 +141,7 @@ def test_float32_weights_serve_narrower_activations(routing: tuple[Tensor, int])
             assert (rounded - other).abs().max() <= (0 if kernels else 0.02) * other.abs().max()
 
 
-@pytest.mark.parametrize("routing", [ROUTINGS["experts without tokens"], ROUTINGS["every expert"]])
+@pytest.mark.parametrize("routing", [ROUTINGS["experts without tokens"], ROUTINGS["choices that are none"]])
 def test_gradients_equal_finite_differences(routing: tuple[Tensor, int]) -> None:
     case = Case(*routing, (5, 3))
     order = dispatch(case.ids_NK, case.experts)
@@ -182,16 +191,33 @@ def test_padding_is_little_and_leaves_few_heights(loads: list[int]) -> None:
     assert len(set(experts_module._padded(torch.arange(5000)).tolist())) < 100
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ranks_with_some_experts_each_add_up_to_all(dtype: torch.dtype) -> None:
+    """Expert parallelism: every expert is on one of three ranks, whose results and gradients are summed."""
+    case = Case(random_ids(60, 3, 7), 7, ALIGNED)
+    whole, parts = case.run(True, dtype), []
+    for here in ({0, 3}, {1, 2, 4, 5}, {6}):
+        part = Case(without(case.ids_NK, *(set(range(7)) - here)), 7, ALIGNED)
+        parts.append(part.run(True, dtype))
+        _, _, dweights_NK, *_ = parts[-1]
+        assert (dweights_NK[part.ids_NK < 0] == 0).all()
+    for every, one in zip(zip(*parts, strict=True), whole, strict=True):
+        torch.testing.assert_close(sum(every), one, rtol=1e-5, atol=1e-5)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 90), st.integers(1, 6), st.data(), st.integers(0, 2**32 - 1))
 def test_dispatch_sorts_pairs_and_loses_none(tokens: int, experts: int, data: st.DataObject, seed: int) -> None:
     choices = data.draw(st.integers(1, experts))
-    ids_NK = random_ids(tokens, choices, experts, seed)
+    ids_NK = without(random_ids(tokens, choices, experts, seed), *data.draw(st.sets(st.integers(0, experts - 1))))
     order = dispatch(ids_NK, experts)
-    assert torch.equal(order.tokens_per_expert_E, ids_NK.flatten().bincount(minlength=experts))
-    assert torch.equal(order.sort_indices_R[order.inverse_indices_NK].flatten(), torch.arange(tokens * choices))
+    here_NK = ids_NK >= 0
+    assert torch.equal(order.tokens_per_expert_E, ids_NK[here_NK].bincount(minlength=experts))
+    assert torch.equal(order.inverse_indices_NK >= 0, here_NK)
+    pair_NK = torch.arange(tokens * choices).view_as(ids_NK)
+    assert torch.equal(order.sort_indices_R[order.inverse_indices_NK[here_NK]], pair_NK[here_NK])
     # Every pair stands among its expert's rows, in the order of its token; other rows are marked.
-    assert int((order.sort_indices_R >= 0).sum()) == tokens * choices
+    assert (order.sort_indices_R >= 0).sum() == here_NK.sum()
     start = 0
     for expert, end in enumerate(order.ends_E.tolist()):
         pairs = order.sort_indices_R[start:end]
