@@ -18,7 +18,7 @@ from fathom.ops import cpu
 from fathom.ops.attention import expanded_attention, expanded_attention_reference
 from fathom.ops.linear import linear, linear_reference
 from fathom.ops.loss import linear_cross_entropy, linear_cross_entropy_reference
-from fathom.ops.moe import experts
+from fathom.ops.moe import dispatch, routed_experts, routed_experts_reference
 from fathom.ops.rope import Rope, apply_rope
 from fathom.runtime.hardware import keep_freed_memory, matmul_flops
 
@@ -104,12 +104,12 @@ def routed() -> dict[str, Callable[[], None]]:
 
     def ours() -> None:
         ids, weights = choose()
-        experts.routed_experts(x, experts.dispatch(ids, 32, _DTYPE), weights, gate_up, down).backward(grad)
+        routed_experts(x, dispatch(ids, 32, _DTYPE), weights, gate_up, down).backward(grad)
 
     def reference() -> None:
         ids, weights = choose()
         weights_narrow = gate_up.to(_DTYPE), down.to(_DTYPE)
-        experts.routed_experts_reference(x, ids, weights, *weights_narrow).backward(grad)
+        routed_experts_reference(x, ids, weights, *weights_narrow).backward(grad)
 
     return {
         "an expert per thread (ours)": ours,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fathom.model.segments import segment_ids, segment_lengths
-from fathom.ops.moe.routing import select_experts
+from fathom.ops.moe import select_experts
 
 
 def updated_bias(bias_E: Tensor, tokens_per_expert_E: Tensor, speed: float) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fathom.model.config import ModelConfig
 from fathom.model.layers import SwiGLU
 from fathom.model.router import Router, RouterOutput
-from fathom.ops.moe.experts import dispatch, routed_experts
+from fathom.ops.moe import dispatch, routed_experts
 
 
 class ExpertTokens(NamedTuple):

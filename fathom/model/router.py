@@ -16,7 +16,7 @@ from fathom.model.balance import sequence_balance_loss
 from fathom.model.config import ModelConfig
 from fathom.ops import gpu
 from fathom.ops.linear.fp32 import fp32_linear
-from fathom.ops.moe.routing import route, select_experts, select_experts_reference
+from fathom.ops.moe import route, select_experts, select_experts_reference
 
 
 class RouterOutput(NamedTuple):

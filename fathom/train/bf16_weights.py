@@ -69,7 +69,7 @@ def _matrices(model: Model) -> list[Tensor]:
 
 def _sum(a: Tensor, b: Tensor) -> Tensor:
     """a + b in float32; into `a` where that is float32."""
-    if a.is_cuda and gpu.INSTALLED:
+    if a.is_cuda and gpu.TRITON_INSTALLED:
         from fathom.ops.linear.triton_accumulate import sum_in_float32  # Triton comes with torch's CUDA builds alone
 
         return sum_in_float32(a, b.contiguous())

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fathom.ops import cpu
-from fathom.ops.moe.experts import combine
+from fathom.ops.moe import combine
 from fathom.ops.norm import rms_norm, rms_norm_reference
 from fathom.ops.swiglu import swiglu
 from tests.ops.errors import scale_free_error

@@ -6,8 +6,8 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from fathom.ops.linear import triton_accumulate as sums
-from fathom.ops.moe.experts import weighted_swiglu_backward_reference
 from fathom.ops.swiglu import triton as swiglu
+from fathom.ops.swiglu import weighted_swiglu_backward_reference
 from tests.gpu import DEVICE
 from tests.ops.errors import scale_free_error
 

@@ -16,10 +16,11 @@ from fathom.ops.attention import SeqLens, heads_reference, varlen_attention
 from fathom.ops.attention import expanded_attention_reference as expanded_reference
 from fathom.ops.attention.kv_cache import write_kv_cache, write_kv_cache_reference
 from fathom.ops.attention.triton_heads import heads
+from fathom.ops.moe import combine, dispatch, routed_experts, routed_experts_reference
 from fathom.ops.moe import triton_permute as rows
-from fathom.ops.moe.experts import combine, dispatch, routed_experts, routed_experts_reference
 from fathom.ops.rope import Rope
 from fathom.ops.swiglu import swiglu
+from fathom.ops.swiglu import triton as activation
 from tests.engine.backends.test_conformance import token_errors
 from tests.gpu import DEVICE, ON_GPU, PRODUCT_DTYPES
 from tests.model.configs import lively_model, tiny
@@ -90,11 +91,11 @@ def test_rows_are_moved_activated_and_summed(width: int, dtype: torch.dtype) -> 
     assert torch.equal(rows.gather(x_ND, sort_indices_R, 2), x_ND[sort_indices_R // 2])
     gate, up = random(2, 3, width, seed=2, dtype=dtype), random(2, 3, width, seed=3, dtype=dtype)
     expected = F.silu(gate.double()) * up.double()
-    assert scale_free_error(rows.swiglu(gate, up), expected) < EXACT[dtype]
+    assert scale_free_error(activation.swiglu(gate, up), expected) < EXACT[dtype]
     gate_up_RG, weights_NK = random(10, 2 * width, seed=4, dtype=dtype), random(5, 2, seed=5).sigmoid()
     gate_RF, up_RF = gate_up_RG.double().chunk(2, dim=1)
     expected = F.silu(gate_RF) * up_RF * weights_NK.flatten()[sort_indices_R, None].double()
-    assert scale_free_error(rows.weighted_swiglu(gate_up_RG, sort_indices_R, weights_NK), expected) < EXACT[dtype]
+    assert scale_free_error(activation.weighted_swiglu(gate_up_RG, sort_indices_R, weights_NK), expected) < EXACT[dtype]
     y_RD, inverse_indices_NK = random(10, width, seed=6, dtype=dtype), sort_indices_R.argsort().view(5, 2)
     assert (
         scale_free_error(rows.combine(y_RD, inverse_indices_NK), y_RD.double()[inverse_indices_NK].sum(1))

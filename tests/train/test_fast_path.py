@@ -13,7 +13,7 @@ from fathom.model.moe import Experts
 from fathom.ops import cpu
 from fathom.ops.attention import expanded_attention_reference
 from fathom.ops.loss import linear_cross_entropy_reference
-from fathom.ops.moe.experts import routed_experts_reference
+from fathom.ops.moe import routed_experts_reference
 from fathom.train.pretrain import train
 from fathom.train.run import Run
 

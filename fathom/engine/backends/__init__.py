@@ -53,7 +53,7 @@ def choose(model: Model, pages: int, page_size: int, max_positions: int, eager: 
         return EagerBackend(model, cache)
     if cpu_supports(model):
         return CpuBackend(model, cache, max_positions)
-    if weight.is_cuda and gpu.INSTALLED:
+    if weight.is_cuda and gpu.TRITON_INSTALLED:
         from fathom.engine.backends import cuda_graph  # Triton comes with torch's CUDA builds alone
 
         if cuda_graph.supports(model):

@@ -14,7 +14,7 @@ from fathom.model.config import ModelConfig
 from fathom.model.moe import MoE
 from fathom.model.router import Router
 from fathom.model.transformer import Model
-from fathom.ops.moe.routing import select_experts
+from fathom.ops.moe import select_experts
 
 
 class NoSharedExperts(nn.Module):

@@ -6,19 +6,16 @@ Shapes: N rows (all dimensions but the last), I size of an input row, O of an ou
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fathom.ops import cpu
+from fathom.ops.linear.reference import linear_reference
+
+__all__ = ["dgrad", "linear", "linear_reference", "multiplies", "product", "wgrad"]
 
 _LEAST_ROWS = 32
 """With fewer rows, rearranging the weights costs more than it brings."""
-
-
-def linear_reference(x: Tensor, weight_OI: Tensor) -> Tensor:
-    """x·Wᵀ over the last dimension, in x's type: (…, I) → (…, O)."""
-    return F.linear(x, weight_OI.to(x.dtype))
 
 
 def linear(x: Tensor, weight_OI: Tensor) -> Tensor:

@@ -10,17 +10,11 @@ Shapes: N rows, I size of an input row, O of an output row.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fathom.ops import gpu
-
-
-def fp32_linear_reference(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
-    """x·Wᵀ in float32 at least: (N, O)."""
-    x_NI = x_NI.to(torch.promote_types(x_NI.dtype, torch.float32))
-    return F.linear(x_NI, weight_OI.to(x_NI.dtype))
+from fathom.ops.linear.reference import fp32_linear_reference
 
 
 def fp32_linear(x_NI: Tensor, weight_OI: Tensor) -> Tensor:

@@ -17,37 +17,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fathom.ops import cpu, gpu, linear
+from fathom.ops.loss.reference import IGNORE, linear_cross_entropy_reference, linear_logprobs_reference
 
-IGNORE = -100
-"""Target of a position without loss."""
-
-
-def linear_cross_entropy_reference(h_ND: Tensor, head_OD: Tensor, targets_N: Tensor) -> Tensor:
-    """Σ over targets of −log softmax(h·headᵀ)[target], logits in float32 at least. A scalar SUM, not a mean."""
-    logits_NO = F.linear(h_ND, head_OD.to(h_ND.dtype))
-    logits_NO = logits_NO.to(torch.promote_types(logits_NO.dtype, torch.float32))
-    return F.cross_entropy(logits_NO, targets_N, ignore_index=IGNORE, reduction="sum")
+__all__ = [
+    "IGNORE",
+    "chunk_tokens",
+    "linear_cross_entropy",
+    "linear_cross_entropy_reference",
+    "linear_logprobs",
+    "linear_logprobs_reference",
+]
 
 
 def linear_cross_entropy(h_ND: Tensor, head_OD: Tensor, targets_N: Tensor) -> Tensor:
     """As the reference, in chunks. Gradients reach `h_ND` and `head_OD`; targets of IGNORE cost nothing."""
     loss: Tensor = _LinearCrossEntropy.apply(h_ND, head_OD, targets_N)
     return loss
-
-
-def linear_logprobs_reference(
-    h_ND: Tensor, head_OD: Tensor, targets_N: Tensor, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """log softmax(h·headᵀ / temperature)[target] and the entropy −Σ p·log p of that softmax, in nats: (N) and (N).
-
-    In float32 at least. Both are 0, without gradients, where the target is IGNORE.
-    """
-    logits_NO = F.linear(h_ND, head_OD.to(h_ND.dtype))
-    log_p_NO = (logits_NO.to(torch.promote_types(logits_NO.dtype, torch.float32)) / temperature).log_softmax(1)
-    ignored_N = targets_N == IGNORE
-    logprobs_N = log_p_NO.gather(1, targets_N.masked_fill(ignored_N, 0).unsqueeze(1)).squeeze(1)
-    entropies_N = -(log_p_NO.exp() * log_p_NO).sum(1)
-    return logprobs_N.masked_fill(ignored_N, 0), entropies_N.masked_fill(ignored_N, 0)
 
 
 def linear_logprobs(
@@ -111,7 +96,7 @@ def _chunk(logits_MO: Tensor, targets_M: Tensor, wide: torch.dtype) -> tuple[Ten
         sizes = (*logits_MO.shape, IGNORE)
         cpu.call("cross_entropy", logits_MO.dtype, logits_MO, targets_M.contiguous(), losses_M, *sizes)
         return losses_M.sum(), logits_MO
-    if logits_MO.is_cuda and wide == torch.float32 and gpu.INSTALLED:
+    if logits_MO.is_cuda and wide == torch.float32 and gpu.TRITON_INSTALLED:
         from fathom.ops.loss.triton import cross_entropy_  # Triton comes with torch's CUDA builds alone
 
         return cross_entropy_(logits_MO, targets_M.contiguous(), IGNORE).sum(), logits_MO

@@ -1,27 +1,13 @@
 """Choosing the experts of every token: the best scores within the best groups (DeepSeek-V3 report, section 2.1.2).
 
-Shapes: N tokens, D hidden, E experts, K experts per token, G groups.
+Shapes: N tokens, E experts, K experts per token.
 """
 
 import torch
 from torch import Tensor
 
 from fathom.ops import cpu, gpu
-
-
-def select_experts_reference(scores_NE: Tensor, choices: int, groups: int, topk_group: int, best: int = 2) -> Tensor:
-    """Ids (N, K) of the `choices` best scores within the `topk_group` best of `groups` groups, in any order.
-
-    A group is as good as the sum of its `best` highest scores. Groups that are not chosen are masked with −inf, so that
-    a negative score cannot let a masked expert in.
-    """
-    if topk_group < groups:
-        grouped_NGe = scores_NE.unflatten(1, (groups, -1))
-        group_scores_NG = grouped_NGe.topk(best, dim=-1).values.sum(-1)
-        chosen_Ng = group_scores_NG.topk(topk_group, dim=-1, sorted=False).indices
-        closed_NG = torch.ones_like(group_scores_NG, dtype=torch.bool).scatter(1, chosen_Ng, False)
-        scores_NE = grouped_NGe.masked_fill(closed_NG.unsqueeze(-1), float("-inf")).flatten(1)
-    return scores_NE.topk(choices, dim=-1, sorted=False).indices
+from fathom.ops.moe.reference import select_experts_reference
 
 
 def select_experts(scores_NE: Tensor, choices: int, groups: int = 1, topk_group: int = 1) -> Tensor:
@@ -30,7 +16,7 @@ def select_experts(scores_NE: Tensor, choices: int, groups: int = 1, topk_group:
         from fathom.ops.moe import triton_routing as routing  # Triton comes with torch's CUDA builds alone
 
         return routing.select_experts(scores_NE.contiguous(), choices, groups, topk_group)
-    if scores_NE.is_cuda and scores_NE.dtype == torch.float32 and gpu.INSTALLED:
+    if scores_NE.is_cuda and scores_NE.dtype == torch.float32 and gpu.TRITON_INSTALLED:
         return _select_on_gpu(scores_NE, choices, groups, topk_group)
     if not cpu.usable(scores_NE) or scores_NE.dtype != torch.float32:
         return select_experts_reference(scores_NE, choices, groups, topk_group)

@@ -1,9 +1,8 @@
-"""The routed experts' rows: sorting the pairs by expert, and what is done to rows between the grouped products.
+"""Dispatch and combine on a GPU without gradients: sorting the pairs by expert, gathering rows and adding them up.
 
-Plain torch sorts in some twenty launches and takes every elementwise operation for itself. The references are in
-fathom/ops/moe/experts.py and fathom/ops/swiglu. No gradients.
+Plain torch sorts in some twenty launches. The references are in fathom/ops/moe/permute.py.
 
-Shapes: N tokens, D hidden, E experts, K experts per token, F expert width, G = 2F, P = N·K pairs, R rows.
+Shapes: N tokens, D hidden, E experts, K experts per token, P = N·K pairs, R rows.
 """
 
 import torch
@@ -11,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fathom.ops import gpu
+
 _PAIRS, _PAIR_WARPS = 4096, 16
-_COLUMNS = 1024
 
 
 def dispatch(topk_ids_NK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -43,49 +43,18 @@ def dispatch(topk_ids_NK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor,
 def gather(x_ND: Tensor, sort_indices_R: Tensor, choices: int) -> Tensor:
     """Row r is the token of pair sort_indices_R[r], or any token for −1: (R, D)."""
     x_RD = x_ND.new_empty(len(sort_indices_R), x_ND.shape[1])
-    _gather[_grid(x_RD)](x_ND, sort_indices_R, x_RD, x_ND.stride(0), choices, x_RD.shape[1], BLOCK_D=_columns(x_RD))
+    grid, block = gpu.row_grid(x_RD)
+    _gather[grid](x_ND, sort_indices_R, x_RD, x_ND.stride(0), choices, x_RD.shape[1], BLOCK_D=block)
     return x_RD
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate)·up of any shape; in float32 until the result is rounded."""
-    gate, up, hidden = gate.contiguous(), up.contiguous(), torch.empty_like(gate)
-    width = gate.shape[-1]
-    _activate(gate, up, width, None, None, hidden.view(-1, width))
-    return hidden
-
-
-def weighted_swiglu(gate_up_RG: Tensor, sort_indices_R: Tensor, weights_NK: Tensor) -> Tensor:
-    """silu(gate)·up·weight of each row's pair, anything for rows without a pair: (R, F)."""
-    rows, both = gate_up_RG.shape
-    hidden_RF = gate_up_RG.new_empty(rows, both // 2)
-    _activate(gate_up_RG, gate_up_RG[:, both // 2 :], both, sort_indices_R, weights_NK.contiguous(), hidden_RF)
-    return hidden_RF
 
 
 def combine(y_RD: Tensor, inverse_indices_NK: Tensor) -> Tensor:
     """Each token's K rows, but those whose index is −1, added up in float32, in their order: (N, D)."""
     y_RD, inverse_indices_NK = y_RD.contiguous(), inverse_indices_NK.contiguous()
     out_ND = y_RD.new_empty(inverse_indices_NK.shape[0], y_RD.shape[1])
-    choices, block = inverse_indices_NK.shape[1], _columns(out_ND)
-    _sum_rows[_grid(out_ND)](y_RD, inverse_indices_NK, out_ND, out_ND.shape[1], CHOICES=choices, BLOCK_D=block)
+    choices, (grid, block) = inverse_indices_NK.shape[1], gpu.row_grid(out_ND)
+    _combine[grid](y_RD, inverse_indices_NK, out_ND, out_ND.shape[1], CHOICES=choices, BLOCK_D=block)
     return out_ND
-
-
-def _activate(
-    gate: Tensor, up: Tensor, stride: int, sort_indices_R: Tensor | None, weights_NK: Tensor | None, hidden_RF: Tensor
-) -> None:
-    tensors = (gate, up, sort_indices_R, weights_NK, hidden_RF)
-    _swiglu[_grid(hidden_RF)](*tensors, stride, hidden_RF.shape[1], BLOCK_F=_columns(hidden_RF))
-
-
-def _columns(out: Tensor) -> int:
-    return min(_COLUMNS, triton.next_power_of_2(out.shape[1]))
-
-
-def _grid(out: Tensor) -> tuple[int, int]:
-    """A program for so many columns of one row."""
-    return out.shape[0], triton.cdiv(out.shape[1], _columns(out))
 
 
 @triton.jit
@@ -121,21 +90,7 @@ def _gather(x, pair, out, x_n, choices, hidden, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _swiglu(gate, up, pair, weights, out, stride, width, BLOCK_F: tl.constexpr):
-    """`pair` and `weights` may be None."""
-    r = tl.program_id(0).to(tl.int64)
-    f_F = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    ok_F = f_F < width
-    gate_F = tl.load(gate + r * stride + f_F, mask=ok_F, other=0.0).to(tl.float32)
-    up_F = tl.load(up + r * stride + f_F, mask=ok_F, other=0.0).to(tl.float32)
-    hidden_F = gate_F * tl.sigmoid(gate_F) * up_F
-    if weights is not None:
-        hidden_F *= tl.load(weights + tl.maximum(tl.load(pair + r), 0)).to(tl.float32)
-    tl.store(out + r * width + f_F, hidden_F.to(out.dtype.element_ty), mask=ok_F)
-
-
-@triton.jit
-def _sum_rows(y, row, out, hidden, CHOICES: tl.constexpr, BLOCK_D: tl.constexpr):
+def _combine(y, row, out, hidden, CHOICES: tl.constexpr, BLOCK_D: tl.constexpr):
     n = tl.program_id(0).to(tl.int64)
     d_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     sum_D = tl.zeros((BLOCK_D,), tl.float32)

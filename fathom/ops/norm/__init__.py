@@ -11,12 +11,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fathom.ops import cpu, gpu
+from fathom.ops.norm.reference import rms_norm_reference
 
-
-def rms_norm_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """x / rms(x) · weight over the last dimension, in float32 at least; returns x's type."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return F.rms_norm(wide, weight_D.shape, weight_D.to(wide.dtype), eps).to(x.dtype)
+__all__ = ["rms_norm", "rms_norm_reference"]
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:

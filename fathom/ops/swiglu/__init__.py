@@ -1,23 +1,28 @@
-"""SwiGLU's activation, silu(gate)·up (arXiv 2002.05202)."""
+"""SwiGLU's activation, silu(gate)·up (arXiv 2002.05202).
+
+Shapes: R rows, F width, G = 2F.
+"""
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fathom.ops import cpu, gpu
+from fathom.ops.swiglu.reference import swiglu_reference, weighted_swiglu_backward_reference
+
+__all__ = ["swiglu", "swiglu_reference", "weighted_swiglu_backward", "weighted_swiglu_backward_reference"]
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate)·up; on the CPU in one pass forward and one backward, on a GPU in one where nobody trains."""
+    """silu(gate)·up; on the CPU in one pass forward and one backward, on a GPU in one kernel without gradients."""
     if gpu.usable(gate, up):
-        from fathom.ops.moe import triton_permute as rows  # Triton comes with torch's CUDA builds alone
+        from fathom.ops.swiglu import triton  # Triton comes with torch's CUDA builds alone
 
-        return rows.swiglu(gate, up)
+        return triton.swiglu(gate, up)
     if not cpu.usable(gate, up):
-        return F.silu(gate) * up
+        return swiglu_reference(gate, up)
     hidden: Tensor = _SwiGLU.apply(gate, up)
     return hidden
 
@@ -39,3 +44,28 @@ class _SwiGLU(torch.autograd.Function):
         arguments = (gate, up, dhidden.contiguous(), dgate, dup, gate.numel() // width, width)
         cpu.call("swiglu_backward", gate.dtype, *arguments)
         return dgate, dup
+
+
+def weighted_swiglu_backward(gate_up_RG: Tensor, weight_R: Tensor, dscaled_RF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As the reference; in one kernel on a GPU."""
+    if gate_up_RG.is_cuda and gpu.TRITON_INSTALLED:
+        return _weighted_swiglu_backward_on_gpu(gate_up_RG, weight_R, dscaled_RF)
+    return weighted_swiglu_backward_reference(gate_up_RG, weight_R, dscaled_RF)
+
+
+# An operator of its own, so that torch.compile takes it whole: it would make three passes of it.
+@torch.library.custom_op("fathom::weighted_swiglu_backward", mutates_args=())
+def _weighted_swiglu_backward_on_gpu(
+    gate_up_RG: Tensor, weight_R: Tensor, dscaled_RF: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    if dscaled_RF.dtype == torch.float64:  # sums beyond float32 are not the kernel's
+        return weighted_swiglu_backward_reference(gate_up_RG, weight_R, dscaled_RF)
+    from fathom.ops.swiglu.triton import weighted_swiglu_backward  # Triton comes with torch's CUDA builds alone
+
+    return weighted_swiglu_backward(gate_up_RG, weight_R, dscaled_RF)
+
+
+@_weighted_swiglu_backward_on_gpu.register_fake
+def _(gate_up_RG: Tensor, weight_R: Tensor, dscaled_RF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(dscaled_RF.dtype, torch.float32)
+    return torch.empty_like(gate_up_RG), torch.empty_like(dscaled_RF), weight_R.new_empty(len(weight_R), dtype=wide)

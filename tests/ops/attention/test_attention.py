@@ -10,12 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fathom.ops import attention, cpu
+from fathom.ops import cpu
 from fathom.ops.attention import (
     causal_attention_reference,
+    cpu_kernel,
     expanded_attention,
     expanded_attention_reference,
+    fused,
     fused_causal_attention,
+    heads_reference,
     latent_attention,
 )
 from fathom.ops.rope import Rope
@@ -118,7 +121,7 @@ def test_probabilities_made_again_are_those_kept(monkeypatch: pytest.MonkeyPatch
     """Long sequences do not keep them between the passes."""
     case = Case((2, 600, 3), (8, 4, 12))
     kept = case.run(expanded_attention, torch.bfloat16)
-    monkeypatch.setattr(attention, "_KEPT_LENGTH", 0)
+    monkeypatch.setattr(cpu_kernel, "_KEPT_LENGTH", 0)
     for one, other in zip(case.run(expanded_attention, torch.bfloat16), kept, strict=True):
         assert torch.equal(one, other)
 
@@ -278,7 +281,7 @@ def test_probabilities_of_segments_made_again_are_those_kept(
 ) -> None:
     case = Case((2, 300, 3), (8, 4, 12), segments=(300, 1, 200, 99))
     kept = case.run(expanded_attention, dtype)
-    monkeypatch.setattr(attention, "_KEPT_LENGTH", 0)
+    monkeypatch.setattr(cpu_kernel, "_KEPT_LENGTH", 0)
     assert all(map(torch.equal, case.run(expanded_attention, dtype), kept))
 
 
@@ -311,14 +314,12 @@ def test_what_gpus_run_on_segments_is_the_reference(flash: bool, monkeypatch: py
         each = zip(*(t.split(lengths) for t in (q, k, v)), strict=True)
         return torch.cat([causal_attention_reference(*(t[None] for t in one), scale)[0] for one in each])
 
-    monkeypatch.setattr(attention, "_flash", each_alone)
-    attend = attention._flash_segments if flash else fused_causal_attention
+    monkeypatch.setattr(fused, "flash", each_alone)
+    attend = fused._flash_segments if flash else fused_causal_attention
     case = Case((3, 20, 2), (6, 4, 5), segments=(1, 12, 7, 20, 4, 16))
 
     def through(attend: Any) -> list[Tensor]:
-        return case.run(
-            lambda q, kv, k, rope, *rest: attend(*attention.heads_reference(q, kv, k, rope), *rest), torch.float64
-        )
+        return case.run(lambda q, kv, k, rope, *rest: attend(*heads_reference(q, kv, k, rope), *rest), torch.float64)
 
     assert_equal(through(attend), through(causal_attention_reference), 1e-12)
 

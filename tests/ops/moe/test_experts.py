@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fathom.ops import cpu
+from fathom.ops.moe import dispatch, routed_experts, routed_experts_reference
 from fathom.ops.moe import experts as experts_module
-from fathom.ops.moe.experts import dispatch, routed_experts, routed_experts_reference
+from fathom.ops.moe.permute import padded_loads
 from tests.ops.errors import scale_free_error
 
 ALIGNED, RAGGED = (16, 8), (13, 7)
@@ -183,12 +184,12 @@ def test_rows_that_no_product_fills_are_never_read(monkeypatch: pytest.MonkeyPat
 @given(st.lists(st.integers(0, 5000), min_size=1, max_size=8))
 def test_padding_is_little_and_leaves_few_heights(loads: list[int]) -> None:
     tokens_per_expert_E = torch.tensor(loads)
-    rows_E = experts_module._padded(tokens_per_expert_E)
+    rows_E = padded_loads(tokens_per_expert_E)
     assert (rows_E >= tokens_per_expert_E).all() and (
         rows_E < tokens_per_expert_E + torch.maximum(tokens_per_expert_E // 16, torch.tensor(16))
     ).all()
     assert (rows_E % 16 == 0).all()
-    assert len(set(experts_module._padded(torch.arange(5000)).tolist())) < 100
+    assert len(set(padded_loads(torch.arange(5000)).tolist())) < 100
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

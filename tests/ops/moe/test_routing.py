@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fathom.ops.moe.routing import select_experts, select_experts_reference
+from fathom.ops.moe import select_experts, select_experts_reference
 
 
 def scores(tokens: int, experts: int, seed: int) -> Tensor:
