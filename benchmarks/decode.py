@@ -43,7 +43,7 @@ from fathom.eval.bits import evaluate
 from fathom.model.config import ModelConfig
 from fathom.model.quantize import quantized
 from fathom.model.transformer import Model
-from fathom.runtime.hardware import keep_freed_memory, matmul_flops
+from fathom.runtime.hardware import install_allocator, matmul_flops
 from fathom.train.run import Run
 from fathom.train.setup import open_rows
 
@@ -420,7 +420,7 @@ def trained(demo: Path, device: torch.device) -> Iterator[Row]:
 def settle(device: str) -> None:
     """The same allocator setting for all, and no log lines of the peers'."""
     if device == "cpu":
-        keep_freed_memory()
+        install_allocator()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 

@@ -1,6 +1,6 @@
 """The hot operations against their alternatives, forward and backward: `python benchmarks/ops.py`.
 
-Medians of several turns taken in rotation, so that a drifting machine meets all alike. Prints a table.
+Medians of several alternating rounds, so that a drifting machine affects all versions alike. Prints a table.
 """
 
 import platform
@@ -20,14 +20,14 @@ from fathom.ops.linear import linear, linear_reference
 from fathom.ops.loss import linear_cross_entropy, linear_cross_entropy_reference
 from fathom.ops.moe import dispatch, routed_experts, routed_experts_reference
 from fathom.ops.rope import Rope, apply_rope
-from fathom.runtime.hardware import keep_freed_memory, matmul_flops
+from fathom.runtime.hardware import install_allocator, matmul_flops
 
 _TURNS = 9
 _DTYPE = torch.bfloat16
 
 
 def main() -> None:
-    keep_freed_memory()
+    install_allocator()
     torch.manual_seed(0)
     peak = matmul_flops(_DTYPE, torch.device("cpu"))
     title = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, bf16, "
@@ -35,8 +35,8 @@ def main() -> None:
     for operation, versions in (
         ("attention 8 x 512, 6 heads, 64+32/64", attention()),
         ("experts 4096 tokens, top-4 of 32, 384 → 2x256 → 384", routed()),
-        ("linear 4096 tokens, 384 → 768, float32 weights", linear_map()),
-        ("loss 4096 tokens, 384 → 8192 words", cross_entropy()),
+        ("linear 4096 tokens, 384 → 768, float32 weights", linear_layer()),
+        ("loss 4096 tokens, 384 → 8192 vocabulary", cross_entropy()),
     ):
         for version, milliseconds in timed(versions).items():
             table.add_row(operation, version, f"{milliseconds:.1f}")
@@ -108,23 +108,23 @@ def routed() -> dict[str, Callable[[], None]]:
 
     def reference() -> None:
         ids, weights = choose()
-        weights_narrow = gate_up.to(_DTYPE), down.to(_DTYPE)
-        routed_experts_reference(x, ids, weights, *weights_narrow).backward(grad)
+        weights_bf16 = gate_up.to(_DTYPE), down.to(_DTYPE)
+        routed_experts_reference(x, ids, weights, *weights_bf16).backward(grad)
 
     return {
         "an expert per thread (ours)": ours,
-        "plain torch, grouped products": plain(ours),
+        "plain torch, grouped matmuls": plain(ours),
         "reference (loop over experts)": reference,
     }
 
 
-def linear_map() -> dict[str, Callable[[], None]]:
+def linear_layer() -> dict[str, Callable[[], None]]:
     x = torch.randn(4096, 384, dtype=_DTYPE, requires_grad=True)
     weight = torch.randn(768, 384, requires_grad=True)
     grad = torch.randn(4096, 768, dtype=_DTYPE)
     return {
-        "weights narrowed as they are read (ours)": lambda: linear(x, weight).backward(grad),
-        "reference (narrowed before)": lambda: linear_reference(x, weight).backward(grad),
+        "weights rounded as they are read (ours)": lambda: linear(x, weight).backward(grad),
+        "reference (rounded before)": lambda: linear_reference(x, weight).backward(grad),
     }
 
 

@@ -24,7 +24,7 @@ from fathom.config import atomic_write, from_json, to_json
 from fathom.data.batch import next_token_batch
 from fathom.distributed.ranks import Ranks
 from fathom.lab.planner.local import local_json, peak_memory, plan_local
-from fathom.runtime.hardware import keep_freed_memory
+from fathom.runtime.hardware import install_allocator
 from fathom.train.pretrain import pretrain_step
 from fathom.train.run import OptimizerConfig, Run, TrainConfig
 from fathom.train.setup import build_state
@@ -149,7 +149,7 @@ def _planned(run: Run, device: torch.device) -> dict[str, Any]:
 
 def _measured(run: Run, device: torch.device) -> dict[str, float]:
     """Bytes and seconds of the run's steps; the first few warm up."""
-    keep_freed_memory()  # as `fathom train` does
+    install_allocator()  # as `fathom train` does
     ranks = Ranks(0, 1, device)
     state, seconds = build_state(run, ranks), []
     for turn in range(_WARM_UP + _STEPS):

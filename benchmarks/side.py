@@ -27,7 +27,7 @@ from fathom.config import from_json
 from fathom.data.batch import next_token_batch
 from fathom.model.config import ModelConfig
 from fathom.model.transformer import Model
-from fathom.runtime.hardware import keep_freed_memory
+from fathom.runtime.hardware import install_allocator
 from fathom.train.loss import PretrainLoss
 from fathom.train.optim import build_optimizers
 from fathom.train.run import OptimizerConfig
@@ -75,7 +75,7 @@ def main() -> None:
     answers = own_stdout()
     spec = from_json(Spec, json.loads(sys.argv[1]), where="spec")
     if spec.allocator == "tuned":
-        keep_freed_memory()  # all that `fathom train` asks of the machine before it begins
+        install_allocator()  # all that `fathom train` asks of the machine before it begins
     build = _builder(spec)
     machine = Machine()
     before = _memory("VmRSS")

@@ -27,7 +27,7 @@ from side import KNOWS_PEAK_MEMORY, Spec, cpu_model
 from fathom.config import atomic_write
 from fathom.model.config import ModelConfig
 from fathom.presets import bench_small
-from fathom.runtime.hardware import missing_for_compile
+from fathom.runtime.hardware import compile_unavailable_reason
 
 _TURNS, _QUICK_TURNS = 11, 3
 _BATCH, _QUICK_BATCH = 8, 4
@@ -242,7 +242,7 @@ def _needed(groups: dict[str, Group], rows: list[Row]) -> dict[str, Group]:
     specs = [spec for group in needed.values() for spec in group.sides.values()]
     if any(spec.program != "fathom" for spec in specs) and find_spec("transformers") is None:
         raise ValueError("transformers is not installed; it is one of the tests' packages: `make check` installs it")
-    lacking = missing_for_compile(torch.device("cpu"))
+    lacking = compile_unavailable_reason(torch.device("cpu"))
     if any(spec.compile for spec in specs) and lacking:
         raise ValueError(f"--compile is given, but {lacking}")
     return needed

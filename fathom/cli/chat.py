@@ -17,7 +17,7 @@ from fathom.engine.engine import Engine
 from fathom.engine.sampling.sampler import SamplingParams
 from fathom.model.quantize import quantized
 from fathom.quantization.integer import Precision
-from fathom.runtime.hardware import keep_freed_memory
+from fathom.runtime.hardware import install_allocator
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def run(words: list[str]) -> None:
     tokenizer = load_tokenizer(directory)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
-        keep_freed_memory()
+        install_allocator()
     model = load_model(directory, dtypes[command.dtype], device)
     if command.quantize is not None:
         model = quantized(model, command.quantize)

@@ -18,7 +18,7 @@ from fathom.engine.request import Request
 from fathom.engine.sampling.sampler import SamplingParams
 from fathom.model.quantize import quantized
 from fathom.quantization.integer import Precision
-from fathom.runtime.hardware import keep_freed_memory
+from fathom.runtime.hardware import install_allocator
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def run(words: list[str]) -> None:
         raise ConfigError(f"--dtype is {command.dtype!r}; it must be {' or '.join(dtypes)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
-        keep_freed_memory()
+        install_allocator()
     directory = model_directory(command.path)
     model = load_model(directory, dtypes[command.dtype], device)
     if command.quantize is not None:

@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fathom.runtime.cpp import library_of, torch_folder
+from fathom.runtime.cpp import load_library, torch_folder
 
 _FOLDER = Path(__file__).parent
 _SOURCES = sorted(_FOLDER.rglob("*.cpp"))
 _HEADERS = sorted(_FOLDER.rglob("*.h"))
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
-# Parameters of each function after the number of threads: p pointer, n integer, f floating point.
+# Parameters of each function after the thread count: p pointer, n integer, f floating point.
 _PARAMETERS = {
     "rms_norm": "pnpppnnf",
     "rms_norm_backward": "pnpppppnn",
@@ -58,29 +58,32 @@ def available() -> bool:
 
 
 def has_bf16_gemm(dtype: torch.dtype) -> bool:
-    """Whether kernels multiply matrices of this type, and do it themselves (gemm.h) rather than ask torch."""
+    """Whether matmuls of this type inside the kernels are our own (gemm.h) and not torch's."""
     used = _enabled and not torch.compiler.is_compiling()
     return used and dtype == torch.bfloat16 and available() and bool(_loaded().has_bf16_gemm())
 
 
 def missing() -> str | None:
-    """Why the kernels cannot be built here, in words; None where they can."""
+    """The reason why the kernels cannot be built here; None where they can."""
     library = _library()
     return library if isinstance(library, str) else None
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:
-    """Run the kernel on tensors that are contiguous, unless it takes a stride."""
+    """Run kernel `name` for a type; tensors must be contiguous unless the kernel takes their stride, None is null.
+
+    Raises RuntimeError if one of torch's matmuls failed inside the kernel.
+    """
     pointers = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
     _function(name, dtype)(torch.get_num_threads(), *pointers)
     failures = _loaded().failures()
     if failures:
-        raise RuntimeError(f"{failures} of torch's matrix products failed inside {name} ({dtype})")
+        raise RuntimeError(f"{failures} of torch's matmuls failed inside {name} ({dtype})")
 
 
 @contextmanager
 def disabled() -> Iterator[None]:
-    """Plain torch for everything in the block: what the kernels are tested and measured against."""
+    """Use plain torch within the block: what the kernels are tested and benchmarked against."""
     global _enabled
     before, _enabled = _enabled, False
     try:
@@ -106,17 +109,17 @@ def _loaded() -> ctypes.CDLL:
 @cache
 def _library() -> ctypes.CDLL | str:
     """The loaded library, or why there is none."""
-    library = library_of("kernels", _SOURCES, _HEADERS, include=_FOLDER)
+    library = load_library("kernels", _SOURCES, _HEADERS, include=_FOLDER)
     if isinstance(library, ctypes.CDLL):
         try:
-            _give_torch(library)
+            _register_torch(library)
         except (OSError, AttributeError) as error:
             return f"the kernels cannot be built: {error}"
     return library
 
 
-def _give_torch(library: ctypes.CDLL) -> None:
-    """Hand over the functions of torch that linear/matmul.h declares."""
+def _register_torch(library: ctypes.CDLL) -> None:
+    """Pass the library the functions of torch that linear/matmul.h declares."""
     suffix = "dylib" if sys.platform == "darwin" else "so"
     own = ctypes.CDLL(str(torch_folder() / "lib" / f"libtorch_cpu.{suffix}"))
     names = ("aoti_torch_create_tensor_from_blob", "aoti_torch_delete_tensor_object", "aoti_torch_cpu_mm_out")

@@ -1,7 +1,7 @@
-// Several numbers at a time: reading float32 and bfloat16 as float32, writing them back, exponentials.
+// SIMD vectors: loading float32 and bfloat16 as float32, storing them, exponentials.
 //
-// Written with the vector extensions of GCC and Clang, for whatever instructions the machine has. A vector is as wide as
-// its registers: compilers do take wider ones, but then pass them through memory.
+// Written with the vector extensions of GCC and Clang, for whatever instructions the machine has. A vector is as wide
+// as its registers: compilers do take wider ones, but then pass them through memory.
 
 #pragma once
 
@@ -12,7 +12,7 @@
 #include <immintrin.h>
 #endif
 
-// What Python finds by name: a pointer to each function, for float32 and for bfloat16.
+// Exports a pointer to each function for float32 and for bfloat16, which Python finds by name.
 #define EXPORT(NAME)                                \
     extern "C" {                                    \
     auto* NAME##_f32 = &NAME<float>;                \
@@ -39,9 +39,9 @@ struct bf16 {
 
 // ---------------------------------------------------------------------------------------- reading and writing
 
-inline float wide(float x) { return x; }
+inline float to_float(float x) { return x; }
 
-inline float wide(bf16 x) {
+inline float to_float(bf16 x) {
     uint32_t word = uint32_t(x.bits) << 16;
     float value;
     std::memcpy(&value, &word, 4);
@@ -54,7 +54,7 @@ inline Floats load(const float* from) {
     return value;
 }
 
-// Compilers widen a vector in halves unless told how.
+// Without intrinsics compilers widen a vector in halves.
 inline Floats load(const bf16* from) {
 #ifdef __AVX512F__
     const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
@@ -81,7 +81,7 @@ inline void store(bf16* to, Floats value) {
     std::memcpy(to, &halves, sizeof halves);
 }
 
-// The first `count` of a vector's numbers; the rest read as zero and are not written.
+// The first `count` lanes of a vector; the rest read as zero and are not written.
 template <class T>
 inline Floats load(const T* from, int64_t count) {
     if (count == kLanes) return load(from);
@@ -109,7 +109,7 @@ inline void store(T* to, Floats value, int64_t count) {
 template <class T>
 inline void load_pairs(const T* from, int64_t count, Floats& x, Floats& y) {
     float first[kLanes] = {}, second[kLanes] = {};
-    for (int64_t i = 0; i < count; i++) first[i] = wide(from[2 * i]), second[i] = wide(from[2 * i + 1]);
+    for (int64_t i = 0; i < count; i++) first[i] = to_float(from[2 * i]), second[i] = to_float(from[2 * i + 1]);
     x = load(first);
     y = load(second);
 }
@@ -122,7 +122,7 @@ inline void store_pairs(T* to, Floats x, Floats y, int64_t count) {
     for (int64_t i = 0; i < count; i++) to[2 * i] = first[i], to[2 * i + 1] = second[i];
 }
 
-// A full vector of bfloat16 pairs is one word each: no number has to be moved.
+// A bfloat16 pair is one word: no element has to be moved.
 inline void load_pairs(const bf16* from, int64_t count, Floats& x, Floats& y) {
     if (count < kLanes) return load_pairs<bf16>(from, count, x, y);
     Words words;
@@ -140,7 +140,7 @@ inline void store_pairs(bf16* to, Floats x, Floats y, int64_t count) {
     std::memcpy(to, &words, sizeof words);
 }
 
-// body(offset, count) over `size` numbers: a vector at a time, then what is left.
+// body(offset, count) over `size` elements: a vector at a time, then the rest.
 template <class Body>
 inline void each(int64_t size, Body body) {
     int64_t at = 0;
@@ -152,8 +152,8 @@ inline void each(int64_t size, Body body) {
 
 typedef float Four __attribute__((vector_size(16)));
 
-// a·b + c with one rounding. Left to themselves, compilers fuse some instantiations of a loop and not others (GCC avoids
-// chains of fused operations on AMD's processors with 256-bit vectors), and the same sum has other bits.
+// a·b + c with one rounding. Left to themselves, compilers fuse some instantiations of a loop and not others (GCC
+// avoids chains of fused operations on AMD's processors with 256-bit vectors), and the same sum has other bits.
 inline Floats fused(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)
     return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -167,7 +167,7 @@ inline Floats fused(Floats a, Floats b, Floats c) {
 #endif
 }
 
-// Half is added to half until one number is left.
+// Half is added to half until one lane is left.
 inline float sum(Floats value) {
     float parts[kLanes];
     store(parts, value);
@@ -200,7 +200,7 @@ inline float largest(Floats value) {
     return best;
 }
 
-// e^x to a few units in the last place: e^x = 2^n·e^r with |r| <= ln(2)/2. Zero below -87, where numbers stop being
+// e^x to a few units in the last place: e^x = 2^n·e^r with |r| <= ln(2)/2. Zero below -87, where floats stop being
 // normal; infinite above 88; NaN stays NaN.
 inline Floats exponential(Floats x) {
     const float rounder = 12582912.0f;  // 1.5·2^23: adding it rounds to an integer
@@ -223,14 +223,14 @@ inline Floats sigmoid(Floats x) { return 1.0f / (1.0f + exponential(-x)); }
 
 inline Floats fill(float value) { return Floats{} + value; }
 
-// The numbers from `count` on become `value`.
-inline Floats keep(Floats numbers, int64_t count, float value) {
+// Lanes from `count` on become `value`.
+inline Floats mask_tail(Floats values, int64_t count, float value) {
     Ints lanes;
     for (int i = 0; i < kLanes; i++) lanes[i] = i;
-    return lanes < int32_t(count) ? numbers : fill(value);
+    return lanes < int32_t(count) ? values : fill(value);
 }
 
-// The same numbers in another type.
+// The same values in another type.
 template <class From, class To>
 inline void convert(const From* from, To* to, int64_t size) {
     each(size, [&](int64_t i, int64_t n) { store(to + i, load(from + i, n), n); });

@@ -20,7 +20,7 @@ import torch
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 
 
-def library_of(
+def load_library(
     name: str,
     sources: Sequence[Path],
     headers: Sequence[Path] = (),
@@ -28,10 +28,10 @@ def library_of(
     links: Sequence[str] = (),
     with_torch: str = "",
 ) -> ctypes.CDLL | str:
-    """What `sources` compile to, from the cache where they did before; or why they do not, in words.
+    """Compile `sources` into a shared library and load it, from the cache if possible; or the reason why that failed.
 
     `include`: the folder that `#include "…"` starts from. `links`: the linker's arguments. `with_torch`: torch's
-    version, where its headers are used.
+    version where its headers are used, else empty.
     """
     compiler = _compiler()
     if compiler is None:
@@ -59,7 +59,7 @@ def torch_folder() -> Path:
 
 
 def _compile(compiler: str, sources: Sequence[Path], includes: Sequence[str], links: Sequence[str], path: Path) -> None:
-    """Under another name first: processes that start together must not load a half-written library."""
+    """Compile under a temporary name first: a process that starts meanwhile must not load a half-written library."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         objects = [Path(scratch, f"{source.stem}.o") for source in sources]
@@ -75,8 +75,8 @@ def _compile(compiler: str, sources: Sequence[Path], includes: Sequence[str], li
 
 
 def _compiler() -> str | None:
-    wanted = (os.environ.get("CXX", ""), "g++", "clang++", "c++")
-    return next((found for name in wanted if name and (found := shutil.which(name))), None)
+    candidates = (os.environ.get("CXX", ""), "g++", "clang++", "c++")
+    return next((found for name in candidates if name and (found := shutil.which(name))), None)
 
 
 def _version(compiler: str) -> str:
@@ -84,7 +84,7 @@ def _version(compiler: str) -> str:
 
 
 def _processor() -> str:
-    """What -march=native depends on: a shared home directory serves machines of several kinds."""
+    """What -march=native depends on; several kinds of machines may share a home directory."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return platform.processor()

@@ -1,4 +1,4 @@
-"""What this machine can do: a short timing of its matrix products, its memory, its compiler, its allocator."""
+"""What this machine can do: the speed of its matmuls, its memory, its compiler, its allocator."""
 
 import ctypes
 import os
@@ -11,7 +11,7 @@ from statistics import median
 
 import torch
 
-from fathom.runtime.arena.install import install
+from fathom.runtime.arena.install import install_arena
 
 _SIZE = {"cpu": 1024, "cuda": 8192}
 _REPEATS = 5
@@ -22,25 +22,25 @@ _HUGE_PAGE, _MADV_HUGEPAGE = 2 << 20, 14
 
 
 def matmul_flops(dtype: torch.dtype, device: torch.device) -> float:
-    """Measured FLOP/s of a large square product: the peak that MFU is a fraction of."""
-    [times] = _product_times([dtype], device)
+    """Measured FLOP/s of a large square matmul: the peak that MFU is a fraction of."""
+    [times] = _matmul_times([dtype], device)
     return 2 * _side(device) ** 3 / median(times)
 
 
 def faster_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the machine multiplies it faster than float32: CPUs without AVX512-BF16 or AMX do not."""
-    # In turn, and the best of each: another program that takes the processor for a while must not decide.
-    narrow, wide = map(min, _product_times([torch.bfloat16, torch.float32], device))
-    return torch.bfloat16 if 1.2 * narrow < wide else torch.float32
+    """bfloat16 where its matmuls are faster than float32's, else float32: CPUs without AVX512-BF16 or AMX."""
+    # Alternating, and the best of each, so that another program's burst of load does not decide.
+    bf16, fp32 = map(min, _matmul_times([torch.bfloat16, torch.float32], device))
+    return torch.bfloat16 if 1.2 * bf16 < fp32 else torch.float32
 
 
 def _side(device: torch.device) -> int:
-    """Of the square product."""
+    """Rows and columns of the matrices that are timed."""
     return _SIZE.get(device.type, 1024)
 
 
-def _product_times(dtypes: list[torch.dtype], device: torch.device) -> list[list[float]]:
-    """Seconds of a large square product in each of the types, in turn, after one that warms up."""
+def _matmul_times(dtypes: list[torch.dtype], device: torch.device) -> list[list[float]]:
+    """Seconds of a large square matmul in each of the types, alternating, after one to warm up."""
     size = _side(device)
     factors = [[torch.randn(size, size, device=device).to(dtype) for _ in range(2)] for dtype in dtypes]
     times: list[list[float]] = [[] for _ in dtypes]
@@ -56,7 +56,7 @@ def _product_times(dtypes: list[torch.dtype], device: torch.device) -> list[list
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a run may still take on the device."""
+    """Bytes that can still be allocated on the device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
@@ -66,8 +66,8 @@ def free_memory(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def missing_for_compile(device: torch.device) -> str | None:
-    """What torch.compile lacks here, in words; None when nothing."""
+def compile_unavailable_reason(device: torch.device) -> str | None:
+    """Why torch.compile cannot be used on the device; None where it can."""
     if device.type != "cpu":
         return None
     if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if name):
@@ -77,25 +77,25 @@ def missing_for_compile(device: torch.device) -> str | None:
     return None
 
 
-def keep_freed_memory() -> str | None:
-    """Keep what is freed for what is taken next instead of giving it back to the kernel, and keep it in huge pages.
+def install_allocator() -> str | None:
+    """Install an allocator that keeps freed memory for the next tensors, in huge pages, instead of unmapping it.
 
-    A training step, or the reading of a prompt, frees and takes the same large buffers again; with glibc's defaults
-    each is mapped and zeroed by the kernel anew, hundreds of thousands of page faults a step, and read through small
-    pages (docs/log/memory.md). Tensors made from now on live in an arena (fathom/runtime/arena), almost without
-    fragmentation; where there can be none, glibc is set to keep freed memory, and the reason is returned. Memory is
-    only reserved here, not taken. Elsewhere than on Linux: nothing.
+    Every training step, and every prefill, frees and allocates the same large buffers; with glibc's defaults the
+    kernel maps and zeroes each of them anew, hundreds of thousands of page faults a step, in small pages
+    (docs/log/memory.md). From now on tensors are allocated in an arena (fathom/runtime/arena), almost without
+    fragmentation; where that is impossible, glibc's heap is tuned to keep freed memory and the reason is returned.
+    This reserves address space and allocates nothing. On systems other than Linux it does nothing.
     """
     if not sys.platform.startswith("linux"):
         return None
-    why = install(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    why = install_arena(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     if why:
         _keep_heap()
     return why
 
 
 def _keep_heap() -> None:
-    """Have glibc's own heap keep what is freed. With another C library: nothing."""
+    """Tune glibc's own heap to keep freed memory. Does nothing with another C library."""
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         return
@@ -106,7 +106,7 @@ def _keep_heap() -> None:
     libc.free.argtypes = [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     size = free_memory(torch.device("cpu")) * 3 // 4
-    block = libc.malloc(size)  # the heap grows by so much, untouched
+    block = libc.malloc(size)  # grows the heap by this size without touching it
     if block:
         start = (block + _HUGE_PAGE - 1) // _HUGE_PAGE * _HUGE_PAGE
         # A kernel without huge pages refuses, which changes nothing.

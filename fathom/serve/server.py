@@ -24,7 +24,7 @@ from fathom.data.tokenizer import Tokenizer, load_tokenizer
 from fathom.engine.engine import Engine
 from fathom.model.quantize import quantized
 from fathom.quantization.integer import Precision
-from fathom.runtime.hardware import keep_freed_memory
+from fathom.runtime.hardware import install_allocator
 from fathom.serve.app import make_app
 from fathom.serve.service import Service
 from fathom.serve.status import describe
@@ -93,7 +93,7 @@ def serve(command: ServeCommand) -> int:
     listening = listen(command.host, command.port)
     device = _device(command)
     if device.type == "cpu":
-        keep_freed_memory()
+        install_allocator()
     directory = model_directory(command.path)
     tokenizer = load_tokenizer(directory)
     console.print(f"loading    {directory}", soft_wrap=True)

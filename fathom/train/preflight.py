@@ -6,7 +6,7 @@ from fathom.config import ConfigError, load_json
 from fathom.data.tokenize import TokenizedCorpus
 from fathom.distributed.ranks import Ranks
 from fathom.ops import cpu
-from fathom.runtime.hardware import free_memory, missing_for_compile
+from fathom.runtime.hardware import compile_unavailable_reason, free_memory
 from fathom.train.errors import TrainingError
 from fathom.train.estimate import Estimate, estimate, memory_refusal
 from fathom.train.progress import Progress, duration
@@ -44,7 +44,7 @@ def preflight(
         raise TrainingError(refusal)
     for line in _description(run, corpus, needs, peak_flops, ranks.world):
         progress.print(line)
-    lacking = missing_for_compile(ranks.device)
+    lacking = compile_unavailable_reason(ranks.device)
     if run.train.compile == "on" and lacking:
         raise TrainingError(f"train.compile is on, but {lacking}")
     if ranks.device.type == "cpu" and (problem := cpu.missing()):

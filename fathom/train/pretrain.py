@@ -16,7 +16,7 @@ from fathom.data.batch import Batch
 from fathom.data.dataset import TokenRows
 from fathom.data.tokenizer import Tokenizer
 from fathom.distributed.ranks import Ranks
-from fathom.runtime.hardware import keep_freed_memory, matmul_flops
+from fathom.runtime.hardware import install_allocator, matmul_flops
 from fathom.train.divergence import check_divergence
 from fathom.train.evaluation import Validation
 from fathom.train.log import RunLog, step_values
@@ -35,7 +35,7 @@ def train(run: Run, directory: Path, ranks: Ranks, resume: bool = False, console
     Raises TrainingError where memory will not do or the loss stays infinite, and ConfigError for a directory that
     holds another run.
     """
-    arena_problem = keep_freed_memory()
+    arena_problem = install_allocator()
     run = open_directory(run, directory, ranks, resume)
 
     # Data: tokenised once, cut into rows, as many of them in each step as the schedule gives.

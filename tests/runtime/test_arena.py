@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the arena knows Linux alone")
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the arena needs Linux")
 
 BEGIN = """
 import json, os, random, threading
 import torch
-from fathom.runtime.arena.install import arena_stats, install
+from fathom.runtime.arena.install import arena_stats, install_arena
 """
 
 CHURN = """
-assert not install(1 << 34)
+assert not install_arena(1 << 34)
 faults = []
 
 def churn(turns, seed):
@@ -26,12 +26,12 @@ def churn(turns, seed):
         value = rng.randrange(1 << 30)
         tensor = torch.full((size,), value, dtype=torch.int32)
         if tensor.data_ptr() % 64:
-            faults.append(f"{size} numbers at {tensor.data_ptr()}")
+            faults.append(f"{size} elements at {tensor.data_ptr()}")
         held.append((tensor, value))
         while len(held) > 40 or held and rng.random() < 0.4:
             tensor, value = held.pop(rng.randrange(len(held)))
             if not bool((tensor == value).all()):
-                faults.append(f"{len(tensor)} numbers have changed")
+                faults.append(f"{len(tensor)} elements have changed")
     return held
 
 threads = [threading.Thread(target=churn, args=(300, SEED + each)) for each in range(3)]
@@ -45,16 +45,16 @@ overlap = any(end > begin for (_, end), (begin, _) in zip(spans, spans[1:]))
 in_use = arena_stats().in_use
 live = sum(t.nbytes for t, _ in held if t.nbytes >= 1024)
 del held
-before = arena_stats().reached
-whole = torch.empty(before, dtype=torch.int8)  # all that was freed has joined again: no more is reached for so much
+before = arena_stats().peak
+whole = torch.empty(before, dtype=torch.int8)  # all that was freed has merged again: this does not raise the peak
 print(json.dumps(dict(
     faults=faults[:3], overlap=overlap, in_use=in_use, live=live, whole=whole.nbytes,
-    left=arena_stats().in_use, before=before, reached=arena_stats().reached,
+    left=arena_stats().in_use, before=before, peak=arena_stats().peak,
 )))
 """
 
 STEPS = """
-assert not install(1 << 34)
+assert not install_arena(1 << 34)
 mebibyte = 1 << 20
 
 def tensor(size):
@@ -72,12 +72,12 @@ for step in range(4):
         kept.pop()
         del passing
     del gradients
-print(json.dumps(dict(most=most, reached=arena_stats().reached)))
+print(json.dumps(dict(most=most, peak=arena_stats().peak)))
 """
 
 FULL = """
-assert not install(8 << 20)
-small = [torch.ones(1 << 16) for _ in range(64)]  # twice what the stretch of small ones holds
+assert not install_arena(8 << 20)
+small = [torch.ones(1 << 16) for _ in range(64)]  # twice what the region of small ones holds
 large = torch.ones(1 << 24)
 inside = arena_stats().in_use
 total = sum(float(each.sum()) for each in small) + float(large.sum())
@@ -86,7 +86,7 @@ print(json.dumps(dict(total=total, inside=inside, left=arena_stats().in_use)))
 """
 
 CHILD = """
-assert not install(1 << 34)
+assert not install_arena(1 << 34)
 stop = threading.Event()
 def busy():
     while not stop.is_set():
@@ -112,20 +112,20 @@ def found(program: str) -> Any:
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_tensors_keep_what_was_written_and_share_no_byte(seed: int) -> None:
+def test_tensors_keep_their_values_and_do_not_overlap(seed: int) -> None:
     seen = found(CHURN.replace("SEED", str(seed)))
     assert not seen["faults"] and not seen["overlap"]
-    # Pieces are rounded up to 64 bytes; tiny ones are not here at all.
+    # Blocks are rounded up to 64 bytes; tiny ones are not here at all.
     assert seen["live"] <= seen["in_use"] < seen["live"] + 64 * 100
     assert seen["left"] == (seen["whole"] + 63) // 64 * 64
     # Large tensors alone fit where large and small ones were; at worst the small ones' share is added.
-    assert seen["reached"] <= seen["before"] + 40 * 4 * (256 << 10)
+    assert seen["peak"] <= seen["before"] + 40 * 4 * (256 << 10)
 
 
-def test_a_step_of_training_leaves_no_holes() -> None:
+def test_a_training_step_leaves_almost_no_fragmentation() -> None:
     """Activations climb, gradients take their place from above; the second step finds all of it in one piece again."""
     seen = found(STEPS)
-    assert seen["most"] <= seen["reached"] < 1.1 * seen["most"]
+    assert seen["most"] <= seen["peak"] < 1.1 * seen["most"]
 
 
 def test_beyond_the_arena_tensors_are_glibcs() -> None:
@@ -140,14 +140,16 @@ def test_a_forked_child_allocates() -> None:
 
 
 def test_installing_twice_or_too_much() -> None:
-    refused, first, again = found("print(json.dumps([install(1 << 60), install(1 << 30), install(1 << 30)]))")
+    refused, first, again = found(
+        "print(json.dumps([install_arena(1 << 60), install_arena(1 << 30), install_arena(1 << 30)]))"
+    )
     assert "does not reserve" in refused and first is None and again is None
 
 
 def test_the_profiler_still_sees_memory() -> None:
     seen = found(
         "from torch.profiler import profile, ProfilerActivity\n"
-        "assert not install(1 << 34)\n"
+        "assert not install_arena(1 << 34)\n"
         "with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:\n"
         "    held = torch.empty(1 << 22)\n"
         "print(json.dumps(max(event.self_cpu_memory_usage for event in trace.key_averages())))"
@@ -155,9 +157,9 @@ def test_the_profiler_still_sees_memory() -> None:
     assert seen == 4 << 22
 
 
-def test_memory_that_is_not_there_is_said_as_ever() -> None:
+def test_out_of_memory_raises_as_without_the_arena() -> None:
     seen = found(
-        "assert not install(1 << 30)\n"
+        "assert not install_arena(1 << 30)\n"
         "try:\n"
         "    torch.empty(1 << 60, dtype=torch.int8)\n"
         "except RuntimeError as error:\n"

@@ -11,7 +11,7 @@ _HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 PROGRAM = """
 import json, resource, torch
-from fathom.runtime.hardware import KEEP as keep_freed_memory
+from fathom.runtime.hardware import KEEP as install_allocator
 
 def status(key, path="/proc/self/status"):
     return next(int(line.split()[1]) for line in open(path) if line.startswith(key))  # KiB
@@ -20,8 +20,8 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 before = status("VmRSS")
-keep_freed_memory()
-keep_freed_memory()
+install_allocator()
+install_allocator()
 reserved = status("VmRSS") - before
 torch.ones(20_000_000)
 start = faults()
@@ -34,7 +34,7 @@ print(json.dumps({"reserved": reserved, "faults": faults() - start, "huge": huge
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux' /proc")
-@pytest.mark.parametrize("way", ["keep_freed_memory", "_keep_heap"])
+@pytest.mark.parametrize("way", ["install_allocator", "_keep_heap"])
 def test_freed_memory_is_kept(way: str) -> None:
     """With a compiler, and without one."""
     program = PROGRAM.replace("KEEP", way)
@@ -47,14 +47,14 @@ def test_freed_memory_is_kept(way: str) -> None:
         assert found["huge"] > 60_000
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the arena knows Linux alone")
-def test_a_system_without_room_keeps_glibcs_heap_and_says_so() -> None:
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the arena needs Linux")
+def test_without_address_space_glibcs_heap_is_tuned_and_the_reason_returned() -> None:
     program = (
         "import os, resource, torch\n"
         "memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')\n"
         "resource.setrlimit(resource.RLIMIT_AS, (memory, memory))\n"
-        "from fathom.runtime.hardware import keep_freed_memory\n"
-        "print(keep_freed_memory())\n"
+        "from fathom.runtime.hardware import install_allocator\n"
+        "print(install_allocator())\n"
         "print(float(torch.ones(1 << 20).sum()))"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -8,11 +8,11 @@ import torch
 
 from fathom.distributed.ranks import Ranks
 from fathom.metrics import read_metrics
-from fathom.runtime.hardware import missing_for_compile
+from fathom.runtime.hardware import compile_unavailable_reason
 from fathom.train.pretrain import train
 from fathom.train.run import Run
 
-_LACKING = missing_for_compile(torch.device("cpu"))
+_LACKING = compile_unavailable_reason(torch.device("cpu"))
 
 
 @pytest.mark.slow

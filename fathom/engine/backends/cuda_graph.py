@@ -331,7 +331,7 @@ class CudaGraphBackend:
         shared = experts.Shared(_matrix(layer, "gate"), _matrix(layer, "up"), _matrix(layer, "out"))
         scratch = experts.Scratch(
             hidden_NKF=self._empty(tokens, choices, width, dtype=self._dtype),
-            hidden_NU=self._empty(tokens, len(shared.gate_UD.numbers), dtype=self._dtype),
+            hidden_NU=self._empty(tokens, len(shared.gate_UD.data), dtype=self._dtype),
             y_NKD=self._empty(tokens, choices + 1, hidden),
         )
         experts.feed_forward(normed_ND, routed, shared, scratch)

@@ -20,7 +20,7 @@ from fathom.data.tokenize import TokenizedCorpus, open_tokenized
 from fathom.distributed.ranks import Ranks
 from fathom.lab.ablations.prediction import ApartLoss
 from fathom.lab.ablations.variants import Variant, build_model
-from fathom.runtime.hardware import keep_freed_memory
+from fathom.runtime.hardware import install_allocator
 from fathom.train.errors import TrainingError
 from fathom.train.loss import PretrainLoss
 from fathom.train.pretrain import micro_batches, pretrain_step
@@ -39,7 +39,7 @@ def run_trial(variant: Variant, data: Path) -> Record:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(1)
-        keep_freed_memory()
+        install_allocator()
     ranks = Ranks(0, 1, device)
     prepared = open_tokenized(data)
     resolved = replace(variant, run=resolve(variant.run, prepared, ranks))

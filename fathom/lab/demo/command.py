@@ -32,7 +32,7 @@ from fathom.eval.compression import compressed_bits_per_byte
 from fathom.lab.demo.report import Continuation, DemoReport, Piece, print_report, write_html
 from fathom.metrics import read_metrics
 from fathom.model.transformer import Model
-from fathom.runtime.hardware import keep_freed_memory
+from fathom.runtime.hardware import install_allocator
 from fathom.train.pretrain import train
 from fathom.train.progress import duration
 from fathom.train.run import Run
@@ -91,7 +91,7 @@ def _clear(directory: Path) -> None:
 
 def _frozen_run(command: DemoCommand, ranks: Ranks, console: Console) -> tuple[Run, float]:
     """The nano run with as many steps as fit, and the seconds that finding out took."""
-    keep_freed_memory()
+    install_allocator()
     run = presets.nano()
     console.print("reading the Python standard library, training a tokenizer …", style="dim")
     prepared = tokenize_once(run, command.out / "data", ranks)

@@ -21,7 +21,7 @@ from fathom.config import ConfigError
 from fathom.data.batch import Batch, next_token_batch
 from fathom.distributed.ranks import Ranks
 from fathom.lab.planner.hardware import check
-from fathom.runtime.hardware import free_memory, keep_freed_memory
+from fathom.runtime.hardware import free_memory, install_allocator
 from fathom.train.estimate import Estimate, estimate, memory_refusal
 from fathom.train.pretrain import pretrain_step
 from fathom.train.progress import duration
@@ -120,7 +120,7 @@ def plan_local(run: Run, device: torch.device) -> LocalPlan:
     if device.type == "cuda":
         check(torch.cuda.is_available(), "gpu", device.type, "cpu here: torch finds no CUDA device")
     else:
-        keep_freed_memory()  # as `fathom train` does; where it cannot, neither can training
+        install_allocator()  # as `fathom train` does; where it cannot, neither can training
     ranks = Ranks(0, 1, device)
     run = replace(run, train=resolve_auto(run.train, ranks))
     two = max(run.train.batch_size, 2 * run.train.micro_batch_size)

@@ -83,7 +83,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor, q_BSHX: Tensor, kv_BTHY: Tensor) -> No
 
 
 def _heads(q_BSHX: Tensor, kv_BTHY: Tensor, k_rope_BTR: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-    """As the reference; in one kernel on a GPU where nobody trains."""
+    """As the reference; on a GPU without gradients in one kernel."""
     if gpu.usable(q_BSHX, kv_BTHY, k_rope_BTR):
         from fathom.ops.attention.triton_heads import heads  # Triton comes with torch's CUDA builds alone
 
@@ -92,7 +92,7 @@ def _heads(q_BSHX: Tensor, kv_BTHY: Tensor, k_rope_BTR: Tensor, rope: Rope) -> t
 
 
 class SeqLens(NamedTuple):
-    """How many queries and keys each of some sequences has, and where they end: int32, from 0 on, on the device."""
+    """Queries and keys of each sequence, and their cumulative sums from 0 on: int32, on the device."""
 
     queries: tuple[int, ...]
     keys: tuple[int, ...]
@@ -101,7 +101,7 @@ class SeqLens(NamedTuple):
 
     @staticmethod
     def of(queries: Sequence[int], keys: Sequence[int], device: torch.device) -> "SeqLens":
-        """Of sequences with so many queries and keys each."""
+        """From the numbers of queries and keys of each sequence."""
         ends = (torch.tensor([0, *accumulate(lengths)], dtype=torch.int32) for lengths in (queries, keys))
         return SeqLens(tuple(queries), tuple(keys), *(t.to(device) for t in ends))
 
@@ -109,9 +109,9 @@ class SeqLens(NamedTuple):
 def varlen_attention(
     q_NHX: Tensor, kv_THY: Tensor, k_rope_TR: Tensor, rope: Rope, lengths: SeqLens, scale: float
 ) -> Tensor:
-    """`expanded_attention` of several sequences of any lengths, one after another; `rope` (N, J). Gives (N, H, V).
+    """`expanded_attention` of several sequences of any lengths, one after another; `rope` (N, J). Returns (N, H, V).
 
-    On a GPU all at once, by the flash kernel, which wants values as wide as keys.
+    On a GPU in one call of the flash kernel, with values padded to the width of keys.
     """
     alone = lengths.queries == lengths.keys and len(lengths.keys) == 1
     if not alone and _flash_usable(q_NHX, kv_THY, k_rope_TR):

@@ -44,7 +44,7 @@ struct Segments {
     int64_t tokens() const { return cu_seqlens ? cu_seqlens[count] : count * queries; }
 };
 
-// What lies in memory for all heads: queries (B,S,H,P+R) with their last R numbers to be rotated, keys and values
+// What lies in memory for all heads: queries (B,S,H,P+R) with their last R elements to be rotated, keys and values
 // (B,T,H,P+V) side by side, the rotated key (B,T,R) that all heads share; the queries' cos and sin, (S,J) or (B,S,J).
 template <class T>
 struct Inputs {
@@ -103,12 +103,12 @@ template <class T>
 inline void softmax_row(float* scores, T* probs, int64_t seen, int64_t keys, float scale) {
     Floats best = fill(-INFINITY), total = {};
     each(seen, [&](int64_t i, int64_t n) {
-        Floats value = keep(load(scores + i, n), n, -INFINITY);
+        Floats value = mask_tail(load(scores + i, n), n, -INFINITY);
         best = value > best ? value : best;
     });
     const float top = largest(best);
     each(seen, [&](int64_t i, int64_t n) {
-        Floats power = keep(exponential((load(scores + i, n) - top) * scale), n, 0.0f);
+        Floats power = mask_tail(exponential((load(scores + i, n) - top) * scale), n, 0.0f);
         store(scores + i, power, n);
         total += power;
     });
@@ -120,9 +120,9 @@ inline void softmax_row(float* scores, T* probs, int64_t seen, int64_t keys, flo
 // Gradients of one row of scores, scale·p·(dp − Σ p·dp), from those of its probabilities; zero after the keys seen.
 template <class T>
 inline void softmax_row_backward(const T* p, const float* dp, T* dscores, int64_t seen, int64_t keys, float scale) {
-    Floats products = {};
-    each(seen, [&](int64_t i, int64_t n) { products += load(p + i, n) * load(dp + i, n); });
-    const float total = sum(products);
+    Floats weighted = {};
+    each(seen, [&](int64_t i, int64_t n) { weighted += load(p + i, n) * load(dp + i, n); });
+    const float total = sum(weighted);
     each(seen, [&](int64_t i, int64_t n) {
         store(dscores + i, load(p + i, n) * (load(dp + i, n) - total) * scale, n);
     });

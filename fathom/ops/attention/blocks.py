@@ -10,13 +10,13 @@ from fathom.ops import cpu
 from fathom.ops.attention.reference import in_other_segments, segment_ids, softmax
 
 _GEMM_BLOCK = 64
-"""Queries at a time where the kernels multiply themselves, which costs nothing to begin."""
+"""Queries at a time where matmuls are our own (gemm.h), which have no cost per call."""
 
 
 def attention_in_blocks(
     q_BSHX: Tensor, k_BTHX: Tensor, v_BTHV: Tensor, scale: float, cu_seqlens: Tensor | None
 ) -> Tensor:
-    """The same in plain torch, a block of queries at a time."""
+    """`causal_attention_reference`, a block of queries at a time."""
     length, keys = q_BSHX.shape[1], k_BTHX.shape[1]
     older = keys - length
     segments = None if cu_seqlens is None else segment_ids(q_BSHX, cu_seqlens)
@@ -34,7 +34,7 @@ def attention_in_blocks(
 
 
 def query_block(length: int, dtype: torch.dtype) -> int:
-    """Queries that the CPU takes at once: few enough to skip most masked keys, enough for full-speed products."""
+    """Queries that the CPU takes at once: few enough to skip most masked keys, enough for matmuls at full speed."""
     if cpu.has_bf16_gemm(dtype):
         return _GEMM_BLOCK
     return min(512, max(256, length // 8))

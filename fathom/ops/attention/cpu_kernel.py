@@ -14,11 +14,11 @@ from fathom.ops import cpu
 from fathom.ops.attention.blocks import query_block, query_blocks
 
 _KEPT_LENGTH = 1024
-"""Up to this length the CPU keeps a call's probabilities for the backward pass; beyond, it makes them again."""
+"""Up to this length the probabilities are kept for the backward pass; beyond, it recomputes them."""
 
 
 class ExpandedAttention(torch.autograd.Function):
-    """The CPU's, a head of a segment at a time (fathom/ops/attention/attention.cpp)."""
+    """One head of one segment per task (attention.cpp)."""
 
     @staticmethod
     def forward(

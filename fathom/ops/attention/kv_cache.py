@@ -1,4 +1,4 @@
-"""What attention remembers of a token: its normalised latent, and the rotated key that all heads share.
+"""What the KV cache holds of a token: its normalised latent, and the rotated key that all heads share.
 
 Shapes: B batch, S length, N tokens, C latent width, R rope width, W = C+R, M slots of the cache.
 """
@@ -12,7 +12,7 @@ from fathom.ops.rope import Rope, apply_rope
 
 
 def latents(kv_BSW: Tensor, norm_C: Tensor, eps: float, rope: Rope) -> tuple[Tensor, Tensor]:
-    """The first C numbers normalised (B, S, C), the others rotated (B, S, R)."""
+    """The first C elements normalised (B, S, C), the others rotated (B, S, R)."""
     latent = norm_C.shape[0]
     return rms_norm(kv_BSW[..., :latent], norm_C, eps), apply_rope(kv_BSW[..., latent:], rope)
 
@@ -20,7 +20,7 @@ def latents(kv_BSW: Tensor, norm_C: Tensor, eps: float, rope: Rope) -> tuple[Ten
 def write_kv_cache_reference(
     kv_NW: Tensor, norm_C: Tensor, eps: float, rope: Rope, slot_mapping_N: Tensor, cache_MW: Tensor
 ) -> None:
-    """Write each token's W numbers to its slot; `rope` has a row for every token."""
+    """Write each token's W elements to its slot; `rope` has a row for every token."""
     latents_NW = torch.cat(latents(kv_NW[None], norm_C, eps, rope), dim=-1)[0]
     cache_MW[slot_mapping_N] = latents_NW.to(cache_MW.dtype)
 

@@ -1,8 +1,8 @@
 // Attention of one token's heads over cached latents, which are key and value of all heads at once.
 //
-// A past is taken in run after run of neighbouring rows, the softmax kept up as they come: what was summed so far is
-// scaled down when a larger score appears. Processors that multiply pairs of bfloat16 do so for bfloat16 caches (queries
-// and powers are rounded); float32 caches, and other processors, take the plain form.
+// The past is processed in runs of neighbouring rows with an online softmax: the sums so far are scaled down when a
+// larger score appears. Processors with bfloat16 dot products use them for bfloat16 caches (queries and exponentials
+// are rounded); float32 caches, and other processors, take the plain form.
 //
 // Letters: H heads, C latent, W = C + R the width of a cached row.
 
@@ -27,7 +27,7 @@ class LatentAttention {
     }
 
     // (H) rows of W: each head's query in terms of the latents, scaled.
-    void ask(const float* const* queries) { queries_ = queries; }
+    void set_queries(const float* const* queries) { queries_ = queries; }
 
     // (H) rows of C for the sums that follow, each head's largest score and the sum of its powers.
     void begin(float* const* outs, float* highest, float* total) {
@@ -40,30 +40,30 @@ class LatentAttention {
     // Takes in `count` rows, at most kRun.
     void attend(const T* rows, int64_t count) {
         const Weight keys{rows, nullptr, sizeof(T) == 4 ? kFloat32 : kBfloat16, count, width_};
-        Vectors(keys, queries_, heads_).times(keys, 0, count, rows_.data());
-        for (int64_t h = 0; h < heads_; h++) weigh(h, count);
-        mix_rows(rows, width_, count, latent_, rows_.data(), outs_, heads_);
+        GemvInputs(keys, queries_, heads_).gemv(keys, 0, count, rows_.data());
+        for (int64_t h = 0; h < heads_; h++) update_softmax(h, count);
+        add_weighted_rows(rows, width_, count, latent_, rows_.data(), outs_, heads_);
     }
 
     void end() {}
 
   private:
-    void weigh(int64_t h, int64_t count) {
+    void update_softmax(int64_t h, int64_t count) {
         float* scores = rows_[h];
         float highest = highest_[h];
         each(count, [&](int64_t i, int64_t n) {
-            highest = std::max(highest, largest(keep(load(scores + i, n), n, -INFINITY)));
+            highest = std::max(highest, largest(mask_tail(load(scores + i, n), n, -INFINITY)));
         });
         Floats sums = {};
         each(count, [&](int64_t i, int64_t n) {
-            Floats powers = keep(exponential(load(scores + i, n) - highest), n, 0.0f);
+            Floats powers = mask_tail(exponential(load(scores + i, n) - highest), n, 0.0f);
             sums += powers;
             store(scores + i, powers, n);
         });
-        const float shrunk = std::exp(highest_[h] - highest);
-        if (shrunk != 1.0f)
-            each(latent_, [&](int64_t i, int64_t n) { store(outs_[h] + i, load(outs_[h] + i, n) * shrunk, n); });
-        total_[h] = total_[h] * shrunk + sum(sums);
+        const float rescale = std::exp(highest_[h] - highest);
+        if (rescale != 1.0f)
+            each(latent_, [&](int64_t i, int64_t n) { store(outs_[h] + i, load(outs_[h] + i, n) * rescale, n); });
+        total_[h] = total_[h] * rescale + sum(sums);
         highest_[h] = highest;
     }
 
@@ -77,13 +77,13 @@ class LatentAttention {
 
 #ifdef __AVX512BF16__
 
-inline Words everywhere(const void* word) {
+inline Words broadcast(const void* word) {
     int32_t value;
     std::memcpy(&value, word, 4);
     return (Words)_mm512_set1_epi32(value);
 }
 
-// Two vectors of bfloat16 in words: x[i] and y[i] side by side.
+// Two vectors as bfloat16 pairs: x[i] and y[i] in one word.
 inline Words paired(Floats x, Floats y) {
     Halves low, high;
     store(reinterpret_cast<bf16*>(&low), x);
@@ -100,9 +100,9 @@ class LatentAttention<bf16> {
         : heads_(heads), latent_(latent), width_(width), words_((width + 1) / 2),
           groups_((heads + kLanes - 1) / kLanes), queries_(groups_ * words_), highest_(groups_), total_(groups_) {}
 
-    void ask(const float* const* queries) {
-        if (asked_ == queries) return;
-        asked_ = queries;
+    void set_queries(const float* const* queries) {
+        if (last_queries_ == queries) return;
+        last_queries_ = queries;
         for (int64_t g = 0; g < groups_; g++) {
             const int64_t first = g * kLanes, here = std::min(heads_ - first, kLanes);
             for (int64_t word = 0; word < words_; word++) {
@@ -126,18 +126,18 @@ class LatentAttention<bf16> {
     void attend(const bf16* rows, int64_t count) {
         for (int64_t g = 0; g < groups_; g++) {
             score(&queries_[g * words_], rows, count);
-            const Floats shrunk = weigh(g, count);
+            const Floats rescale = update_softmax(g, count);
             const int64_t first = g * kLanes, here = std::min(heads_ - first, kLanes);
             for (int64_t h = 0; h < here; h += kMixed) {
                 switch (std::min(here - h, kMixed)) {
-                    case 1: mix<1>(rows, count, first + h, h, shrunk); break;
-                    case 2: mix<2>(rows, count, first + h, h, shrunk); break;
-                    case 3: mix<3>(rows, count, first + h, h, shrunk); break;
-                    case 4: mix<4>(rows, count, first + h, h, shrunk); break;
-                    case 5: mix<5>(rows, count, first + h, h, shrunk); break;
-                    case 6: mix<6>(rows, count, first + h, h, shrunk); break;
-                    case 7: mix<7>(rows, count, first + h, h, shrunk); break;
-                    default: mix<8>(rows, count, first + h, h, shrunk);
+                    case 1: mix<1>(rows, count, first + h, h, rescale); break;
+                    case 2: mix<2>(rows, count, first + h, h, rescale); break;
+                    case 3: mix<3>(rows, count, first + h, h, rescale); break;
+                    case 4: mix<4>(rows, count, first + h, h, rescale); break;
+                    case 5: mix<5>(rows, count, first + h, h, rescale); break;
+                    case 6: mix<6>(rows, count, first + h, h, rescale); break;
+                    case 7: mix<7>(rows, count, first + h, h, rescale); break;
+                    default: mix<8>(rows, count, first + h, h, rescale);
                 }
             }
         }
@@ -175,27 +175,27 @@ class LatentAttention<bf16> {
             const Words first = queries[word], second = queries[word + 1];
 #pragma GCC unroll 8
             for (int r = 0; r < kRows; r++) {
-                even[r] = add_pairs(even[r], first, everywhere(row[r] + 2 * word));
-                odd[r] = add_pairs(odd[r], second, everywhere(row[r] + 2 * word + 2));
+                even[r] = add_pairs(even[r], first, broadcast(row[r] + 2 * word));
+                odd[r] = add_pairs(odd[r], second, broadcast(row[r] + 2 * word + 2));
             }
         }
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; r++) {
-            if (word < whole) even[r] = add_pairs(even[r], queries[word], everywhere(row[r] + 2 * word));
+            if (word < whole) even[r] = add_pairs(even[r], queries[word], broadcast(row[r] + 2 * word));
             if (width_ % 2) {
                 const bf16 last[2] = {row[r][width_ - 1], {}};
-                odd[r] = add_pairs(odd[r], queries[words_ - 1], everywhere(last));
+                odd[r] = add_pairs(odd[r], queries[words_ - 1], broadcast(last));
             }
             scores[r] = even[r] + odd[r];
         }
     }
 
-    // The powers of the scores, rows in pairs; returns what earlier sums are multiplied with.
-    Floats weigh(int64_t g, int64_t count) {
+    // The exponentials of the scores, rows in pairs; returns the factor by which earlier sums are rescaled.
+    Floats update_softmax(int64_t g, int64_t count) {
         Floats highest = highest_[g];
         for (int64_t t = 0; t < count; t++) highest = scores_[t] > highest ? scores_[t] : highest;
-        const Floats shrunk = exponential(highest_[g] - highest);
-        Floats total = total_[g] * shrunk;
+        const Floats rescale = exponential(highest_[g] - highest);
+        Floats total = total_[g] * rescale;
         for (int64_t t = 0; t < count; t += 2) {
             const Floats first = exponential(scores_[t] - highest);
             const Floats second = t + 1 < count ? exponential(scores_[t + 1] - highest) : Floats{};
@@ -204,12 +204,12 @@ class LatentAttention<bf16> {
         }
         highest_[g] = highest;
         total_[g] = total;
-        return shrunk;
+        return rescale;
     }
 
     // Heads `head` …, which are the lanes from `lane` on.
     template <int kHeads>
-    __attribute__((noinline)) void mix(const bf16* rows, int64_t count, int64_t head, int64_t lane, Floats shrunk) {
+    __attribute__((noinline)) void mix(const bf16* rows, int64_t count, int64_t head, int64_t lane, Floats rescale) {
         const Words low = interleaving(0), high = interleaving(kLanes);
         const uint32_t* powers = reinterpret_cast<const uint32_t*>(powers_) + lane;
         for (int64_t c = 0; c < latent_; c += 2 * kLanes) {
@@ -220,19 +220,19 @@ class LatentAttention<bf16> {
 #pragma GCC unroll 8
             for (int h = 0; h < kHeads; h++) {
                 const float* out = outs_[head + h] + c;
-                left[h] = (Floats)_mm512_maskz_loadu_ps(first, out) * shrunk[lane + h];
-                right[h] = (Floats)_mm512_maskz_loadu_ps(second, out + kLanes) * shrunk[lane + h];
+                left[h] = (Floats)_mm512_maskz_loadu_ps(first, out) * rescale[lane + h];
+                right[h] = (Floats)_mm512_maskz_loadu_ps(second, out + kLanes) * rescale[lane + h];
             }
             const bf16* row = rows + c;
             for (int64_t t = 0; t < count; t += 2, row += 2 * width_) {
-                // The last row of an odd number stands beside itself, with a power of zero.
+                // Of an odd count the last row is paired with itself, with an exponential of zero.
                 const __m512i one = _mm512_maskz_loadu_epi16(there, row);
                 const __m512i other = _mm512_maskz_loadu_epi16(there, t + 1 < count ? row + width_ : row);
                 const Words x = (Words)_mm512_permutex2var_epi16(one, (__m512i)low, other);
                 const Words y = (Words)_mm512_permutex2var_epi16(one, (__m512i)high, other);
 #pragma GCC unroll 8
                 for (int h = 0; h < kHeads; h++) {
-                    const Words power = everywhere(powers + t * (kLanes / 2) + h);
+                    const Words power = broadcast(powers + t * (kLanes / 2) + h);
                     left[h] = add_pairs(left[h], x, power);
                     right[h] = add_pairs(right[h], y, power);
                 }
@@ -246,7 +246,7 @@ class LatentAttention<bf16> {
         }
     }
 
-    // Which of two rows' numbers make the pairs of columns `from` … `from` + 15.
+    // Which of two rows' elements make the pairs of columns `from` … `from` + 15.
     static Words interleaving(int64_t from) {
         Words places;
         for (int64_t i = 0; i < kLanes; i++) places[i] = uint32_t(from + i) | uint32_t(from + i + 2 * kLanes) << 16;
@@ -254,7 +254,7 @@ class LatentAttention<bf16> {
     }
 
     const int64_t heads_, latent_, width_, words_, groups_;
-    const float* const* asked_ = nullptr;
+    const float* const* last_queries_ = nullptr;
     float* const* outs_;
     float *highest_out_, *total_out_;
     std::vector<Words> queries_;            // (groups, words): pairs of columns, a lane a head

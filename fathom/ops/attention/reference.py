@@ -54,7 +54,7 @@ def latent_attention(q_BSHW: Tensor, cache_BTW: Tensor, positions_BS: Tensor, la
     result. Returns (B, S, H, C).
     """
     batch, length, heads, width = q_BSHW.shape
-    # One product for all heads: the key is shared, so heads are only more queries.
+    # One matmul for all heads: the key is shared, so heads are only more queries.
     scores_BST = (q_BSHW * scale).reshape(batch, length * heads, width) @ cache_BTW.transpose(1, 2)
     hidden_BST = torch.arange(cache_BTW.shape[1], device=q_BSHW.device) > positions_BS[..., None]
     hidden_BST = hidden_BST.repeat_interleave(heads, dim=1)

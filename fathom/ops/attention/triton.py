@@ -1,9 +1,9 @@
 """Attention over the latents of a paged cache, for the few tokens of a decoding step (DeepSeek-V2, section 2.1.2).
 
-A token's past is cut into parts that run side by side and are put together afterwards: the more, the fewer tokens there
-are to keep the GPU busy. The reference is `latent_attention` (fathom/ops/attention) on queries that were rotated.
+A token's past is split into parts that are attended in parallel and combined afterwards (as in flash-decoding): the
+fewer tokens, the more parts. The reference is `latent_attention` (reference.py) on rotated queries.
 
-Shapes: N tokens, H heads, T places of the past, C latent width, J pairs of rotary numbers, W = C+2J, S parts.
+Shapes: N tokens, H heads, T past tokens, C latent width, J pairs of rotary elements, W = C+2J, S parts.
 """
 
 import math
@@ -20,37 +20,37 @@ from fathom.ops.rope import Rope
 from fathom.ops.rope.triton import rotated
 
 _PROGRAMS = 1024
-"""Programs that keep a GPU busy, also where some end early: several for each of its some hundred multiprocessors."""
+"""Programs that fill a GPU even if some end early: several for each of its hundred or so multiprocessors."""
 _MOST_PARTS = 128
 _TILES = {16: (32, 4, 2), 32: (32, 4, 2), 64: (64, 8, 2)}
-"""Places that a program takes at once, its warps, and the stages of its loads, by heads."""
+"""Past tokens that a program takes at once, its warps and its pipeline stages, by heads."""
 
 
 class Places(NamedTuple):
-    """Where the tokens stand, and where their sequences' latents lie; whole numbers of 64 bits."""
+    """The tokens' positions and slots, and their sequences' block tables; int64."""
 
     positions_N: Tensor
-    """In its sequence, of which it sees all up to itself; −1 for a token that is none."""
+    """Position in its sequence, of which a token sees all up to itself; −1 for padding."""
     slot_mapping_N: Tensor
-    """Where its own latent goes."""
+    """Slot of the token's own latent."""
     owners_N: Tensor
-    """Which row of the pages is its sequence's."""
+    """Row of `pages` that is the token's sequence's."""
     pages: Tensor
-    """The length of a row, then row after row."""
+    """The length of a row, then the rows one after another."""
     page_size: int
     first: int = 0
-    """The first place that anybody sees."""
+    """The first position that is attended."""
 
 
 class Scratch(NamedTuple):
-    """What the parts leave behind."""
+    """The results of the parts, to be combined."""
 
     parts_NHSC: Tensor
     log_sums_NHS: Tensor
 
     @staticmethod
     def of(tokens: int, heads: int, latent: int, device: torch.device) -> "Scratch":
-        """Room for so many tokens."""
+        """For up to `tokens` tokens."""
         programs = tokens * triton.cdiv(heads, _head_block(heads))
         parts = min(_MOST_PARTS, triton.next_power_of_2(triton.cdiv(_PROGRAMS, programs)))
         parts_NHSC = torch.empty(tokens, heads, parts, latent, device=device)
@@ -79,7 +79,7 @@ def write_kv_cache(
     cache_MW: Tensor,
     query: QueryLatent | None = None,
 ) -> None:
-    """Write the tokens' latents to their slots: the first C numbers normalised, the others rotated.
+    """Write the tokens' latents to their slots: the first C elements normalised, the others rotated.
 
     `rope` is a table of all positions or, where there are no positions, has a row for every token.
     The query's latent, where there is one, is normalised on the way.
@@ -87,7 +87,7 @@ def write_kv_cache(
     tokens, width = kv_NW.shape
     latent = norm_C.shape[0]
     raw, weight, normed = query or (kv_NW, norm_C, kv_NW)
-    _remember[(tokens,)](
+    _write_kv_cache[(tokens,)](
         *(kv_NW, norm_C, eps, rope.cos, rope.sin, positions_N, slot_mapping_N, cache_MW),
         *(raw, weight, normed, cache_MW.stride(0), latent, (width - latent) // 2, raw.shape[1]),
         QUERY=query is not None,
@@ -141,12 +141,12 @@ def paged_latent_attention(
 
 @triton.jit
 def _part_length(length, PARTS: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Places of each part but the last."""
+    """Past tokens of each part but the last."""
     return tl.cdiv(tl.cdiv(length, PARTS), BLOCK_T) * BLOCK_T
 
 
 @triton.jit
-def _remember(
+def _write_kv_cache(
     kv,
     norm,
     eps,
@@ -194,7 +194,7 @@ def _remember(
 
 
 @triton.jit
-def _turned_queries(q_rope, q_rope_h, cosines, sines, h_H, heads, pairs, TYPE: tl.constexpr, BLOCK_J: tl.constexpr):
+def _rotated_queries(q_rope, q_rope_h, cosines, sines, h_H, heads, pairs, TYPE: tl.constexpr, BLOCK_J: tl.constexpr):
     """The two halves of one token's rotated queries; `cosines` and `sines` are its position's rows."""
     j_J = tl.arange(0, BLOCK_J)
     ok_HJ = (h_H < heads)[:, None] & (j_J < pairs)[None, :]
@@ -250,7 +250,7 @@ def _attend(
     q_HC = q_HC.to(TYPE)
     q_rope += n * q_rope_n
     angles = position * pairs
-    first_HJ, second_HJ = _turned_queries(
+    first_HJ, second_HJ = _rotated_queries(
         q_rope, q_rope_h, cosines + angles, sines + angles, h_H, heads, pairs, TYPE, BLOCK_J
     )
     row = pages + 1 + tl.load(owners + n) * tl.load(pages)
@@ -258,8 +258,8 @@ def _attend(
     best_H = tl.full((BLOCK_H,), float("-inf"), tl.float32)
     sum_H = tl.zeros((BLOCK_H,), tl.float32)
     out_HC = tl.zeros((BLOCK_H, BLOCK_C), tl.float32)
-    # Where a tile lies within one page, that page's number is read a round ahead: waiting for it would take as long as
-    # reading the tile.
+    # Where a tile lies within one page, the page's id is loaded one iteration ahead: waiting for it would take as long
+    # as loading the tile.
     page = tl.load(row + begin // PAGE)
     for start in range(begin, end, BLOCK_T):
         t_T = start + tl.arange(0, BLOCK_T)
@@ -270,7 +270,7 @@ def _attend(
         else:
             page_T = tl.load(row + t_T // PAGE, mask=t_ok, other=0)
             at_T = cache + (page_T * PAGE + t_T % PAGE) * cache_m
-        # What is hidden may hold anything, and a NaN times 0 is no 0.
+        # Masked slots may hold anything, and NaN times 0 is NaN.
         latent_TC = tl.load(at_T[:, None] + c_C[None, :], mask=t_ok[:, None] & c_ok[None, :], other=0.0)
         at_TJ = at_T[:, None] + latent + j_J[None, :]
         first_TJ = tl.load(at_TJ, mask=t_ok[:, None] & j_ok[None, :], other=0.0)

@@ -1,11 +1,11 @@
 """Queries, keys and values as fused attention takes them, in one pass over each.
 
-Queries are rotated, keys put together from their head's part and the rotated one that all share, and values, where
-attention wants them as wide as keys, filled up with zeros. The reference is `heads_reference`
-(fathom/ops/attention). No gradients.
+Queries are rotated, keys are concatenated from their head's part and the shared rotated part, and values are padded
+with zeros where attention needs them as wide as keys. The reference is `heads_reference`
+(fathom/ops/attention/reference.py). No gradients.
 
 Shapes: B batch, S query length, T key length, H heads, P nope width, R rope width, J = R/2 pairs, X = P+R, V value
-width, Y = P+V, Z width of the values that are given.
+width, Y = P+V, Z width of the values that are returned.
 """
 
 import triton
@@ -15,14 +15,14 @@ from torch import Tensor
 from fathom.ops.rope import Rope
 from fathom.ops.rope.triton import rotated
 
-_NUMBERS = 2048
-"""Numbers of each head's first part that a program takes at once."""
+_ELEMENTS = 2048
+"""Elements of the heads' nope parts that a program takes at once."""
 
 
 def heads(
     q_BSHX: Tensor, kv_BTHY: Tensor, k_rope_BTR: Tensor, rope: Rope, pads: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `heads_reference`; with `pads` the values are as wide as the keys (Z = X), else they lie where they lay."""
+    """As `heads_reference`; with `pads` the values are as wide as the keys (Z = X), else a view."""
     q_BSHX, kv_BTHY = q_BSHX.contiguous(), kv_BTHY.contiguous()
     cos, sin = (t.contiguous() for t in rope)
     k_rope_NR = k_rope_BTR.flatten(0, 1)
@@ -30,12 +30,12 @@ def heads(
     keys, rotated = kv_BTHY.shape[1], k_rope_BTR.shape[-1]
     nope = width - rotated
     value = kv_BTHY.shape[-1] - nope
-    turned_BSHX, k_BTHX = q_BSHX.new_empty(q_BSHX.shape), kv_BTHY.new_empty(batch, keys, count, width)
+    rotated_BSHX, k_BTHX = q_BSHX.new_empty(q_BSHX.shape), kv_BTHY.new_empty(batch, keys, count, width)
     v_BTHZ = kv_BTHY.new_empty(batch, keys, count, width) if pads else kv_BTHY[..., nope:]
     block_p = triton.next_power_of_2(nope)
-    block_h = min(triton.next_power_of_2(count), max(1, _NUMBERS // block_p))
+    block_h = min(triton.next_power_of_2(count), max(1, _ELEMENTS // block_p))
     _heads[(batch * max(length, keys), triton.cdiv(count, block_h))](
-        *(q_BSHX, kv_BTHY, k_rope_NR, cos, sin, turned_BSHX, k_BTHX, v_BTHZ),
+        *(q_BSHX, kv_BTHY, k_rope_NR, cos, sin, rotated_BSHX, k_BTHX, v_BTHZ),
         *(batch * length, batch * keys, cos.shape[:-1].numel(), k_rope_NR.stride(0)),
         *(count, nope, rotated // 2, value),
         PADS=pads,
@@ -44,7 +44,7 @@ def heads(
         BLOCK_J=triton.next_power_of_2(max(rotated // 2, 1)),
         BLOCK_Z=triton.next_power_of_2(width),
     )
-    return turned_BSHX, k_BTHX, v_BTHZ
+    return rotated_BSHX, k_BTHX, v_BTHZ
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def _heads(
     BLOCK_J: tl.constexpr,
     BLOCK_Z: tl.constexpr,
 ):
-    """Query number n and key number n, some heads of both; queries of several rows may share their angles."""
+    """Query n and key n, a block of heads of both; queries of several rows may share their angles."""
     n = tl.program_id(0).to(tl.int64)
     h_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     p_P, j_J = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_J)

@@ -1,10 +1,11 @@
-// One forward pass over a few tokens of any number of sequences, latents cached in pages: what decoding does at each step.
+// One decode step: a forward pass over a few tokens of any number of sequences, with the latents in a paged cache.
 //
-// A step of plain torch is some hundred small operators a layer, each waiting for the one before. Here one call runs the
-// whole model; the threads part only at the barriers between its phases. Attention takes the absorbed form, experts that
-// no token chose are not read. Sums are float32 whatever the weights are; a token's numbers do not depend on the tokens
-// that pass beside it. What is computed is defined by Model.forward_with_cache and Model.forward_mtp_with_cache in
-// fathom/model/transformer.py; the structures here are filled in by fathom/engine/backends/cpu.py.
+// In plain torch a step is some hundred small operators a layer, each of which waits for the one before. Here one call
+// runs the whole model, and threads synchronise only at the barriers between its phases. Attention takes the absorbed
+// form, experts that no token chose are not read. Sums are float32 whatever the weights are; results are
+// batch-invariant: a token's values do not depend on the other tokens of the step. What is computed is defined by
+// Model.forward_with_cache and Model.forward_mtp_with_cache in fathom/model/transformer.py; the structures here are
+// filled in by fathom/engine/backends/cpu.py.
 //
 // Letters as everywhere: N tokens, D hidden, H heads, P nope, R rope, V value, C latent, W = C+R, E experts, K choices.
 
@@ -44,7 +45,8 @@ struct Plan {
     const float *cosines, *sines;  // (positions, R/2)
 };
 
-// The tokens of one step. Token n stands at positions[n] of the sequence whose pages are row seq_indices[n] of `block_tables`.
+// The tokens of one step. Token n stands at positions[n] of the sequence whose pages are row seq_indices[n] of
+// `block_tables`.
 struct Step {
     int64_t tokens, max_blocks_per_seq;
     // slot_mapping: where each token's latent is written
@@ -65,23 +67,23 @@ namespace {
 
 constexpr int64_t kRowBlock = 32;    // rows of a matrix a thread takes at a time
 constexpr int64_t kLeastPart = 128;  // cached tokens that one thread attends at a time, while a token has few parts
-constexpr int64_t kMostParts = 32;   // of one token: each leaves a row a head to put together in the end
-constexpr int64_t kPadding = 16;     // keeps equal places of neighbouring rows from sharing one place in the caches
+constexpr int64_t kMostParts = 32;   // of one token: each leaves a row per head to be combined in the end
+constexpr int64_t kPadding = 16;     // keeps the same column of neighbouring rows out of the same cache set
 
 // (rows, columns) floats, rows padded apart.
 class Rows {
   public:
     void shape(int64_t rows, int64_t columns) {
         stride_ = (columns + kPadding - 1) / kPadding * kPadding + kPadding;
-        if (int64_t(numbers_.size()) < rows * stride_) numbers_.resize(rows * stride_);
+        if (int64_t(elements_.size()) < rows * stride_) elements_.resize(rows * stride_);
         at_.resize(rows);
-        for (int64_t i = 0; i < rows; i++) at_[i] = numbers_.data() + i * stride_;
+        for (int64_t i = 0; i < rows; i++) at_[i] = elements_.data() + i * stride_;
     }
     float* operator[](int64_t row) { return at_[row]; }
     float* const* all() { return at_.data(); }
 
   private:
-    std::vector<float> numbers_;
+    std::vector<float> elements_;
     std::vector<float*> at_;
     int64_t stride_ = 0;
 };
@@ -109,7 +111,7 @@ void normalise(const float* x, const Weight& weight, double eps, float* y, int64
     each(size, [&](int64_t i, int64_t n) { store(y + i, load(x + i, n) * scale * load(by + i, n), n); });
 }
 
-// Interleaved pairs become two halves as they turn, like everywhere.
+// Interleaved pairs become two halves as they are rotated, as in apply_rope.
 void rotate(const float* x, const float* cosines, const float* sines, float* y, int64_t pairs) {
     for (int64_t j = 0; j < pairs; j++) {
         const float first = x[2 * j], second = x[2 * j + 1];
@@ -155,7 +157,7 @@ class Pass {
             normalise(joined, module.embed_norm, plan_.eps, joined, size);
             normalise(step_.prev_hidden + n * size, module.state_norm, plan_.eps, joined + size, size);
         }
-        times(module.join, b_.gates.all(), b_.x.all(), tokens_);
+        linear(module.join, b_.gates.all(), b_.x.all(), tokens_);
         // No pair of a state and the token after it ends in the first token: slot 0 of a module is never written.
         begin_ = 1;
         if (!step_.hidden) return write_kv_cache(module.layer, cache_of(plan_.layer_count + index));
@@ -172,7 +174,7 @@ class Pass {
         absorb(layer);
         attend(cache);
         merge(layer);
-        times(layer.o, b_.heads.all(), b_.x.all(), tokens_, true);
+        linear(layer.o, b_.heads.all(), b_.x.all(), tokens_, true);
         normalise_all(b_.x, layer.post_norm);
         if (layer.router.data) route(layer, sparse);
         feed_forward(layer);
@@ -194,14 +196,14 @@ class Pass {
                 b_.outputs[i] = step_.logits + i * plan_.head.rows;
             }
         }
-        times(plan_.head, b_.inputs.data(), b_.outputs.data(), step_.logits_count);
+        linear(plan_.head, b_.inputs.data(), b_.outputs.data(), step_.logits_count);
     }
 
-    void times(const Weight& weight, float* const* xs, float* const* ys, int64_t vectors, bool add = false) {
-        const Vectors all(weight, xs, vectors);
+    void linear(const Weight& weight, float* const* xs, float* const* ys, int64_t vectors, bool add = false) {
+        const GemvInputs all(weight, xs, vectors);
 #pragma omp for schedule(dynamic)
         for (int64_t row = 0; row < weight.rows; row += kRowBlock)
-            all.times(weight, row, std::min(row + kRowBlock, weight.rows), ys, add);
+            all.gemv(weight, row, std::min(row + kRowBlock, weight.rows), ys, add);
     }
 
     void normalise_all(Rows& from, const Weight& norm) {
@@ -217,27 +219,27 @@ class Pass {
         Rows& out = ranked ? b_.q_a : b_.q;
         const int64_t blocks = (first.rows + kRowBlock - 1) / kRowBlock;
         const int64_t last = blocks + (layer.kv_a.rows + kRowBlock - 1) / kRowBlock;
-        const Vectors all(first.format == kBfloat16 ? first : layer.kv_a, b_.normed.all(), tokens_);
+        const GemvInputs all(first.format == kBfloat16 ? first : layer.kv_a, b_.normed.all(), tokens_);
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < last; i++) {
             const Weight& weight = i < blocks ? first : layer.kv_a;
             const int64_t row = (i < blocks ? i : i - blocks) * kRowBlock;
             Rows& to = i < blocks ? out : b_.kv;
-            all.times(weight, row, std::min(row + kRowBlock, weight.rows), to.all());
+            all.gemv(weight, row, std::min(row + kRowBlock, weight.rows), to.all());
         }
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < tokens_; n++) {
             write_latent(layer, cache, n);
             if (ranked) normalise(b_.q_a[n], layer.q_a_norm, plan_.latent_eps, b_.q_a[n], layer.q_a.rows);
         }
-        if (ranked) times(layer.q_b, b_.q_a.all(), b_.q.all(), tokens_);
+        if (ranked) linear(layer.q_b, b_.q_a.all(), b_.q.all(), tokens_);
     }
 
     void write_latent(const Layer& layer, T* cache, int64_t n) {
         float* kv = b_.kv[n];
         normalise(kv, layer.kv_a_norm, plan_.latent_eps, kv, plan_.latent);
         float* rotated = b_.queries[n * plan_.heads];  // not in use yet
-        turn(kv + plan_.latent, n, rotated);
+        rotate_at(kv + plan_.latent, n, rotated);
         T* slot = cache + step_.slot_mapping[n] * width_;
         convert(kv, slot, plan_.latent);
         convert(rotated, slot + plan_.latent, plan_.rope);
@@ -246,12 +248,12 @@ class Pass {
     // The latents alone.
     void write_kv_cache(const Layer& layer, T* cache) {
         normalise_all(b_.x, layer.input_norm);
-        times(layer.kv_a, b_.normed.all(), b_.kv.all(), tokens_);
+        linear(layer.kv_a, b_.normed.all(), b_.kv.all(), tokens_);
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < tokens_; n++) write_latent(layer, cache, n);
     }
 
-    void turn(const float* x, int64_t token, float* y) {
+    void rotate_at(const float* x, int64_t token, float* y) {
         const int64_t pairs = plan_.rope / 2, at = (step_.positions[token] - begin_) * pairs;
         rotate(x, plan_.cosines + at, plan_.sines + at, y, pairs);
     }
@@ -269,7 +271,7 @@ class Pass {
             }
             mix(keys, from_.data(), to_.data(), tokens_);
             for (int64_t n = 0; n < tokens_; n++) {
-                turn(from_[n] + plan_.nope, n, to_[n] + plan_.latent);
+                rotate_at(from_[n] + plan_.nope, n, to_[n] + plan_.latent);
                 for (int64_t i = 0; i < width_; i++) to_[n][i] *= float(plan_.scale);
             }
         }
@@ -277,12 +279,14 @@ class Pass {
 
     void mix(const Weight& rows, const float* const* weights, float* const* outs, int64_t count) {
         if (rows.format == kFloat32)
-            mix_rows(static_cast<const float*>(rows.data), rows.columns, rows.rows, rows.columns, weights, outs, count);
+            add_weighted_rows(static_cast<const float*>(rows.data), rows.columns, rows.rows, rows.columns, weights, outs,
+                              count);
         else
-            mix_rows(static_cast<const bf16*>(rows.data), rows.columns, rows.rows, rows.columns, weights, outs, count);
+            add_weighted_rows(static_cast<const bf16*>(rows.data), rows.columns, rows.rows, rows.columns, weights, outs,
+                              count);
     }
 
-    // Every part attends some of one token's past, all heads at once.
+    // Every part attends a range of one token's past, all heads at once.
     void attend(const T* cache) {
 #pragma omp single
         plan_parts();
@@ -293,7 +297,7 @@ class Pass {
             const int64_t token = b_.part_token[part];
             const int64_t end = std::min(b_.part_first[part] + part_size(token), step_.positions[token] + 1);
             const int64_t* pages = step_.block_tables + step_.seq_indices[token] * step_.max_blocks_per_seq;
-            all.ask(b_.queries.all() + token * heads);
+            all.set_queries(b_.queries.all() + token * heads);
             all.begin(b_.parts.all() + part * heads, &b_.highest[part * heads], &b_.total[part * heads]);
             each_run(pages, std::max(b_.part_first[part], begin_), end,
                      [&](int64_t slot, int64_t count) { all.attend(cache + slot * width_, count); });
@@ -301,7 +305,7 @@ class Pass {
         }
     }
 
-    // Of its token's position alone, so that sums are the same in any company and for any number of threads.
+    // From the token's position alone: sums do not depend on the batch or the number of threads.
     int64_t part_size(int64_t token) const {
         return kLeastPart * (step_.positions[token] / (kLeastPart * kMostParts) + 1);
     }
@@ -334,7 +338,7 @@ class Pass {
         }
     }
 
-    // Puts the parts of each token together, and from latents makes every head's values.
+    // Combines the parts of each token, and projects the latents to every head's values.
     void merge(const Layer& layer) {
         const int64_t heads = plan_.heads;
 #pragma omp for schedule(dynamic)
@@ -344,7 +348,7 @@ class Pass {
                 const int64_t first = b_.parts_before[n], last = b_.parts_before[n + 1];
                 float highest = -INFINITY, total = 0;
                 for (int64_t p = first; p < last; p++) highest = std::max(highest, b_.highest[p * heads + h]);
-                float* out = b_.queries[n * heads + h];  // the query has done its work
+                float* out = b_.queries[n * heads + h];  // the query is no longer needed
                 std::fill(out, out + plan_.latent, 0.0f);
                 for (int64_t p = first; p < last; p++) {
                     const float share = std::exp(b_.highest[p * heads + h] - highest);
@@ -358,24 +362,24 @@ class Pass {
                 from_[n] = out;
                 to_[n] = b_.heads[n] + h * plan_.value;
             }
-            Vectors(values, from_.data(), tokens_).times(values, 0, plan_.value, to_.data());
+            GemvInputs(values, from_.data(), tokens_).gemv(values, 0, plan_.value, to_.data());
         }
     }
 
-    // The experts of every token, and for each expert its places: (token, choice) pairs n·K + k. They are reported as
-    // those of MoE layer number `sparse`, unless that is negative.
+    // The experts of every token, and for each expert its places: (token, top-k rank) pairs n·K + k. They are reported
+    // as those of MoE layer `sparse`, unless that is negative.
     void route(const Layer& layer, int64_t sparse) {
         // In float32: a rounding here may change which experts are taken.
 #pragma omp for schedule(dynamic)
         for (int64_t row = 0; row < plan_.experts; row += kRowBlock)
-            exact_rows_times(layer.router, row, std::min(row + kRowBlock, plan_.experts), b_.normed.all(),
-                             b_.router.all(), tokens_);
+            gemv_float32(layer.router, row, std::min(row + kRowBlock, plan_.experts), b_.normed.all(), b_.router.all(),
+                         tokens_);
 #pragma omp single
         {
             const int64_t choices = plan_.choices;
             const float* bias = static_cast<const float*>(layer.bias.data);
             std::vector<float> biased(plan_.experts);
-            Selection select(plan_.experts, choices, plan_.groups, plan_.topk_group);
+            ExpertSelector select(plan_.experts, choices, plan_.groups, plan_.topk_group);
             for (int64_t n = 0; n < tokens_; n++) {
                 float* scores = b_.router[n];
                 each(plan_.experts, [&](int64_t i, int64_t k) { store(scores + i, sigmoid(load(scores + i, k)), k); });
@@ -416,7 +420,7 @@ class Pass {
         }
     }
 
-    // Routed experts and the shared ones as one more expert that all tokens take; or the dense feed-forward alone.
+    // The routed experts, and the shared ones as one more expert that all tokens take; or the dense feed-forward alone.
     void feed_forward(const Layer& layer) {
         const bool routed = layer.router.data;
         const int64_t width = layer.gate_up.rows / 2, busy = routed ? b_.busy.size() : 0;
@@ -437,7 +441,7 @@ class Pass {
                   std::min(row + kRowBlock, width), b_.inputs.data() + first, b_.gates.all() + first,
                   b_.order.data() + first, b_.first[e + 1] - first);
         }
-        // Few large blocks, for each begins with every expert's vectors once more.
+        // Few large blocks: each rounds every expert's inputs again.
         const int64_t shared = plan_.hidden / (4 * omp_get_num_threads()) / kRowBlock * kRowBlock;
         const int64_t rows = std::max(kRowBlock, shared);
 #pragma omp for schedule(dynamic)
@@ -446,10 +450,10 @@ class Pass {
             for (int64_t i = 0; i < busy; i++) {
                 const int64_t e = b_.busy[i], first = b_.first[e];
                 const Weight down = layer.down.part(e, 0, plan_.hidden);
-                Vectors(down, b_.gates.all() + first, b_.first[e + 1] - first)
-                    .times(down, row, last, b_.outputs.data() + first, true);
+                GemvInputs(down, b_.gates.all() + first, b_.first[e + 1] - first)
+                    .gemv(down, row, last, b_.outputs.data() + first, true);
             }
-            Vectors(layer.out, b_.gates.all() + places, tokens_).times(layer.out, row, last, b_.x.all(), true);
+            GemvInputs(layer.out, b_.gates.all() + places, tokens_).gemv(layer.out, row, last, b_.x.all(), true);
         }
     }
 
@@ -462,9 +466,9 @@ class Pass {
         for (int64_t v = 0; v < vectors; v += together) {
             const int64_t count = std::min(together, vectors - v);
             for (int64_t i = 0; i < count; i++) gate_at[i] = gates[i] - row, up_at[i] = ups[i] - row;
-            const Vectors some(gate, xs + v, count);
-            some.times(gate, row, last, gate_at);
-            some.times(up, row, last, up_at);
+            const GemvInputs some(gate, xs + v, count);
+            some.gemv(gate, row, last, gate_at);
+            some.gemv(up, row, last, up_at);
             for (int64_t i = 0; i < count; i++) {
                 const float weight = places ? b_.weights[places[v + i]] : 1.0f;
                 each(last - row, [&](int64_t j, int64_t n) {
@@ -500,7 +504,7 @@ void make_room(Buffers& b, const Plan& plan, int64_t tokens) {
     b.first.resize(plan.experts + 1);
 }
 
-// The main model, or MTP module number `module` where that is not negative.
+// The main model, or MTP module `module` where that is not negative.
 template <class T>
 void decode(int threads, const Plan* plan, const Step* step, int64_t module) {
     static thread_local Buffers buffers;

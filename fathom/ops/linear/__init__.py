@@ -1,6 +1,6 @@
-"""Linear maps y = x·Wᵀ whose weights may be kept in a wider type than the activations.
+"""Linear layers y = x·Wᵀ whose weights may be kept in a wider type than the activations.
 
-Shapes: N rows (all dimensions but the last), I size of an input row, O of an output row.
+Shapes: N rows (all dimensions but the last), I inputs, O outputs.
 """
 
 from typing import Any
@@ -12,27 +12,27 @@ from torch.autograd.function import once_differentiable
 from fathom.ops import cpu
 from fathom.ops.linear.reference import linear_reference
 
-__all__ = ["dgrad", "linear", "linear_reference", "multiplies", "product", "wgrad"]
+__all__ = ["dgrad", "fprop", "has_kernel", "linear", "linear_reference", "wgrad"]
 
 _LEAST_ROWS = 32
-"""With fewer rows, rearranging the weights costs more than it brings."""
+"""With fewer rows, packing the weights costs more than it saves."""
 
 
 def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
-    """As the reference. CPUs that multiply pairs of bfloat16 narrow the weights as they read them (ops/cpu/gemm.h).
+    """As the reference. CPUs with bfloat16 dot products round float32 weights as they read them (gemm.h).
 
-    There the gradient of float32 weights is summed and left in float32, not rounded to x's type on its way.
+    There the gradient of float32 weights is summed in float32 and never rounded to x's type.
     """
-    if x.numel() < _LEAST_ROWS * x.shape[-1] or not multiplies(x, weight_OI):
+    if x.numel() < _LEAST_ROWS * x.shape[-1] or not has_kernel(x, weight_OI):
         return linear_reference(x, weight_OI)
     y: Tensor = _Linear.apply(x, weight_OI)
     return y
 
 
-def multiplies(x: Tensor, weight_OI: Tensor) -> bool:
-    """Whether the kernels make this map's products, and narrow the weights themselves."""
-    known = weight_OI.dtype in (torch.float32, x.dtype)
-    return known and cpu.usable(x, weight_OI) and cpu.has_bf16_gemm(x.dtype)
+def has_kernel(x: Tensor, weight_OI: Tensor) -> bool:
+    """Whether our kernels do the layer's matmuls, rounding float32 weights themselves."""
+    matching = weight_OI.dtype in (torch.float32, x.dtype)
+    return matching and cpu.usable(x, weight_OI) and cpu.has_bf16_gemm(x.dtype)
 
 
 class _Linear(torch.autograd.Function):
@@ -41,7 +41,7 @@ class _Linear(torch.autograd.Function):
         x, weight_OI = x.contiguous(), weight_OI.contiguous()
         ctx.save_for_backward(x, weight_OI)
         y = x.new_empty(*x.shape[:-1], weight_OI.shape[0])
-        product(x.view(-1, x.shape[-1]), weight_OI, y.view(-1, y.shape[-1]))
+        fprop(x.view(-1, x.shape[-1]), weight_OI, y.view(-1, y.shape[-1]))
         return y
 
     @staticmethod
@@ -59,13 +59,13 @@ class _Linear(torch.autograd.Function):
         return dx, dweight_OI
 
 
-# The three products, into matrices that exist. All are contiguous; where the kernels do not take them (`multiplies`),
-# torch does, and the weights must have the activations' type.
+# The three matmuls of training, into existing contiguous matrices. Without our kernels (`has_kernel`) they are torch's,
+# and the weights must have the activations' type.
 
 
-def product(x_NI: Tensor, weight_OI: Tensor, out_NO: Tensor) -> None:
+def fprop(x_NI: Tensor, weight_OI: Tensor, out_NO: Tensor) -> None:
     """out = x·Wᵀ."""
-    if not multiplies(x_NI, weight_OI):
+    if not has_kernel(x_NI, weight_OI):
         torch.mm(x_NI, weight_OI.t(), out=out_NO)
     else:
         cpu.call("linear", weight_OI.dtype, x_NI, weight_OI, out_NO, *_sizes(x_NI, out_NO))
@@ -73,7 +73,7 @@ def product(x_NI: Tensor, weight_OI: Tensor, out_NO: Tensor) -> None:
 
 def dgrad(dy_NO: Tensor, weight_OI: Tensor, out_NI: Tensor) -> None:
     """out = dy·W."""
-    if not multiplies(dy_NO, weight_OI):
+    if not has_kernel(dy_NO, weight_OI):
         torch.mm(dy_NO, weight_OI, out=out_NI)
     else:
         cpu.call("linear_dgrad", weight_OI.dtype, dy_NO, weight_OI, out_NI, *_sizes(out_NI, dy_NO))
@@ -81,7 +81,7 @@ def dgrad(dy_NO: Tensor, weight_OI: Tensor, out_NI: Tensor) -> None:
 
 def wgrad(dy_NO: Tensor, x_NI: Tensor, out_OI: Tensor, adds: bool) -> None:
     """out = dyᵀ·x or, where it `adds`, out += dyᵀ·x; in float32 at least."""
-    if not multiplies(x_NI, out_OI):
+    if not has_kernel(x_NI, out_OI):
         if x_NI.is_cuda and x_NI.dtype != out_OI.dtype and not adds:
             torch.mm(dy_NO.t(), x_NI, out_dtype=out_OI.dtype, out=out_OI)  # not rounded to x's type on its way
             return

@@ -1,13 +1,13 @@
-// Products of bfloat16 matrices with float32 sums, where the processor multiplies pairs of them (AVX512-BF16).
+// Matmuls of bfloat16 matrices with float32 sums, on processors with bfloat16 dot products (AVX512-BF16).
 //
-// The scheme is that of Goto and van de Geijn (2008, doi 10.1145/1356052.1356053): both factors are rearranged so that a
-// tile of 12 x 32 sums, which fills the registers, reads them one after the other. One instruction multiplies pairs of
-// numbers, so what lies side by side here are pairs along the inner dimension, each one 32-bit word:
+// The scheme is that of Goto and van de Geijn (2008, doi 10.1145/1356052.1356053): both factors are packed so that a
+// tile of 12 x 32 sums, which fills the registers, reads them one after the other. One instruction multiplies pairs
+// of elements, so the packed layouts consist of pairs along the inner dimension, each one 32-bit word:
 //
 //   right factor   panels of 32 columns, each (pairs, 32) words, zero after the last column
 //   left factor    as it lies where pairs are neighbours in memory; else groups of up to 12 rows, (pairs, rows) words
 //
-// Weights are narrowed from float32 on their way into the panels, and sums may be added to what is there in float32.
+// Float32 weights are rounded while they are packed, and sums may be accumulated into a float32 result.
 
 #pragma once
 
@@ -19,8 +19,8 @@
 namespace gemm {
 
 constexpr int64_t kRows = 12, kColumns = 32;
-constexpr int64_t kAhead = 16;         // rows ahead that are fetched while others are rearranged
-constexpr int64_t kBlock = 128 << 10;  // bytes of left factor that meet all right panels in turn: part of a second cache
+constexpr int64_t kAhead = 16;         // rows ahead that are prefetched while others are packed
+constexpr int64_t kBlock = 128 << 10;  // bytes of left factor per pass over all right panels: part of an L2 cache
 
 inline int64_t pairs_of(int64_t size) { return (size + 1) / 2; }
 inline int64_t panels_of(int64_t columns) { return (columns + kColumns - 1) / kColumns; }
@@ -29,14 +29,14 @@ inline int64_t panels_of(int64_t columns) { return (columns + kColumns - 1) / kC
 inline __mmask16 mask16(int64_t count) { return count >= 16 ? 0xffff : count > 0 ? (1u << count) - 1 : 0; }
 inline __mmask32 mask32(int64_t count) { return count >= 32 ? 0xffffffff : count > 0 ? (1u << count) - 1 : 0; }
 
-// ---------------------------------------------------------------------------------------- rearranging
+// ---------------------------------------------------------------------------------------- packing
 
 template <class T>
 inline void prefetch(const T* from) {
     _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T0);
 }
 
-// Sixteen numbers as the lower halves of words.
+// Sixteen elements as the lower halves of words.
 inline __m512i halves(const bf16* from, __mmask16 mask) {
     return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from));
 }
@@ -44,14 +44,14 @@ inline __m512i halves(const float* from, __mmask16 mask) {
     return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, from)));
 }
 
-// Pairs of one number from each of two rows; the second row may be missing.
+// Pairs of one element from each of two rows; the second row may be missing.
 template <class T>
 inline __m512i pairs_across(const T* first, const T* second, __mmask16 mask) {
     const __m512i low = halves(first, mask);
     return second ? _mm512_or_si512(low, _mm512_slli_epi32(halves(second, mask), 16)) : low;
 }
 
-// Sixteen pairs that are neighbours in a row of which `count` numbers are left.
+// Sixteen pairs that are neighbours in a row of which `count` elements are left.
 inline __m512i pairs_along(const bf16* from, int64_t count) { return _mm512_maskz_loadu_epi16(mask32(count), from); }
 inline __m512i pairs_along(const float* from, int64_t count) {
     const __m512 low = _mm512_maskz_loadu_ps(mask16(count), from);
@@ -89,8 +89,8 @@ inline void transpose(__m512i (&row)[16]) {
 // power of two would all fall upon the same lines of a cache.
 inline int64_t panel_stride(int64_t inner) { return pairs_of(inner) * kColumns + 32; }
 
-// The panels begin … end of the right factor, the first of them at `to` and the next `apart` words on. Rows are read one
-// after the other; of a factor that lies transposed, sixteen at a time.
+// The panels begin … end of the right factor, the first of them at `to` and the next `apart` words on. Rows are read
+// one after the other; of a factor that lies transposed, sixteen at a time.
 template <class T>
 inline void pack_panels(const Matrix<T>& right, int64_t begin, int64_t end, uint32_t* to, int64_t apart) {
     const int64_t inner = right.rows, pairs = pairs_of(inner), stride = right.stride;
@@ -125,7 +125,7 @@ inline void pack_panels(const Matrix<T>& right, int64_t begin, int64_t end, uint
         }
 }
 
-// Rows of a product in groups of kRows, but the last two share what is left: a tile of few rows waits for its own sums.
+// Rows of the result in groups of kRows, but the last two share the rest: a tile of few rows waits for its own sums.
 struct Groups {
     explicit Groups(int64_t rows) : rows(rows), count((rows + kRows - 1) / kRows) {}
     int64_t first(int64_t group) const {
@@ -135,8 +135,8 @@ struct Groups {
     int64_t rows, count;
 };
 
-// The groups begin … end of rows of a left factor, one behind the other: words (pairs, rows) of one that lies transposed, or
-// else the rows themselves, a zero after them where a number is missing to the last pair.
+// The groups begin … end of rows of a left factor, one behind the other: words (pairs, rows) of one that lies
+// transposed, or else the rows themselves, followed by a zero where the last pair lacks an element.
 inline void pack_groups(const Matrix<bf16>& left, const Groups& groups, int64_t begin, int64_t end, uint32_t* to) {
     const int64_t inner = left.columns, pairs = pairs_of(inner), first = groups.first(begin);
     if (!left.transposed) {
@@ -181,7 +181,7 @@ struct Rows {
     int64_t row, pair;
 };
 
-// One row of a tile into out, of which `columns` columns are wanted. Masked stores of 16-bit numbers are slow.
+// One row of a tile into out, of which `columns` columns are used. Masked stores of 16-bit elements are slow.
 inline void finish(float* out, __m512 lower, __m512 upper, int64_t columns, Into into) {
     if (columns >= kColumns && into == Into::memory && reinterpret_cast<size_t>(out) % 64 == 0) {
         _mm512_stream_ps(out, lower);
@@ -204,7 +204,7 @@ inline void finish(bf16* out, __m512 lower, __m512 upper, int64_t columns, Into)
         std::memcpy(out, &both, columns * sizeof(bf16));
 }
 
-// R rows times one panel, of which `columns` columns are wanted; not inlined, for all registers are its own.
+// R rows times one panel, of which `columns` columns are used; not inlined, as it uses all registers.
 template <int R, class Out>
 __attribute__((noinline)) void tile(Rows rows, const uint32_t* panel, int64_t pairs, Out* out, int64_t stride,
                                     int64_t columns, Into into) {
@@ -238,7 +238,7 @@ inline void tile_of(int64_t count, Rows rows, const uint32_t* panel, int64_t pai
     }
 }
 
-// Whether the left factor has to be rearranged.
+// Whether the left factor has to be packed.
 inline bool packs(const Matrix<bf16>& left) { return left.transposed || left.columns % 2; }
 
 // Groups that go through all panels together. A single group of very long rows would have to read every panel from far
@@ -248,7 +248,7 @@ inline int64_t groups_at_once(const Groups& groups, int64_t pairs) {
     return bytes > kBlock / 2 ? std::max<int64_t>(1, groups.count) : kBlock / bytes;
 }
 
-// Words that `multiply` may need to rearrange rows of the left factor.
+// Words that `multiply` may need to pack rows of the left factor.
 inline int64_t words_for(const Matrix<bf16>& left) {
     const int64_t pairs = pairs_of(left.columns);
     return packs(left) ? std::min(left.rows, groups_at_once(Groups(left.rows), pairs) * kRows) * pairs : 0;

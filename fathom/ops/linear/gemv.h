@@ -1,8 +1,8 @@
-// Products of a few vectors with a matrix of weights, bound by the reading of the weights.
+// Matrix-vector products for a few vectors, bound by reading the weights.
 //
-// Decoding multiplies every matrix with one vector per sequence. Two loops do all of it: `Vectors` takes dot products
-// with the rows, `mix_rows` weighted sums of them. A number's order of summation depends on neither the threads nor the
-// other vectors, so a sequence decodes to the same bits alone and in any company.
+// Decoding multiplies every matrix with one vector per sequence. Two loops do all of it: `GemvInputs` takes dot
+// products with the rows, `add_weighted_rows` weighted sums of them. The order of summation depends on neither the
+// threads nor the other vectors, so results are batch-invariant, bit for bit.
 
 #pragma once
 
@@ -20,7 +20,7 @@ struct Weight {
     const void* scales;  // kInt8: a float32 for each row; kInt4: a bfloat16 for each 32 columns of a row
     int64_t format, rows, columns;
 
-    // `count` rows of matrix number `index` of a stack, from row `from` on.
+    // `count` rows of matrix `index` of a stack, from row `from` on.
     Weight part(int64_t index, int64_t from, int64_t count) const {
         Weight one = *this;
         const int64_t skipped = index * rows + from;
@@ -37,14 +37,14 @@ namespace {
 
 constexpr int64_t kVectors = 4;    // vectors multiplied at a time
 constexpr int64_t kRowsAtOnce = 4;
-constexpr int64_t kColumns = 32;  // between two looks at what to fetch next; what shares a scale in kInt4
+constexpr int64_t kColumns = 32;  // between two prefetches of a row; the group that shares a scale in kInt4
 #ifdef __AVX512F__
 constexpr int kSums = 16;  // running sums that fit the registers beside what is multiplied
 #else
 constexpr int kSums = 8;
 #endif
 
-// Into the second cache: more lines can be on their way there than to the first (Zen 4 reads 1.4 times as fast so).
+// Into the L2 cache, which allows more lines in flight than L1 (1.4 times as fast on Zen 4).
 inline void fetch(const void* from) { __builtin_prefetch(from, 0, 2); }
 
 // Reads one vector of a row's weights at column i + place, i being a multiple of kColumns, as float32. A scale of the
@@ -64,7 +64,7 @@ struct Plain {
     static constexpr bool scaled = false;
 };
 
-// A vector's worth of bytes as whole numbers. Compilers widen so short a vector one byte at a time unless told how.
+// A vector's worth of bytes as integers. Without intrinsics compilers widen so short a vector byte by byte.
 inline Ints widened(const int8_t* from) {
 #if defined(__AVX512F__)
     return (Ints)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
@@ -96,8 +96,8 @@ struct Int8 {
     static constexpr bool scaled = true;
 };
 
-// Four words, again and again.
-inline Words repeated(const uint32_t* from) {
+// Four words, repeated across a vector.
+inline Words broadcast4(const uint32_t* from) {
 #if defined(__AVX512F__)
     return (Words)_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #elif defined(__AVX2__)
@@ -115,8 +115,8 @@ inline Words shifts() {
     return each;
 }
 
-// 32 columns are four words. Shifting whole vectors of words brings the columns out in their order, however wide a vector
-// is.
+// 32 columns are four words. Shifting whole vectors of words brings the columns out in their order, however wide a
+// vector is.
 struct Int4 {
     const uint32_t* data;
     const bf16* scales;
@@ -125,8 +125,8 @@ struct Int4 {
         : data(static_cast<const uint32_t*>(w.data)), scales(static_cast<const bf16*>(w.scales)), columns(w.columns) {}
     Floats at(int64_t row, int64_t i, int64_t place) const {
         const int64_t group = (row * columns + i) / kColumns;
-        Ints whole = (Ints)((repeated(data + 4 * group) >> (shifts() + uint32_t(place))) & 15) - 8;
-        return __builtin_convertvector(whole, Floats) * wide(scales[group]);
+        Ints whole = (Ints)((broadcast4(data + 4 * group) >> (shifts() + uint32_t(place))) & 15) - 8;
+        return __builtin_convertvector(whole, Floats) * to_float(scales[group]);
     }
     Floats some(int64_t, int64_t, int64_t) const { return Floats{}; }  // there is no part of a group
     void prefetch(int64_t row, int64_t i) const { fetch(data + (row * columns + i) / 8); }
@@ -144,7 +144,7 @@ inline void put(float* y, Four value, bool add) {
     std::memcpy(y, &value, sizeof value);
 }
 
-// ys[v][row] (+)= dot(row, xs[v]) for kR rows and kV vectors. Meanwhile the rows after the next ones are fetched.
+// ys[v][row] (+)= dot(row, xs[v]) for kR rows and kV vectors. Meanwhile the rows after the next ones are prefetched.
 template <int kR, int kV, class W>
 inline void block(const W& weight, int64_t row, const float* const* xs, float* const* ys, bool add) {
     Floats totals[kR][kV] = {};
@@ -187,9 +187,10 @@ inline void block(const W& weight, int64_t row, const float* const* xs, float* c
     }
 }
 
-// As many rows at once as registers allow, so that sums do not wait for one another.
+// As many rows at once as registers allow, so that additions do not wait for one another.
 template <int kV, class W>
-inline void row_blocks(const W& weight, int64_t first, int64_t last, const float* const* xs, float* const* ys, bool add) {
+inline void row_blocks(const W& weight, int64_t first, int64_t last, const float* const* xs, float* const* ys,
+                       bool add) {
     constexpr int together = kSums / kV < 1 ? 1 : kSums / kV > int(kRowsAtOnce) ? int(kRowsAtOnce) : kSums / kV;
     int64_t row = first;
     for (; row + together <= last; row += together) block<together, kV>(weight, row, xs, ys, add);
@@ -197,9 +198,9 @@ inline void row_blocks(const W& weight, int64_t first, int64_t last, const float
 }
 
 template <class W>
-void rows_times_as(const W& weight, int64_t first, int64_t last, const float* const* xs, float* const* ys,
+void gemv_as(const W& weight, int64_t first, int64_t last, const float* const* xs, float* const* ys,
                    int64_t vectors, bool add) {
-    // A few rows stay in the nearest cache while all vectors pass by.
+    // A few rows stay in the L1 cache while all vectors are multiplied with them.
     for (int64_t row = first; row < last; row += kRowsAtOnce) {
         const int64_t end = row + kRowsAtOnce < last ? row + kRowsAtOnce : last;
         for (int64_t v = 0; v < vectors; v += kVectors) {
@@ -215,7 +216,7 @@ void rows_times_as(const W& weight, int64_t first, int64_t last, const float* co
 
 #ifdef __AVX512BF16__
 
-// sums[lane] + the product of the two pairs in that lane, one of each vector
+// sums[lane] + the dot product of the two pairs in that lane
 inline Floats add_pairs(Floats sums, Words x, Words y) {
     return (Floats)_mm512_dpbf16_ps((__m512)sums, (__m512bh)x, (__m512bh)y);
 }
@@ -263,8 +264,8 @@ inline void pair_rows(const bf16* rows, int64_t columns, int64_t first, int64_t 
     for (; row < last; row++) pair_block<1, kV>(rows, columns, row, xs, ys, add, ahead);
 }
 
-inline void pairs_times(const Weight& weight, int64_t first, int64_t last, const bf16* const* xs, float* const* ys,
-                        int64_t vectors, bool add) {
+inline void gemv_pairs(const Weight& weight, int64_t first, int64_t last, const bf16* const* xs, float* const* ys,
+                       int64_t vectors, bool add) {
     const int64_t columns = weight.columns;
     const bf16* rows = static_cast<const bf16*>(weight.data);
     for (int64_t row = first; row < last; row += kRowsAtOnce) {
@@ -283,21 +284,21 @@ inline void pairs_times(const Weight& weight, int64_t first, int64_t last, const
 #endif
 
 // ys[v][row] = (or +=) dot(row, xs[v]) for the rows first … last − 1, the vectors in float32.
-inline void exact_rows_times(const Weight& weight, int64_t first, int64_t last, const float* const* xs,
-                             float* const* ys, int64_t vectors, bool add = false) {
+inline void gemv_float32(const Weight& weight, int64_t first, int64_t last, const float* const* xs, float* const* ys,
+                         int64_t vectors, bool add = false) {
     switch (weight.format) {
-        case kFloat32: return rows_times_as(Plain<float>(weight), first, last, xs, ys, vectors, add);
-        case kBfloat16: return rows_times_as(Plain<bf16>(weight), first, last, xs, ys, vectors, add);
-        case kInt8: return rows_times_as(Int8(weight), first, last, xs, ys, vectors, add);
-        default: return rows_times_as(Int4(weight), first, last, xs, ys, vectors, add);
+        case kFloat32: return gemv_as(Plain<float>(weight), first, last, xs, ys, vectors, add);
+        case kBfloat16: return gemv_as(Plain<bf16>(weight), first, last, xs, ys, vectors, add);
+        case kInt8: return gemv_as(Int8(weight), first, last, xs, ys, vectors, add);
+        default: return gemv_as(Int4(weight), first, last, xs, ys, vectors, add);
     }
 }
 
-// Vectors for one or more products with weights like `weight`. Processors that multiply pairs of bfloat16 need half the
-// instructions when the vectors are rounded, too. A thread has room for those it rounded last, and no others.
-class Vectors {
+// Vectors to be multiplied with one or more matrices like `weight`. Processors with bfloat16 dot products need half the
+// instructions if the vectors are rounded, too. A thread keeps only the vectors it rounded last.
+class GemvInputs {
   public:
-    Vectors(const Weight& weight, const float* const* xs, int64_t count) : xs_(xs), count_(count) {
+    GemvInputs(const Weight& weight, const float* const* xs, int64_t count) : xs_(xs), count_(count) {
 #ifdef __AVX512BF16__
         if (weight.format != kBfloat16) return;
         static thread_local std::vector<bf16> room;
@@ -318,11 +319,11 @@ class Vectors {
     }
 
     // ys[v][row] = (or +=) dot(row, vector v) for the rows first … last − 1.
-    void times(const Weight& weight, int64_t first, int64_t last, float* const* ys, bool add = false) const {
+    void gemv(const Weight& weight, int64_t first, int64_t last, float* const* ys, bool add = false) const {
 #ifdef __AVX512BF16__
-        if (rounded_ && weight.format == kBfloat16) return pairs_times(weight, first, last, rounded_, ys, count_, add);
+        if (rounded_ && weight.format == kBfloat16) return gemv_pairs(weight, first, last, rounded_, ys, count_, add);
 #endif
-        exact_rows_times(weight, first, last, xs_, ys, count_, add);
+        gemv_float32(weight, first, last, xs_, ys, count_, add);
     }
 
   private:
@@ -332,29 +333,29 @@ class Vectors {
 };
 
 template <int kV, class T>
-inline void mix_block(const T* rows, int64_t stride, int64_t count, int64_t size, const float* const* weights,
-                      float* const* outs) {
+inline void weighted_rows_block(const T* rows, int64_t stride, int64_t count, int64_t size, const float* const* weights,
+                                float* const* outs) {
     each(size, [&](int64_t i, int64_t n) {
         Floats sums[kV];
         for (int v = 0; v < kV; v++) sums[v] = load(outs[v] + i, n);
         for (int64_t row = 0; row < count; row++) {
-            Floats numbers = n == kLanes ? load(rows + row * stride + i) : load(rows + row * stride + i, n);
-            for (int v = 0; v < kV; v++) sums[v] = fused(numbers, fill(weights[v][row]), sums[v]);
+            Floats values = n == kLanes ? load(rows + row * stride + i) : load(rows + row * stride + i, n);
+            for (int v = 0; v < kV; v++) sums[v] = fused(values, fill(weights[v][row]), sums[v]);
         }
         for (int v = 0; v < kV; v++) store(outs[v] + i, sums[v], n);
     });
 }
 
-// outs[v] += Σ weights[v][row]·rows[row] over `count` rows of `size` numbers.
+// outs[v] += Σ weights[v][row]·rows[row] over `count` rows of `size` elements.
 template <class T>
-inline void mix_rows(const T* rows, int64_t stride, int64_t count, int64_t size, const float* const* weights,
-                     float* const* outs, int64_t vectors) {
+inline void add_weighted_rows(const T* rows, int64_t stride, int64_t count, int64_t size, const float* const* weights,
+                              float* const* outs, int64_t vectors) {
     for (int64_t v = 0; v < vectors; v += kVectors) {
         switch (vectors - v) {
-            case 1: mix_block<1>(rows, stride, count, size, weights + v, outs + v); break;
-            case 2: mix_block<2>(rows, stride, count, size, weights + v, outs + v); break;
-            case 3: mix_block<3>(rows, stride, count, size, weights + v, outs + v); break;
-            default: mix_block<4>(rows, stride, count, size, weights + v, outs + v);
+            case 1: weighted_rows_block<1>(rows, stride, count, size, weights + v, outs + v); break;
+            case 2: weighted_rows_block<2>(rows, stride, count, size, weights + v, outs + v); break;
+            case 3: weighted_rows_block<3>(rows, stride, count, size, weights + v, outs + v); break;
+            default: weighted_rows_block<4>(rows, stride, count, size, weights + v, outs + v);
         }
     }
 }

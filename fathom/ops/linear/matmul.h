@@ -1,10 +1,10 @@
-// Matrix products from inside a parallel region, where each thread multiplies on its own.
+// Matmuls inside a parallel region, each by a single thread.
 //
-// A product shared by all threads makes them wait for each other at its end and sends its result through memory; a
-// thread that takes a whole expert or attention head finds everything again in its own cache.
+// A matmul shared by all threads ends in a barrier and sends its result through memory; a thread that takes a whole
+// expert or attention head finds everything again in its own cache.
 //
-// In bfloat16, where the processor multiplies pairs, the products are those of gemm.h. Everywhere else they are torch's
-// (oneDNN beneath it), and so they are with AMX, whose tiles gemm.h does not know. torch offers its operators as plain C
+// On processors with bfloat16 dot products, bfloat16 matmuls are those of gemm.h. All others are torch's (oneDNN
+// beneath it), and so they are with AMX, whose tiles gemm.h does not support. torch offers its operators as plain C
 // functions with a stable interface (torch/csrc/inductor/aoti_torch/c/shim.h); Python passes in the three used here.
 
 #pragma once
@@ -19,22 +19,22 @@
 #include <type_traits>
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && !defined(__AMX_BF16__)
-#define FATHOM_OWN_PRODUCTS 1
+#define FATHOM_BF16_GEMM 1
 #include "linear/gemm.h"
 #else
-#define FATHOM_OWN_PRODUCTS 0
+#define FATHOM_BF16_GEMM 0
 #endif
 
-// Memory straight from the kernel: what is outgrown is really given back, and what is never touched never taken.
+// Memory mapped from the kernel: an outgrown buffer is unmapped, and pages that are never touched are never allocated.
 class Mapped {
   public:
     ~Mapped() { unmap(); }
 
-    char* of_at_least(size_t wanted) {
-        if (size_ < wanted) {
+    char* at_least(size_t bytes) {
+        if (size_ < bytes) {
             unmap();
             size_t size = size_t(64) << 10;
-            while (size < wanted) size *= 2;
+            while (size < bytes) size *= 2;
             void* at = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
             if (at == MAP_FAILED) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
@@ -56,15 +56,15 @@ class Mapped {
     size_t size_ = 0;
 };
 
-// Memory of the calling thread's own, kept from call to call; each slot is one array, which begins at a page. The last
-// three are the products'.
+// The calling thread's scratch memory, kept from call to call; each slot is one page-aligned array. The last three are
+// for matmuls.
 template <class T>
 inline T* scratch(int slot, int64_t count) {
     static thread_local Mapped slots[16];
-    return reinterpret_cast<T*>(slots[slot].of_at_least(count * sizeof(T)));
+    return reinterpret_cast<T*>(slots[slot].at_least(count * sizeof(T)));
 }
 
-namespace products {
+namespace matmul {
 
 constexpr int kRightSlot = 13, kLeftSlot = 14, kResultSlot = 15;
 
@@ -84,7 +84,7 @@ inline std::atomic<int> failures{0};
 inline int32_t type_of(const float*) { return torch.float32; }
 inline int32_t type_of(const bf16*) { return torch.bfloat16; }
 
-// A matrix as torch knows it.
+// A matrix as a torch tensor.
 class Tensor {
   public:
     template <class T>
@@ -109,19 +109,20 @@ inline void by_torch(T* out, int64_t stride, const Matrix<T>& left, const Matrix
     if (!whole || torch.mm_out(result.handle_, l.handle_, r.handle_)) failures++;
 }
 
-}  // namespace products
+}  // namespace matmul
 
-// The right factor of one or several products, made ready for them in a slot of this thread's; products may use its
-// first rows and columns alone. Numbers wider than T are narrowed.
+// The right factor of one or several matmuls, prepared in one of this thread's slots; a matmul may use only its first
+// rows and columns. Elements wider than T are rounded to T.
 template <class T>
 class Right {
   public:
     template <class Weight>
-    explicit Right(const Matrix<Weight>& from, int slot = products::kRightSlot) {
+    explicit Right(const Matrix<Weight>& from, int slot = matmul::kRightSlot) {
         if constexpr (std::is_same_v<T, Weight>) {
             ready = from;
         } else {
-            const int64_t lines = from.transposed ? from.columns : from.rows, size = from.transposed ? from.rows : from.columns;
+            const int64_t lines = from.transposed ? from.columns : from.rows;
+            const int64_t size = from.transposed ? from.rows : from.columns;
             T* to = scratch<T>(slot, lines * size);
             for (int64_t line = 0; line < lines; line++)
                 convert(from.data + line * from.stride, to + line * size, size);
@@ -132,17 +133,17 @@ class Right {
     Matrix<T> ready;
 };
 
-// left·right, of which the first `columns` columns are wanted, into out; the inner dimension is left's. torch rounds its
-// products to T before they are widened or added.
+// The first `columns` columns of left·right into out; the inner dimension is left's. torch rounds its results to T
+// before they are widened or added.
 template <class T, class Out>
 inline void multiply(Out* out, int64_t stride, int64_t columns, const Matrix<T>& left, const Right<T>& right,
                      Into into = Into::place) {
     const Matrix<T> used = right.ready.some_rows(0, left.columns).some_columns(0, columns);
     if constexpr (std::is_same_v<T, Out>) {
-        if (into != Into::sum) return products::by_torch(out, stride, left, used);
+        if (into != Into::sum) return matmul::by_torch(out, stride, left, used);
     }
-    T* result = scratch<T>(products::kResultSlot, left.rows * columns);
-    products::by_torch(result, columns, left, used);
+    T* result = scratch<T>(matmul::kResultSlot, left.rows * columns);
+    matmul::by_torch(result, columns, left, used);
     for (int64_t row = 0; row < left.rows; row++)
         each(columns, [&](int64_t i, int64_t n) {
             Out* to = out + row * stride + i;
@@ -151,13 +152,13 @@ inline void multiply(Out* out, int64_t stride, int64_t columns, const Matrix<T>&
         });
 }
 
-#if FATHOM_OWN_PRODUCTS
-// The same in bfloat16, but for that rounding: a float32 result is the sums as they are.
+#if FATHOM_BF16_GEMM
+// The same in bfloat16 without that rounding: a float32 result holds the float32 sums.
 template <>
 class Right<bf16> {
   public:
     template <class Weight>
-    explicit Right(const Matrix<Weight>& from, int slot = products::kRightSlot)
+    explicit Right(const Matrix<Weight>& from, int slot = matmul::kRightSlot)
         : apart(gemm::panel_stride(from.rows)),
           panels(scratch<uint32_t>(slot, gemm::panels_of(from.columns) * apart)) {
         gemm::pack_panels(from, 0, gemm::panels_of(from.columns), panels, apart);
@@ -170,7 +171,7 @@ class Right<bf16> {
 template <class Out>
 inline void multiply(Out* out, int64_t stride, int64_t columns, const Matrix<bf16>& left, const Right<bf16>& right,
                      Into into = Into::place) {
-    uint32_t* space = scratch<uint32_t>(products::kLeftSlot, gemm::words_for(left));
+    uint32_t* space = scratch<uint32_t>(matmul::kLeftSlot, gemm::words_for(left));
     gemm::multiply(out, stride, columns, into, left, right.panels, right.apart, space);
 }
 #endif

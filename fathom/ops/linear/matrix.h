@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-// Rows of neighbouring numbers, `stride` apart; `transposed` where what is meant is the transpose of what lies there.
+// Rows of contiguous elements, `stride` apart; `transposed`: the transpose of what is stored.
 template <class T>
 struct Matrix {
     const T* data;
@@ -30,7 +30,7 @@ inline Matrix<T> matrix(const T* data, int64_t rows, int64_t columns) {
     return matrix(data, rows, columns, columns);
 }
 
-// The transpose of a (rows, columns) matrix as it lies.
+// The transpose of a stored (rows, columns) matrix.
 template <class T>
 inline Matrix<T> transposed(const T* data, int64_t rows, int64_t columns, int64_t stride) {
     return {data, columns, rows, stride, true};
@@ -41,6 +41,6 @@ inline Matrix<T> transposed(const T* data, int64_t rows, int64_t columns) {
     return transposed(data, rows, columns, columns);
 }
 
-// What becomes of a product: it replaces what was there, is added to it, or replaces it past the caches, where nobody
-// will read it soon.
+// What a matmul does with its result: overwrite the destination, add to it, or overwrite it past the caches, for
+// results that are not read soon.
 enum class Into { place, sum, memory };

@@ -1,6 +1,6 @@
-"""Linear maps of few rows: reading the weights is all the work.
+"""Linear layers of few tokens, bound by reading the weights.
 
-The reference is `linear_reference` (fathom/ops/linear).
+The reference is `linear_reference` (fathom/ops/linear/reference.py).
 
 Shapes: N tokens, H heads that have a matrix each, I inputs, O outputs.
 """
@@ -15,15 +15,15 @@ from fathom.ops.linear.triton_tiles import Weight, load_tile, row_scales, tiling
 
 
 def linear(x_NI: Tensor, weights: Sequence[Weight], outs: Sequence[Tensor]) -> None:
-    """out = x·Wᵀ for one or two matrices (O, I) in one launch; products in x's type, sums in float32."""
+    """out = x·Wᵀ for one or two matrices (O, I) in one launch; inputs in x's type, sums in float32."""
     first, last = weights[0], weights[-1]
-    sizes = [weight.numbers.shape[0] for weight in weights]
+    sizes = [weight.data.shape[0] for weight in weights]
     second = sizes[1] if len(sizes) > 1 else 0
     _launch(x_NI[:, None], first, last, outs[0][:, None], outs[-1][:, None], sizes[0], second)
 
 
 def head_linear(x_NHI: Tensor, weight_HOI: Tensor, out_NHO: Tensor) -> None:
-    """out = x·Wᵀ, every head with its own matrix; `weight_HOI` may be any view."""
+    """out = x·Wᵀ with a matrix for every head; `weight_HOI` may be any view."""
     weight = Weight(weight_HOI)
     _launch(x_NHI, weight, weight, out_NHO, out_NHO, weight_HOI.shape[1], 0)
 
@@ -32,15 +32,15 @@ def _launch(
     x_NHI: Tensor, first: Weight, last: Weight, out_NHO: Tensor, last_NHO: Tensor, outputs: int, last_outputs: int
 ) -> None:
     tokens, heads, inputs = x_NHI.shape
-    numbers = first.numbers
-    stride_h = numbers.stride(0) if numbers.dim() == 3 else 0
+    data = first.data
+    stride_h = data.stride(0) if data.dim() == 3 else 0
     tiles = tiling(tokens, heads * (outputs + last_outputs), inputs, x_NHI.element_size())
     blocks = triton.cdiv(outputs, tiles.outputs)
     grid = (blocks + triton.cdiv(last_outputs, tiles.outputs), heads, triton.cdiv(tokens, tiles.tokens))
     _linear[grid](
-        *(x_NHI, first.numbers, first.scales_or_numbers, out_NHO, outputs),
-        *(last.numbers, last.scales_or_numbers, last_NHO, last_outputs),
-        *(tokens, inputs, blocks, x_NHI.stride(0), x_NHI.stride(1), stride_h, *numbers.stride()[-2:]),
+        *(x_NHI, first.data, first.scales_or_data, out_NHO, outputs),
+        *(last.data, last.scales_or_data, last_NHO, last_outputs),
+        *(tokens, inputs, blocks, x_NHI.stride(0), x_NHI.stride(1), stride_h, *data.stride()[-2:]),
         *(out_NHO.stride(0), out_NHO.stride(1), last_NHO.stride(0)),
         FORMAT=first.format,
         TYPE=type_of(x_NHI.dtype),

@@ -1,4 +1,4 @@
-"""Adding gradients up in float32, in one pass over memory each."""
+"""Accumulating gradients in float32, in one pass over memory each."""
 
 import torch
 import triton
@@ -17,8 +17,8 @@ def sum_in_float32(a: Tensor, b: Tensor) -> Tensor:
 
 
 @triton.jit
-def _sum(a, b, out, numbers, BLOCK: tl.constexpr):
+def _sum(a, b, out, elements, BLOCK: tl.constexpr):
     here = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    there = here < numbers
+    there = here < elements
     total = tl.load(a + here, mask=there).to(tl.float32) + tl.load(b + here, mask=there).to(tl.float32)
     tl.store(out + here, total, mask=there)

@@ -1,4 +1,4 @@
-"""Loading a tile of a weight matrix in whatever form it is stored (fathom/quantization/integer.py names the forms).
+"""Loading a tile of a weight matrix in any of the formats of fathom/quantization/integer.py.
 
 Shapes: O output rows, I input columns, X a block of either.
 """
@@ -17,22 +17,22 @@ _FORMATS = {torch.int8: INT8.value, torch.int32: INT4.value}
 class Weight(NamedTuple):
     """A matrix (O, I), or a stack of them, as it lies in memory."""
 
-    numbers: Tensor
+    data: Tensor
     scales: Tensor | None = None
 
     @property
     def format(self) -> int:
-        """Which of the forms it has, as the kernels know them."""
-        return _FORMATS.get(self.numbers.dtype, PLAIN.value)
+        """PLAIN, INT8 or INT4, from the type it is stored in."""
+        return _FORMATS.get(self.data.dtype, PLAIN.value)
 
     @property
-    def scales_or_numbers(self) -> Tensor:
-        """Something to point at, also where there are no scales."""
-        return self.numbers if self.scales is None else self.scales
+    def scales_or_data(self) -> Tensor:
+        """The scales or, as a kernel needs some pointer, the data where there are none."""
+        return self.data if self.scales is None else self.scales
 
 
 class Tiling(NamedTuple):
-    """What a program of a linear map takes at once."""
+    """Block sizes and launch options of a linear layer's kernel."""
 
     tokens: int
     outputs: int
@@ -41,13 +41,13 @@ class Tiling(NamedTuple):
     stages: int
 
     def options(self) -> dict[str, int]:
-        """As a kernel is told."""
+        """As keyword arguments of a kernel."""
         blocks = {"BLOCK_N": self.tokens, "BLOCK_O": self.outputs, "BLOCK_I": self.inputs}
         return {**blocks, "num_warps": self.warps, "num_stages": self.stages}
 
 
 def tiling(tokens: int, outputs: int, inputs: int, bytes_each: int) -> Tiling:
-    """For a map of `tokens` rows; `outputs` counts those of all that a launch computes.
+    """For a linear layer of `tokens` rows; `outputs` counts those of all matrices in one launch.
 
     The sizes are the fastest of some thirty that were tried on an H200 (docs/log/gpu.md). Few outputs need small
     tiles, or they would not reach all multiprocessors.
@@ -89,8 +89,8 @@ def load_tile(w, scales, o_X, o_ok_X, i_X, inputs, stride_o, stride_i, FORMAT: t
         # Column 4k + l of a group is the k-th half byte of its word l.
         word_OGL = tl.load(w + at_OG[:, :, None] * 4 + tl.arange(0, 4)[None, None, :], mask=ok_OG[:, :, None], other=0)
         half_OGKL = (word_OGL[:, :, None, :] >> (tl.arange(0, 8) * 4)[None, None, :, None]) & 15
-        number_OGX = tl.reshape(half_OGKL, (BLOCK_O, GROUPS, 32)) - 8
-        tile_OI = tl.reshape(number_OGX.to(tl.float32) * scale_OG[:, :, None], (BLOCK_O, BLOCK_I))
+        value_OGX = tl.reshape(half_OGKL, (BLOCK_O, GROUPS, 32)) - 8
+        tile_OI = tl.reshape(value_OGX.to(tl.float32) * scale_OG[:, :, None], (BLOCK_O, BLOCK_I))
     else:
         ok_OI = o_ok_X[:, None] & (i_X < inputs)[None, :]
         tile_OI = tl.load(w + o_X[:, None] * stride_o + i_X[None, :] * stride_i, mask=ok_OI, other=0)
@@ -99,7 +99,7 @@ def load_tile(w, scales, o_X, o_ok_X, i_X, inputs, stride_o, stride_i, FORMAT: t
 
 @triton.jit
 def row_scales(scales, o_X, o_ok_X, FORMAT: tl.constexpr):
-    """What products with an int8 tile's rows are still to be multiplied with; 1 for the other forms."""
+    """The factors that dot products with an int8 tile's rows still lack; 1 for the other formats."""
     if FORMAT == INT8:
         return tl.load(scales + o_X, mask=o_ok_X, other=0.0)
     return tl.full(o_X.shape, 1.0, tl.float32)

@@ -53,18 +53,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, h_ND: Tensor, head_OD: Tensor, targets_N: Tensor) -> Tensor:
         wide = torch.promote_types(h_ND.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=h_ND.device)
-        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         h_ND = h_ND.contiguous()
-        weight_OD = head_OD.contiguous() if linear.multiplies(h_ND, head_OD) else head_OD.to(h_ND.dtype)
-        dh_ND = torch.empty_like(h_ND) if wanted else None
-        dhead_OD = torch.zeros_like(head_OD, dtype=wide) if wanted else None
+        weight_OD = head_OD.contiguous() if linear.has_kernel(h_ND, head_OD) else head_OD.to(h_ND.dtype)
+        dh_ND = torch.empty_like(h_ND) if needs_grad else None
+        dhead_OD = torch.zeros_like(head_OD, dtype=wide) if needs_grad else None
         tokens = chunk_tokens(head_OD.shape[0], h_ND.device.type)
-        room_MO = h_ND.new_empty(min(tokens, h_ND.shape[0]), head_OD.shape[0])  # one chunk after another lies here
+        room_MO = h_ND.new_empty(min(tokens, h_ND.shape[0]), head_OD.shape[0])  # reused by every chunk
         for start in range(0, h_ND.shape[0], tokens):
             chunk = slice(start, start + tokens)
             h_MD = h_ND[chunk]
             logits_MO = room_MO[: len(h_MD)]
-            linear.product(h_MD, weight_OD, logits_MO)
+            linear.fprop(h_MD, weight_OD, logits_MO)
             chunk_loss, dlogits_MO = _chunk(logits_MO, targets_N[chunk], wide)
             loss += chunk_loss
             if dh_ND is not None and dhead_OD is not None:
@@ -81,9 +81,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def chunk_tokens(words: int, device: str) -> int:
-    """Tokens per chunk: enough for full-speed products, few enough that a chunk of logits stays in a CPU's cache.
+    """Tokens per chunk: enough for matmuls at full speed, few enough that a chunk of logits stays in a CPU's cache.
 
-    A GPU needs more of them for that, and each chunk adds to the whole gradient of the head: 2^29 logits, 1 GiB.
+    A GPU needs more tokens, as every chunk adds to the whole gradient of the head: 2^29 logits, 1 GiB in bfloat16.
     """
     return max(1024, (1 << 29) // words) if device == "cuda" else max(256, (1 << 23) // words)
 
@@ -141,9 +141,9 @@ class _LinearLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dlogprobs_N: Tensor | None, dentropies_N: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         h_ND, head_OD, targets_N, entropies_N = ctx.saved_tensors
-        wants_h, wants_head, *_ = ctx.needs_input_grad
-        dh_ND = torch.empty_like(h_ND) if wants_h else None
-        dhead_OD = torch.zeros_like(head_OD, dtype=entropies_N.dtype) if wants_head else None
+        h_needs_grad, head_needs_grad, *_ = ctx.needs_input_grad
+        dh_ND = torch.empty_like(h_ND) if h_needs_grad else None
+        dhead_OD = torch.zeros_like(head_OD, dtype=entropies_N.dtype) if head_needs_grad else None
         for chunk, log_p_MO, weight_OD in _log_softmax_chunks(h_ND, head_OD, ctx.temperature):
             upstream = [None if d is None else d[chunk] for d in (dlogprobs_N, dentropies_N)]
             dlogits_MO = _logits_gradient(log_p_MO, targets_N[chunk], entropies_N[chunk], *upstream)
@@ -158,12 +158,12 @@ class _LinearLogprobs(torch.autograd.Function):
 def _log_softmax_chunks(h_ND: Tensor, head_OD: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Which tokens, their log-probabilities (M, O) in float32 at least, and the head as `linear`'s matmuls take it."""
     wide = torch.promote_types(h_ND.dtype, torch.float32)
-    weight_OD = head_OD.contiguous() if linear.multiplies(h_ND, head_OD) else head_OD.to(h_ND.dtype)
+    weight_OD = head_OD.contiguous() if linear.has_kernel(h_ND, head_OD) else head_OD.to(h_ND.dtype)
     tokens = chunk_tokens(head_OD.shape[0], h_ND.device.type)
     for start in range(0, len(h_ND), tokens):
         chunk = slice(start, start + tokens)
         logits_MO = h_ND.new_empty(len(h_ND[chunk]), len(head_OD))
-        linear.product(h_ND[chunk], weight_OD, logits_MO)
+        linear.fprop(h_ND[chunk], weight_OD, logits_MO)
         log_p_MO = logits_MO.to(wide).div_(temperature).log_softmax(1)
         del logits_MO
         yield chunk, log_p_MO, weight_OD

@@ -1,4 +1,4 @@
-// Cross-entropy of rows of logits; its definition is in fathom/ops/loss.
+// Cross-entropy of rows of logits; its definition is in fathom/ops/loss/reference.py.
 
 #include "vectors.h"
 
@@ -24,12 +24,12 @@ void cross_entropy(int threads, T* logits, const int64_t* targets, float* losses
             }
             Floats best = fill(-INFINITY), total = {};
             each(words, [&](int64_t i, int64_t n) {
-                Floats value = keep(load(line + i, n), n, -INFINITY);
+                Floats value = mask_tail(load(line + i, n), n, -INFINITY);
                 best = value > best ? value : best;
             });
-            float top = largest(best), own = wide(line[targets[row]]);
+            float top = largest(best), own = to_float(line[targets[row]]);
             each(words, [&](int64_t i, int64_t n) {
-                Floats power = keep(exponential(load(line + i, n) - top), n, 0.0f);
+                Floats power = mask_tail(exponential(load(line + i, n) - top), n, 0.0f);
                 store(&powers[i], power);
                 total += power;
             });

@@ -1,7 +1,7 @@
 """The loss and its gradient straight from a chunk of logits, which the gradient replaces.
 
-Plain torch (fathom/ops/loss) goes through a float32 copy of the logits five times; here each logit is read twice
-and written once, in its own type.
+Plain torch makes five passes over a float32 copy of the logits; here each logit is read twice and written once, in its
+own type.
 
 Shapes: M tokens, O vocabulary.
 """

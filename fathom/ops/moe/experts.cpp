@@ -1,8 +1,8 @@
 // The routed experts of one layer: gather an expert's tokens, gate and up, SwiGLU, down, an expert at a time.
 //
-// Defined by routed_experts_reference in fathom/ops/moe/experts.py, which also explains the order of the rows. A thread
-// takes a whole expert: its tokens, activations and weights stay in that thread's cache between the products, weights
-// kept in float32 are narrowed on the way in, and their gradients are made in float32.
+// Defined by routed_experts_reference in fathom/ops/moe/reference.py; permute.py explains the order of the rows. A
+// thread takes a whole expert: its tokens, activations and weights stay in that thread's cache between the matmuls,
+// float32 weights are rounded as they are packed, and their gradients are float32.
 
 #include "linear/matmul.h"
 #include "swiglu/swiglu.h"
@@ -29,7 +29,7 @@ inline void gather(const T* x, const int64_t* token, T* out, int64_t rows, int64
     }
 }
 
-// The experts with most rows first: a thread that took one of those last would leave the others waiting.
+// The experts with most rows first: a thread that took one of those last would keep the others waiting.
 inline std::vector<int32_t> by_load(const int32_t* ends, int64_t experts) {
     std::vector<int32_t> order(experts);
     std::iota(order.begin(), order.end(), 0);
@@ -45,8 +45,8 @@ void forward(int threads, const T* x, const int64_t* token, const float* weight,
     const int64_t g = 2 * f;
     const std::vector<int32_t> order = by_load(ends, experts);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int64_t turn = 0; turn < experts; turn++) {
-        const int64_t e = order[turn], start = e ? ends[e - 1] : 0, rows = ends[e] - start;
+    for (int64_t place = 0; place < experts; place++) {
+        const int64_t e = order[place], start = e ? ends[e - 1] : 0, rows = ends[e] - start;
         if (!rows) continue;
         T *tokens = scratch<T>(0, rows * d), *hidden = scratch<T>(1, rows * f);
         gather(x, token + start, tokens, rows, d);
@@ -67,8 +67,8 @@ void backward(int threads, const T* x, const int64_t* token, const float* weight
     const int64_t g = 2 * f;
     const std::vector<int32_t> order = by_load(ends, experts);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int64_t turn = 0; turn < experts; turn++) {
-        const int64_t e = order[turn], start = e ? ends[e - 1] : 0, rows = ends[e] - start;
+    for (int64_t place = 0; place < experts; place++) {
+        const int64_t e = order[place], start = e ? ends[e - 1] : 0, rows = ends[e] - start;
         if (!rows) {
             std::memset(dgate_up + e * g * d, 0, g * d * sizeof(Weight));
             std::memset(ddown + e * d * f, 0, d * f * sizeof(Weight));

@@ -24,9 +24,9 @@ from fathom.ops.swiglu.reference import halves
 def routed_experts(x_ND: Tensor, order: Dispatch, weights_NK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
     """As the reference; the experts' weights may be kept in float32 under narrower activations.
 
-    On the CPU each thread takes a whole expert at a time (fathom/ops/moe/experts.cpp). Elsewhere, and where there are
-    fewer experts than threads, four grouped products forward and backward; where torch's grouped product does not
-    apply — float64, or widths whose rows are not multiples of 16 bytes — one product per expert on the same rows.
+    On the CPU each thread takes a whole expert at a time (experts.cpp). Elsewhere, and with fewer experts than threads,
+    grouped matmuls forward and backward; where torch's `grouped_mm` does not apply (float64, or widths whose rows are
+    not multiples of 16 bytes), one matmul per expert on the same rows.
     """
     arguments = (x_ND, order.sort_indices_R, order.inverse_indices_NK, order.ends_E, weights_NK, gate_up_EGD, down_EDF)
     if _kernels_take(*arguments):
@@ -40,17 +40,17 @@ def routed_experts(x_ND: Tensor, order: Dispatch, weights_NK: Tensor, gate_up_EG
 
 def _kernels_take(x_ND: Tensor, *others: Tensor) -> bool:
     *_, weights_NK, gate_up_EGD, down_EDF = others
-    known = all(t.dtype in (torch.float32, x_ND.dtype) and t.is_contiguous() for t in (gate_up_EGD, down_EDF))
+    matching = all(t.dtype in (torch.float32, x_ND.dtype) and t.is_contiguous() for t in (gate_up_EGD, down_EDF))
     return (
         cpu.usable(x_ND, *others)
-        and known
+        and matching
         and weights_NK.dtype == torch.float32
         and gate_up_EGD.shape[0] >= torch.get_num_threads()
     )
 
 
 class _ExpertByExpert(torch.autograd.Function):
-    """The CPU's. Saves the tokens and the experts' pre-activations; everything else is remade backward."""
+    """experts.cpp. Saves the tokens and the experts' pre-activations; the backward pass recomputes the rest."""
 
     @staticmethod
     def forward(
@@ -94,7 +94,7 @@ class _ExpertByExpert(torch.autograd.Function):
 
 
 def _on_gpu(x_ND: Tensor, order: Dispatch, weights_NK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
-    """Without gradients: two grouped products and three kernels of our own."""
+    """Without gradients: two grouped matmuls and three Triton kernels."""
     # Triton comes with torch's CUDA builds alone.
     from fathom.ops.moe.triton_permute import gather
     from fathom.ops.swiglu.triton import weighted_swiglu
@@ -107,7 +107,7 @@ def _on_gpu(x_ND: Tensor, order: Dispatch, weights_NK: Tensor, gate_up_EGD: Tens
 
 
 class _RoutedExperts(torch.autograd.Function):
-    """Saves only the tokens and the experts' pre-activations; the sorted rows and activations are remade backward."""
+    """Saves the tokens and the experts' pre-activations; the backward pass recomputes sorted rows and activations."""
 
     @staticmethod
     def forward(

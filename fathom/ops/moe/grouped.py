@@ -8,6 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+# Custom operators, so that torch.compile does not look inside: its model of grouped_mm covers bf16 alone (torch 2.13),
+# and it could not trace the loop that replaces it.
+
 
 @torch.library.custom_op("fathom::grouped_matmul", mutates_args=())
 def grouped_matmul(x_RI: Tensor, w_EIO: Tensor, ends_E: Tensor) -> Tensor:
@@ -40,7 +43,7 @@ def _(a_RI: Tensor, b_RO: Tensor, ends_E: Tensor) -> Tensor:
 
 @register_flop_formula([torch.ops.fathom.grouped_matmul, torch.ops.fathom.grouped_wgrad])
 def _flops(left: torch.Size, right: torch.Size, ends: torch.Size, **_: object) -> int:
-    """For torch's FLOP counter: either way every row meets the other operand's last dimension (padding included)."""
+    """For torch's FLOP counter: either way every row, padding included, meets the other operand's last dimension."""
     return 2 * left[0] * left[1] * right[-1]
 
 
@@ -50,7 +53,7 @@ def _expert_rows(ends_E: Tensor) -> list[slice]:
 
 
 def grouped_mm_takes(*operands: Tensor) -> bool:
-    """torch's grouped product wants one type, bf16, float16 or float32, and rows that are multiples of 16 bytes."""
+    """torch's `grouped_mm` takes one type, bf16, float16 or float32, and rows that are multiples of 16 bytes."""
     wide = all(size * t.element_size() % 16 == 0 for t in operands for size in t.shape[1:])
     one = len({t.dtype for t in operands}) == 1 and operands[0].dtype in (torch.bfloat16, torch.float16, torch.float32)
     return wide and one and operands[0].shape[0] > 0

@@ -4,7 +4,7 @@ Sorted, each expert's tokens are neighbours, so that one grouped matmul serves a
 parameters, not the number of experts, and no token is ever dropped.
 
 Shapes: N tokens, D hidden, E experts, K experts per token, P = N·K (token, expert) pairs, R rows: the pairs sorted by
-expert, each expert's rows padded to a multiple where oneDNN multiplies them.
+expert, each expert's rows padded to a multiple where the matmuls are oneDNN's.
 """
 
 from typing import NamedTuple
@@ -37,7 +37,7 @@ def dispatch(topk_ids_NK: Tensor, experts: int, dtype: torch.dtype | None = None
 
     An id of −1 is a choice that is not computed here (with expert parallelism: another rank's expert). It stands in no
     expert's rows, is in no load, and adds nothing to the token's sum, nor to any gradient.
-    `dtype`: of the tokens, where it is known. Rows of a type that the kernels multiply themselves are not padded.
+    `dtype`: of the tokens, if known. Rows are not padded for a type whose matmuls are our own (gemm.h).
     """
     if gpu.usable(topk_ids_NK):
         from fathom.ops.moe import triton_permute  # Triton comes with torch's CUDA builds alone
@@ -72,7 +72,7 @@ def padded_loads(tokens_per_expert_E: Tensor) -> Tensor:
     """Loads rounded up to one of sixteen steps between a power of two and the next, or to a multiple of sixteen.
 
     oneDNN prepares a kernel per matrix height, at about a millisecond each, and keeps a thousand: as loads differ at
-    every step, unpadded training on the CPU spends longer preparing products than multiplying (docs/log/training.md).
+    every step, unpadded training on the CPU spends longer preparing matmuls than running them (docs/log/training.md).
     """
     power_E = tokens_per_expert_E.clamp_min(1).double().log2().floor()
     multiple_E = (2**power_E / _LEAST_MULTIPLE).clamp_min(_LEAST_MULTIPLE).to(torch.int64)

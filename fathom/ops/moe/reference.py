@@ -12,7 +12,7 @@ from torch import Tensor
 def select_experts_reference(scores_NE: Tensor, choices: int, groups: int, topk_group: int, best: int = 2) -> Tensor:
     """Ids (N, K) of the `choices` best scores within the `topk_group` best of `groups` groups, in any order.
 
-    A group is as good as the sum of its `best` highest scores. Groups that are not chosen are masked with −inf, so that
+    A group's score is the sum of its `best` highest scores. Groups that are not chosen are masked with −inf, so that
     a negative score cannot let a masked expert in.
     """
     if topk_group < groups:

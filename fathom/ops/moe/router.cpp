@@ -1,4 +1,4 @@
-// Which experts the tokens of a batch take; defined by select_experts_reference in fathom/ops/moe/routing.py.
+// Which experts the tokens of a batch take; defined by select_experts_reference in fathom/ops/moe/reference.py.
 
 #include "moe/select.h"
 
@@ -11,7 +11,7 @@ void select_experts(int threads, const float* scores, int64_t* chosen, int64_t t
                     int64_t groups, int64_t topk_group) {
 #pragma omp parallel num_threads(threads)
     {
-        Selection select(experts, count, groups, topk_group);
+        ExpertSelector select(experts, count, groups, topk_group);
 #pragma omp for schedule(static)
         for (int64_t token = 0; token < tokens; token++) select(scores + token * experts, chosen + token * count);
     }

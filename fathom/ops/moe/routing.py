@@ -11,7 +11,7 @@ from fathom.ops.moe.reference import select_experts_reference
 
 
 def select_experts(scores_NE: Tensor, choices: int, groups: int = 1, topk_group: int = 1) -> Tensor:
-    """As the reference; in one pass on the CPU, and on a GPU, where torch's top-k sorts."""
+    """As the reference; in one pass on the CPU, and on a GPU in one kernel (torch's top-k sorts)."""
     if scores_NE.dtype == torch.float32 and gpu.usable(scores_NE):
         from fathom.ops.moe import triton_routing as routing  # Triton comes with torch's CUDA builds alone
 
@@ -30,7 +30,7 @@ def route(
     logits_NE: Tensor, bias_E: Tensor, choices: int, groups: tuple[int, int], normalise: bool, factor: float
 ) -> tuple[Tensor, Tensor]:
     """DeepSeek-V3's router from its float32 logits on, in one kernel on a GPU: ids (N, K), and weights without
-    gradients; `groups`: how many there are, and how many of them are open to a token.
+    gradients; `groups`: (n_group, topk_group).
     """
     from fathom.ops.moe import triton_routing as routing  # Triton comes with torch's CUDA builds alone
 
@@ -40,7 +40,7 @@ def route(
     return ids_NK, weights_NK
 
 
-# An operator of its own, so that torch.compile takes it whole.
+# A custom operator, so that torch.compile does not look inside.
 @torch.library.custom_op("fathom::select_experts", mutates_args=())
 def _select_on_gpu(scores_NE: Tensor, choices: int, groups: int, topk_group: int) -> Tensor:
     from fathom.ops.moe import triton_routing as routing  # Triton comes with torch's CUDA builds alone

@@ -1,4 +1,4 @@
-// Which experts a token takes; defined by select_experts_reference in fathom/ops/moe/routing.py.
+// Which experts a token takes; defined by select_experts_reference in fathom/ops/moe/reference.py.
 
 #pragma once
 
@@ -8,8 +8,8 @@
 
 namespace {
 
-// Keeps the `count` largest of the scores offered to it, in falling order; of equal ones, the first.
-struct Best {
+// The `count` largest of the scores offered, in descending order; of equal scores, the first.
+struct TopK {
     float* scores;
     int64_t* ids;
     int64_t count;
@@ -29,16 +29,16 @@ struct Best {
     }
 };
 
-// Best experts of the best groups; a group is as good as the sum of its two best experts.
-class Selection {
+// The best experts of the best groups; a group's score is the sum of its two best experts'.
+class ExpertSelector {
   public:
-    Selection(int64_t experts, int64_t choices, int64_t groups, int64_t topk_group)
-        : members_(experts / groups), choices_(choices), groups_(groups), open_(topk_group),
+    ExpertSelector(int64_t experts, int64_t choices, int64_t groups, int64_t topk_group)
+        : members_(experts / groups), choices_(choices), groups_(groups), topk_group_(topk_group),
           values_(choices + topk_group), taken_(topk_group) {}
 
     // scores (E) -> chosen (K)
     void operator()(const float* scores, int64_t* chosen) {
-        Best best_groups{values_.data(), taken_.data(), open_};
+        TopK best_groups{values_.data(), taken_.data(), topk_group_};
         best_groups.clear();
         for (int64_t group = 0; group < groups_; group++) {
             float first = -INFINITY, second = -INFINITY;
@@ -48,16 +48,16 @@ class Selection {
                 else if (scores[i] > second)
                     second = scores[i];
             }
-            best_groups.offer(groups_ > open_ ? first + second : 0.0f, group);
+            best_groups.offer(groups_ > topk_group_ ? first + second : 0.0f, group);
         }
-        Best best{values_.data() + open_, chosen, choices_};
+        TopK best{values_.data() + topk_group_, chosen, choices_};
         best.clear();
         for (int64_t group : taken_)
             for (int64_t i = group * members_; i < (group + 1) * members_; i++) best.offer(scores[i], i);
     }
 
   private:
-    int64_t members_, choices_, groups_, open_;
+    int64_t members_, choices_, groups_, topk_group_;
     std::vector<float> values_;
     std::vector<int64_t> taken_;
 };

@@ -1,9 +1,9 @@
-"""The feed-forward of few tokens: every program takes a slice of one expert and all tokens that chose it.
+"""The feed-forward of few tokens: every program takes a slice of one expert and all tokens routed to it.
 
-An expert that nobody chose is not read: programs are for experts or, where those are more, for the choices, of which
-the first for an expert serves all. The shared experts are one more, which everybody takes; a dense layer has that one
-alone. Every token's K+1 results are left side by side, to be summed in a fixed order, whatever the company. The
-references are `routed_experts_reference` (fathom/ops/moe/experts.py) and `SwiGLU`.
+An expert without tokens is not read: programs are for experts or, where there are fewer choices than experts, for
+choices, of which the first for an expert serves all. The shared experts are one more, which all tokens take; a dense
+layer has that one alone. Every token's K+1 results are stored side by side and summed in a fixed order, so results are
+batch-invariant. The references are `routed_experts_reference` (fathom/ops/moe/reference.py) and `SwiGLU`.
 
 Shapes: N tokens, D hidden, E experts, K experts per token, F expert width, G = 2F, U width of the shared experts.
 """
@@ -18,7 +18,7 @@ from fathom.ops.linear.triton_tiles import Weight, load_tile, row_scales, tiling
 
 
 class Shared(NamedTuple):
-    """A SwiGLU's three maps."""
+    """A SwiGLU's three linear layers."""
 
     gate_UD: Weight
     up_UD: Weight
@@ -26,7 +26,7 @@ class Shared(NamedTuple):
 
 
 class Routed(NamedTuple):
-    """The routed experts and who takes them, with what weights."""
+    """The routed experts, and each token's choices and weights."""
 
     gate_up_EGD: Weight
     down_EDF: Weight
@@ -35,24 +35,24 @@ class Routed(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """What lies between the two launches, and after them."""
+    """Activations between the two launches, and the results."""
 
     hidden_NKF: Tensor
     hidden_NU: Tensor
     y_NKD: Tensor
-    """K+1 results a token, the shared experts' last."""
+    """K+1 results per token, the shared experts' last."""
 
 
 def feed_forward(x_ND: Tensor, routed: Routed | None, shared: Shared, scratch: Scratch) -> None:
-    """y = the weighted results of each token's experts and, last, of the shared ones; products in x's type."""
+    """y = the weighted results of each token's experts and, last, of the shared ones; matmuls in x's type."""
     tokens, hidden = x_ND.shape
     gate, up, down = shared
     common = scratch.hidden_NU.shape[1]
-    stacks = routed or Routed(gate, down, gate.numbers, gate.numbers)
+    stacks = routed or Routed(gate, down, gate.data, gate.data)
     experts, choices, width = 0, 0, 0
     if routed is not None:
-        experts, _, width = routed.down_EDF.numbers.shape
-        width, choices = routed.gate_up_EGD.numbers.shape[1] // 2, routed.ids_NK.shape[1]
+        experts, _, width = routed.down_EDF.data.shape
+        width, choices = routed.gate_up_EGD.data.shape[1] // 2, routed.ids_NK.shape[1]
     groups = min(tokens * choices, experts)
     options = {
         "FORMAT": gate.format,
@@ -65,8 +65,8 @@ def feed_forward(x_ND: Tensor, routed: Routed | None, shared: Shared, scratch: S
     tiles = tiling(tokens, (groups + 1) * widest, hidden, x_ND.element_size())
     _up[(groups + 1, triton.cdiv(widest, tiles.outputs), triton.cdiv(tokens, tiles.tokens))](
         *(x_ND, stacks.ids_NK, stacks.weights_NK, scratch.hidden_NKF, scratch.hidden_NU),
-        *(stacks.gate_up_EGD.numbers, stacks.gate_up_EGD.scales_or_numbers),
-        *(gate.numbers, gate.scales_or_numbers, up.numbers, up.scales_or_numbers),
+        *(stacks.gate_up_EGD.data, stacks.gate_up_EGD.scales_or_data),
+        *(gate.data, gate.scales_or_data, up.data, up.scales_or_data),
         *(tokens, groups, hidden, width, common),
         **options,
         **tiles.options(),
@@ -74,7 +74,7 @@ def feed_forward(x_ND: Tensor, routed: Routed | None, shared: Shared, scratch: S
     tiles = tiling(tokens, (groups + 1) * hidden, widest, x_ND.element_size())
     _down[(groups + 1, triton.cdiv(hidden, tiles.outputs), triton.cdiv(tokens, tiles.tokens))](
         *(scratch.hidden_NKF, scratch.hidden_NU, stacks.ids_NK, scratch.y_NKD),
-        *(stacks.down_EDF.numbers, stacks.down_EDF.scales_or_numbers, down.numbers, down.scales_or_numbers),
+        *(stacks.down_EDF.data, stacks.down_EDF.scales_or_data, down.data, down.scales_or_data),
         *(tokens, groups, hidden, width, common),
         **options,
         **tiles.options(),
@@ -83,7 +83,7 @@ def feed_forward(x_ND: Tensor, routed: Routed | None, shared: Shared, scratch: S
 
 @triton.jit
 def _expert(ids, group, PAIRS: tl.constexpr):
-    """A group's expert; −1 where an earlier group has it.
+    """A program group's expert; −1 where an earlier group has it.
 
     PAIRS: room for all choices where these are the groups, else 0.
     """
@@ -97,8 +97,8 @@ def _expert(ids, group, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def _who(ids, n_N, n_ok, expert, CHOICES: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Which tokens take the expert, and as their how-manieth choice."""
+def _tokens_of(ids, n_N, n_ok, expert, CHOICES: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Which tokens take the expert, and at which top-k rank."""
     k_K = tl.arange(0, BLOCK_K)
     ok_NK = n_ok[:, None] & (k_K < CHOICES)[None, :]
     id_NK = tl.load(ids + n_N[:, None] * CHOICES + k_K[None, :], mask=ok_NK, other=-1)
@@ -141,10 +141,10 @@ def _up(
     row_N = n_N
     weight_N = tl.full((BLOCK_N,), 1.0, tl.float32)
     g_F, u_F, out, size = f_F, f_F, hidden_shared, common
-    if CHOICES > 0:  # noqa: SIM102  (decided when this is compiled, the inner one when it runs)
+    if CHOICES > 0:  # noqa: SIM102  (a compile-time condition, the inner one at run time)
         if group < groups:
             expert = _expert(ids, group, PAIRS)
-            takes_N, k_N = _who(ids, n_N, takes_N, expert, CHOICES, BLOCK_K)
+            takes_N, k_N = _tokens_of(ids, n_N, takes_N, expert, CHOICES, BLOCK_K)
             row_N = n_N * CHOICES + k_N
             weight_N = tl.load(weights + row_N, mask=takes_N, other=0.0)
             out, size = hidden_routed, width
@@ -197,17 +197,17 @@ def _down(
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """One expert's results, each to its place among its token's."""
+    """One expert's results, each stored at its top-k rank among its token's."""
     group = tl.program_id(0)
     n_N = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
     d_D = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     takes_N = n_N < tokens
     row_N, k_N = n_N, tl.full((BLOCK_N,), CHOICES, tl.int32)
     hidden, size, w, scales, o_D = hidden_shared, common, shared_down, shared_down_scales, d_D
-    if CHOICES > 0:  # noqa: SIM102  (decided when this is compiled, the inner one when it runs)
+    if CHOICES > 0:  # noqa: SIM102  (a compile-time condition, the inner one at run time)
         if group < groups:
             expert = _expert(ids, group, PAIRS)
-            takes_N, k_N = _who(ids, n_N, takes_N, expert, CHOICES, BLOCK_K)
+            takes_N, k_N = _tokens_of(ids, n_N, takes_N, expert, CHOICES, BLOCK_K)
             row_N = n_N * CHOICES + k_N
             hidden, size, w, scales = hidden_routed, width, down, down_scales
             o_D = (expert * outputs).to(tl.int32) + d_D

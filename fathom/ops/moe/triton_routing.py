@@ -1,4 +1,4 @@
-"""Choosing experts on a GPU, a token to a program; the references are in fathom/ops/moe/routing.py and the router.
+"""Choosing experts on a GPU, one token per program; the references are in fathom/ops/moe/reference.py and the router.
 
 Shapes: N tokens, E experts in G groups of X, K experts per token.
 """
@@ -28,9 +28,9 @@ def route(
     normalise: bool,
     factor: float,
 ) -> None:
-    """The router from its logits on: the chosen experts and their weights; −1 for tokens that stand at position −1.
+    """The router from its logits on: the chosen experts and their weights; −1 for padding (position −1).
 
-    `groups`: how many there are, and how many of them are open to a token.
+    `groups`: (n_group, topk_group).
     """
     tokens, experts = logits_NE.shape
     _route[(tokens,)](
@@ -44,7 +44,7 @@ def _sizes(experts: int, choices: int, groups: int, topk_group: int) -> dict[str
     return {
         "CHOICES": choices,
         "GROUPS": groups,
-        "OPEN": topk_group,
+        "TOPK_GROUP": topk_group,
         "SIZE": experts // groups,
         "BLOCK_G": triton.next_power_of_2(groups),
         "BLOCK_X": triton.next_power_of_2(experts // groups),
@@ -55,17 +55,17 @@ def _sizes(experts: int, choices: int, groups: int, topk_group: int) -> dict[str
 
 @triton.jit
 def _experts(GROUPS: tl.constexpr, SIZE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_X: tl.constexpr):
-    """Every expert's number, by its group, and which of these are experts."""
+    """Every expert's id, by its group, and which of these exist."""
     g_G, x_X = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_X)
     return g_G[:, None] * SIZE + x_X[None, :], (g_G < GROUPS)[:, None] & (x_X < SIZE)[None, :]
 
 
 @triton.jit
-def _choose(
+def _topk_in_groups(
     score_GX,
     CHOICES: tl.constexpr,
     GROUPS: tl.constexpr,
-    OPEN: tl.constexpr,
+    TOPK_GROUP: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_X: tl.constexpr,
@@ -74,16 +74,16 @@ def _choose(
     """The experts (K) with the best scores within the best groups."""
     minus = float("-inf")
     g_G, x_X, k_K = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_X), tl.arange(0, BLOCK_K)
-    if OPEN < GROUPS:
+    if TOPK_GROUP < GROUPS:
         best_G, at_G = tl.max(score_GX, 1, return_indices=True)
         second_G = tl.max(tl.where(x_X[None, :] == at_G[:, None], minus, score_GX), 1)
         group_G = tl.where(g_G < GROUPS, best_G + second_G, minus)
-        open_G = tl.zeros((BLOCK_G,), tl.int1)
-        for _ in tl.static_range(OPEN):
+        chosen_G = tl.zeros((BLOCK_G,), tl.int1)
+        for _ in tl.static_range(TOPK_GROUP):
             chosen = tl.argmax(group_G, 0)
-            open_G = open_G | (g_G == chosen)
+            chosen_G = chosen_G | (g_G == chosen)
             group_G = tl.where(g_G == chosen, minus, group_G)
-        score_GX = tl.where(open_G[:, None], score_GX, minus)
+        score_GX = tl.where(chosen_G[:, None], score_GX, minus)
     score_Y = tl.reshape(score_GX, (BLOCK_G * BLOCK_X,))
     y_Y = tl.arange(0, BLOCK_G * BLOCK_X)
     ids_K = tl.zeros((BLOCK_K,), tl.int32)
@@ -101,7 +101,7 @@ def _select(
     scores_n,
     CHOICES: tl.constexpr,
     GROUPS: tl.constexpr,
-    OPEN: tl.constexpr,
+    TOPK_GROUP: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_X: tl.constexpr,
@@ -110,7 +110,7 @@ def _select(
     n = tl.program_id(0).to(tl.int64)
     e_GX, ok_GX = _experts(GROUPS, SIZE, BLOCK_G, BLOCK_X)
     score_GX = tl.load(scores + n * scores_n + e_GX, mask=ok_GX, other=float("-inf"))
-    ids_K = _choose(score_GX, CHOICES, GROUPS, OPEN, SIZE, BLOCK_G, BLOCK_X, BLOCK_K)
+    ids_K = _topk_in_groups(score_GX, CHOICES, GROUPS, TOPK_GROUP, SIZE, BLOCK_G, BLOCK_X, BLOCK_K)
     k_K = tl.arange(0, BLOCK_K)
     tl.store(ids + n * CHOICES + k_K, ids_K.to(tl.int64), mask=k_K < CHOICES)
 
@@ -127,7 +127,7 @@ def _route(
     NORMALISE: tl.constexpr,
     CHOICES: tl.constexpr,
     GROUPS: tl.constexpr,
-    OPEN: tl.constexpr,
+    TOPK_GROUP: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_X: tl.constexpr,
@@ -138,7 +138,7 @@ def _route(
     affinity_GX = tl.sigmoid(tl.load(logits + n * logits_n + e_GX, mask=ok_GX, other=0.0))
     biased_GX = affinity_GX + tl.load(bias + e_GX, mask=ok_GX, other=0.0)
     biased_GX = tl.where(ok_GX, biased_GX, float("-inf"))
-    ids_K = _choose(biased_GX, CHOICES, GROUPS, OPEN, SIZE, BLOCK_G, BLOCK_X, BLOCK_K)
+    ids_K = _topk_in_groups(biased_GX, CHOICES, GROUPS, TOPK_GROUP, SIZE, BLOCK_G, BLOCK_X, BLOCK_K)
     k_K = tl.arange(0, BLOCK_K)
     k_ok = k_K < CHOICES
     weight_K = tl.where(k_ok, tl.sigmoid(tl.load(logits + n * logits_n + ids_K, mask=k_ok, other=0.0)), 0.0)

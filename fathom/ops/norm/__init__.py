@@ -17,7 +17,7 @@ __all__ = ["rms_norm", "rms_norm_reference"]
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """As the reference; on the CPU in one pass forward and one backward, on a GPU in one where nobody trains."""
+    """As the reference; on the CPU in one pass forward and one backward, on a GPU in one kernel without gradients."""
     if not cpu.usable(x, weight_D):
         if x.dtype == weight_D.dtype and gpu.usable(x, weight_D):
             return F.rms_norm(x, weight_D.shape, weight_D, eps)  # its statistics are float32 there
@@ -47,6 +47,6 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(N, D) with neighbouring numbers in every row; a view wherever the rows are evenly spaced."""
+    """(N, D) with contiguous rows; a view wherever the rows are evenly spaced."""
     x_ND = x.reshape(-1, x.shape[-1])
     return x_ND if x_ND.stride(1) == 1 else x_ND.contiguous()

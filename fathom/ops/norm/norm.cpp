@@ -1,4 +1,4 @@
-// RMSNorm; its definition is rms_norm_reference in fathom/ops/norm.
+// RMSNorm; its definition is rms_norm_reference in fathom/ops/norm/reference.py.
 
 #include "vectors.h"
 
@@ -36,13 +36,13 @@ void rms_norm_backward(int threads, const T* x, int64_t stride, const float* wei
             const T *in = x + row * stride, *grad = dy + row * size;
             T* out = dx + row * size;
             float scale = inverse[row];
-            Floats products = {};
+            Floats weighted = {};
             each(size, [&](int64_t i, int64_t n) {
-                Floats product = load(in + i, n) * load(grad + i, n);
-                products += product * load(weight + i, n);
-                store(mine + i, load(mine + i, n) + product * scale, n);
+                Floats scaled = load(in + i, n) * load(grad + i, n);
+                weighted += scaled * load(weight + i, n);
+                store(mine + i, load(mine + i, n) + scaled * scale, n);
             });
-            float mean = sum(products) * scale * scale / float(size);
+            float mean = sum(weighted) * scale * scale / float(size);
             each(size, [&](int64_t i, int64_t n) {
                 store(out + i, (load(grad + i, n) * load(weight + i, n) - load(in + i, n) * mean) * scale, n);
             });

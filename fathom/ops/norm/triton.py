@@ -1,8 +1,8 @@
-"""The residual stream of few tokens: what was computed is added, and the sum normalised for what comes next.
+"""The residual stream of few tokens: add the layer's results, and normalise the sum for the next layer.
 
 The reference is a sum and `rms_norm_reference` (fathom/ops/norm).
 
-Shapes: N tokens, D hidden, K things to add.
+Shapes: N tokens, D hidden, K terms to add.
 """
 
 import triton

@@ -1,4 +1,4 @@
-"""Turning queries and keys by their positions: rotary embedding on tables of cosines and sines.
+"""Rotary embedding of queries and keys, on tables of cosines and sines (RoFormer, arXiv 2104.09864).
 
 Shapes: B batch, S query length, H heads, R rotated width, J = R/2 pairs.
 """
@@ -19,8 +19,8 @@ class Rope(NamedTuple):
 def apply_rope(x: Tensor, rope: Rope) -> Tensor:
     """Rotate x (B, S, R) or (B, S, H, R) by its positions' angles.
 
-    Pairs are read interleaved and written as two halves: queries and keys alike, so their products are those of
-    the interleaved layout without the cost of weaving it again.
+    Pairs are read interleaved and written as two halves: queries and keys alike, so their dot products are those of
+    the interleaved layout without the cost of interleaving again.
     """
     heads = x.dim() == 4
     cos, sin = (t.unsqueeze(-2) if heads else t for t in rope)

@@ -1,4 +1,4 @@
-"""Turning pairs of numbers by their position's angles, inside a kernel; the reference is `apply_rope`."""
+"""Rotary embedding inside a kernel; the reference is `apply_rope` (fathom/ops/rope)."""
 
 import triton
 import triton.language as tl

@@ -53,12 +53,12 @@ def weighted_swiglu_backward(gate_up_RG: Tensor, weight_R: Tensor, dscaled_RF: T
     return weighted_swiglu_backward_reference(gate_up_RG, weight_R, dscaled_RF)
 
 
-# An operator of its own, so that torch.compile takes it whole: it would make three passes of it.
+# A custom operator, so that torch.compile does not look inside: it would make three passes of it.
 @torch.library.custom_op("fathom::weighted_swiglu_backward", mutates_args=())
 def _weighted_swiglu_backward_on_gpu(
     gate_up_RG: Tensor, weight_R: Tensor, dscaled_RF: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if dscaled_RF.dtype == torch.float64:  # sums beyond float32 are not the kernel's
+    if dscaled_RF.dtype == torch.float64:  # the kernel sums in float32
         return weighted_swiglu_backward_reference(gate_up_RG, weight_R, dscaled_RF)
     from fathom.ops.swiglu.triton import weighted_swiglu_backward  # Triton comes with torch's CUDA builds alone
 

@@ -1,4 +1,4 @@
-// SwiGLU between the products of the dense layers and of the shared experts; defined in fathom/ops/swiglu.
+// SwiGLU's activation in dense layers and shared experts; its definition is swiglu_reference in fathom/ops/swiglu.
 
 #include "swiglu/swiglu.h"
 

@@ -13,11 +13,11 @@ inline void swiglu_row(const T* gate, const T* up, float weight, T* out, int64_t
     });
 }
 
-// Gradients of gate and up, and where `hidden` is given the forward result once more and the weight's gradient.
+// Gradients of gate and up; with `hidden` also the forward result again, and the weight's gradient is returned.
 template <class T>
 inline float swiglu_row_backward(const T* gate, const T* up, float weight, const T* dout, T* dgate, T* dup, T* hidden,
                                  int64_t size) {
-    Floats products = {};
+    Floats dweight = {};
     each(size, [&](int64_t i, int64_t n) {
         Floats g = load(gate + i, n), u = load(up + i, n), d = load(dout + i, n);
         Floats s = sigmoid(g), silu = g * s;
@@ -25,8 +25,8 @@ inline float swiglu_row_backward(const T* gate, const T* up, float weight, const
         store(dup + i, d * silu * weight, n);
         if (hidden) {
             store(hidden + i, silu * u * weight, n);
-            products += d * silu * u;
+            dweight += d * silu * u;
         }
     });
-    return hidden ? sum(products) : 0.0f;
+    return hidden ? sum(dweight) : 0.0f;
 }

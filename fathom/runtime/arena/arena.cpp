@@ -1,11 +1,11 @@
-// Where torch's tensors on the CPU live: an allocator for c10 that keeps what is freed, and keeps it in one piece.
+// The allocator of torch's tensors on the CPU: keeps freed memory, almost without fragmentation.
 //
-// glibc, asked for memory aligned to 64 bytes, takes up to 96 more than it keeps, gives the rest back, and small objects
-// settle there; a freed piece then neither holds one of its own size again nor joins its neighbours. A training step,
-// which frees and takes gigabytes in pieces of all sizes, so needed up to half as much again as it had in use (docs/log/memory.md).
+// To align memory to 64 bytes glibc allocates up to 96 bytes more and frees the rest, where small objects then settle;
+// a freed block neither fits one of its own size again nor merges with its neighbours. A training step, which allocates
+// and frees gigabytes in blocks of all sizes, needed up to half as much again as it had in use (docs/log/memory.md).
 //
-// Here pieces are multiples of 64 bytes that lie side by side, with the books kept elsewhere, in address space reserved
-// once. Small tensors have a stretch of their own, so that one which stays does not part the room of large ones.
+// Here blocks are multiples of 64 bytes side by side, with the bookkeeping elsewhere, in address space reserved once.
+// Small tensors have a region of their own, so that a long-lived one does not split the space of large ones.
 
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/alloc_cpu.h>
@@ -23,57 +23,57 @@ namespace {
 
 constexpr size_t kAlignment = 64;
 constexpr size_t kHugePage = size_t(2) << 20;
-constexpr size_t kTiny = 1024;                // below, glibc: books would cost as much as the tensor
-constexpr size_t kLarge = size_t(256) << 10;  // from here on among the large ones
+constexpr size_t kTiny = 1024;                // smaller ones are glibc's: bookkeeping would cost as much as they do
+constexpr size_t kLarge = size_t(256) << 10;  // from this size on a tensor is large
 
-// A stretch of address space, pieces of it taken and free.
-class SequenceChunk {
+// A region of address space, divided into used and free blocks.
+class Region {
   public:
-    SequenceChunk(char* begin, char* end) : begin_(begin), end_(end) { add(begin, end - begin); }
+    Region(char* begin, char* end) : begin_(begin), end_(end) { add(begin, end - begin); }
 
-    bool holds(const char* piece) const { return begin_ <= piece && piece < end_; }
+    bool holds(const char* block) const { return begin_ <= block && block < end_; }
 
-    // The smallest free piece that will do. A hole between pieces is filled from its high end, the open end of the
-    // stretch from its low one: a forward pass climbs, the backward pass frees from the top, and what it leaves there
-    // (gradients) then parts no room of what is freed next.
-    char* take(size_t size) {
+    // Best fit. A hole is filled from its high end, the unused end of the region from its low one: a forward pass grows
+    // upwards, the backward pass frees from the top, and the gradients that it leaves there do not split what is freed
+    // next.
+    char* allocate(size_t size) {
         size = (size + kAlignment - 1) / kAlignment * kAlignment;
         auto found = by_size_.lower_bound({size, nullptr});
         if (found == by_size_.end()) return nullptr;
         auto [room, at] = *found;
         remove(free_.find(at));
         bool open = at + room == end_;
-        char* piece = open ? at : at + room - size;
+        char* block = open ? at : at + room - size;
         if (room > size) add(open ? at + size : at, room - size);
-        taken_[piece] = size;
+        used_[block] = size;
         in_use_ += size;
-        reached_ = std::max(reached_, size_t(piece + size - begin_));
-        return piece;
+        peak_ = std::max(peak_, size_t(block + size - begin_));
+        return block;
     }
 
-    void give_back(char* piece) {
-        auto found = taken_.find(piece);
+    void free(char* block) {
+        auto found = used_.find(block);
         size_t size = found->second;
-        taken_.erase(found);
+        used_.erase(found);
         in_use_ -= size;
-        auto next = free_.lower_bound(piece);
-        if (next != free_.end() && next->first == piece + size) {
+        auto next = free_.lower_bound(block);
+        if (next != free_.end() && next->first == block + size) {
             size += next->second;
             remove(next++);
         }
         if (next != free_.begin()) {
             auto before = std::prev(next);
-            if (before->first + before->second == piece) {
-                piece = before->first;
+            if (before->first + before->second == block) {
+                block = before->first;
                 size += before->second;
                 remove(before);
             }
         }
-        add(piece, size);
+        add(block, size);
     }
 
     size_t in_use() const { return in_use_; }
-    size_t reached() const { return reached_; }
+    size_t peak() const { return peak_; }
 
   private:
     void add(char* at, size_t size) {
@@ -89,25 +89,25 @@ class SequenceChunk {
     char *begin_, *end_;
     std::map<char*, size_t> free_;
     std::set<std::pair<size_t, char*>> by_size_;
-    std::unordered_map<char*, size_t> taken_;
-    size_t in_use_ = 0, reached_ = 0;
+    std::unordered_map<char*, size_t> used_;
+    size_t in_use_ = 0, peak_ = 0;
 };
 
 struct Arena {
     std::mutex mutex;
-    SequenceChunk small, large;
+    Region small, large;
 };
 
-Arena* arena = nullptr;  // lives as long as the process, for so do tensors
+Arena* arena = nullptr;  // lives as long as the process, as tensors may
 
 void release(void* data) {
     if (!data) return;
     c10::profiledCPUMemoryReporter().Delete(data);
-    char* piece = static_cast<char*>(data);
-    for (SequenceChunk* stretch : {&arena->small, &arena->large}) {
-        if (stretch->holds(piece)) {
+    char* block = static_cast<char*>(data);
+    for (Region* region : {&arena->small, &arena->large}) {
+        if (region->holds(block)) {
             std::lock_guard<std::mutex> guard(arena->mutex);
-            stretch->give_back(piece);
+            region->free(block);
             return;
         }
     }
@@ -120,9 +120,9 @@ class Allocator final : public c10::Allocator {
         void* data = nullptr;
         if (size >= kTiny) {
             std::lock_guard<std::mutex> guard(arena->mutex);
-            data = (size < kLarge ? arena->small : arena->large).take(size);
+            data = (size < kLarge ? arena->small : arena->large).allocate(size);
         }
-        if (size && !data) data = c10::alloc_cpu(size);  // tiny, or the stretch is full; says so where memory is out
+        if (size && !data) data = c10::alloc_cpu(size);  // tiny, or the region is full; raises when out of memory
         if (data) c10::profiledCPUMemoryReporter().New(data, size);
         return {data, data, &release, c10::Device(c10::DeviceType::CPU)};
     }
@@ -132,9 +132,10 @@ class Allocator final : public c10::Allocator {
     void copy_data(void* to, const void* from, size_t count) const override { default_copy_data(to, from, count); }
 };
 
-// Address space of `size` bytes, in huge pages where the kernel has them; memory comes when it is touched.
+// Address space of `size` bytes, in huge pages where the kernel has them; pages are allocated when they are touched.
 char* reserved(size_t size) {
-    void* at = mmap(nullptr, size + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void* at = mmap(nullptr, size + kHugePage, PROT_READ | PROT_WRITE, flags, -1, 0);
     if (at == MAP_FAILED) return nullptr;
     char* begin = reinterpret_cast<char*>((reinterpret_cast<size_t>(at) + kHugePage - 1) / kHugePage * kHugePage);
     madvise(begin, size, MADV_HUGEPAGE);  // a kernel without them refuses, which changes nothing
@@ -143,7 +144,7 @@ char* reserved(size_t size) {
 
 }  // namespace
 
-// Let torch's new tensors live in stretches of `size` bytes each. Returns 0, or 1 where there is no such room.
+// Allocates torch's new tensors in regions of `size` bytes each. Returns 0, or 1 without enough address space.
 extern "C" int arena_install(size_t size) {
     if (arena) return 0;
     size = size / kHugePage * kHugePage;
@@ -156,9 +157,9 @@ extern "C" int arena_install(size_t size) {
     return 0;
 }
 
-// Bytes of tensors there, and how far their stretches were ever filled.
-extern "C" void arena_stats(size_t* in_use, size_t* reached) {
+// Bytes of tensors in the arena, and the most that their regions ever spanned.
+extern "C" void arena_stats(size_t* in_use, size_t* peak) {
     std::lock_guard<std::mutex> guard(arena->mutex);
     *in_use = arena->small.in_use() + arena->large.in_use();
-    *reached = arena->small.reached() + arena->large.reached();
+    *peak = arena->small.peak() + arena->large.peak();
 }

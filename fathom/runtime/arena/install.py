@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from fathom.runtime.cpp import library_of, torch_folder
+from fathom.runtime.cpp import load_library, torch_folder
 
 
 class ArenaStats(NamedTuple):
@@ -16,15 +16,15 @@ class ArenaStats(NamedTuple):
 
     in_use: int
     """Of tensors in the arena."""
-    reached: int
-    """What it ever held at once, holes included: what of it the machine may have had to give."""
+    peak: int
+    """The most it ever spanned, holes included: an upper bound of the memory the system had to provide."""
 
 
-def install(size: int) -> str | None:
-    """Let tensors made from now on live in an arena; once per process. Older ones stay where they are.
+def install_arena(size: int) -> str | None:
+    """Allocate tensors in an arena from now on; once per process. Older ones stay where they are.
 
-    `size`: bytes of address space for small and for large tensors each; what is beyond goes to glibc. Returns why
-    nothing was changed, in words (another system than Linux, no C++ compiler, no such room), or None.
+    `size`: bytes of address space for small and for large tensors each; what does not fit goes to glibc. Returns None
+    or, where nothing was changed, the reason: another system than Linux, no C++ compiler, too little address space.
     """
     library = _library()
     if isinstance(library, str):
@@ -34,19 +34,19 @@ def install(size: int) -> str | None:
 
 
 def arena_stats() -> ArenaStats:
-    """How much of the arena is used. Only after `install`."""
+    """How much of the arena is used. Only after `install_arena`."""
     library = _library()
     assert isinstance(library, ctypes.CDLL), library
-    in_use, reached = ctypes.c_size_t(), ctypes.c_size_t()
-    library.arena_stats(ctypes.byref(in_use), ctypes.byref(reached))
-    return ArenaStats(in_use.value, reached.value)
+    in_use, peak = ctypes.c_size_t(), ctypes.c_size_t()
+    library.arena_stats(ctypes.byref(in_use), ctypes.byref(peak))
+    return ArenaStats(in_use.value, peak.value)
 
 
 @cache
 def _library() -> ctypes.CDLL | str:
     """The loaded library, or why there is none."""
     if not sys.platform.startswith("linux"):
-        return "the arena knows Linux alone"
+        return "the arena needs Linux"
     folder = torch_folder() / "lib"
     links = [f"-L{folder}", f"-Wl,-rpath,{folder}", "-lc10"]
-    return library_of("arena", [Path(__file__).parent / "arena.cpp"], links=links, with_torch=torch.__version__)
+    return load_library("arena", [Path(__file__).parent / "arena.cpp"], links=links, with_torch=torch.__version__)

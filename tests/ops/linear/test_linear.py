@@ -1,4 +1,4 @@
-"""The linear map against its reference: every product, both types of weights, sizes that fill no tile."""
+"""The linear map against its reference: every fprop, both types of weights, sizes that fill no tile."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fathom.ops import cpu
-from fathom.ops.linear import dgrad, linear, linear_reference, multiplies, product, wgrad
+from fathom.ops.linear import dgrad, fprop, has_kernel, linear, linear_reference, wgrad
 from tests.ops.errors import scale_free_error
 
 OWN = cpu.has_bf16_gemm(torch.bfloat16)
@@ -77,8 +77,8 @@ def test_products_of_any_size(
     try:
         y, dx, dw = guarded(rows, outer), guarded(rows, inner), guarded(outer, inner, torch.float32)
         dw.fill_(3)
-        assert multiplies(x_NI, weight_OI)
-        product(x_NI, weight_OI, y)
+        assert has_kernel(x_NI, weight_OI)
+        fprop(x_NI, weight_OI, y)
         dgrad(dy_NO, weight_OI, dx)
         wgrad(dy_NO, x_NI, dw, adds)
     finally:
