@@ -22,7 +22,7 @@ from fathom.ops.moe import dispatch, routed_experts, routed_experts_reference
 from fathom.ops.rope import Rope, apply_rope
 from fathom.runtime.hardware import install_allocator, matmul_flops
 
-_TURNS = 9
+_ROUNDS = 9
 _DTYPE = torch.bfloat16
 
 
@@ -46,11 +46,11 @@ def main() -> None:
 def timed(versions: dict[str, Callable[[], None]]) -> dict[str, float]:
     """Median milliseconds of each version."""
     times: dict[str, list[float]] = {name: [] for name in versions}
-    for turn in range(_TURNS + 1):
+    for round_ in range(_ROUNDS + 1):
         for name, call in versions.items():
             began = time.perf_counter()
             call()
-            if turn:  # the first prepares kernels
+            if round_:  # the first prepares kernels
                 times[name].append((time.perf_counter() - began) * 1e3)
     return {name: median(found) for name, found in times.items()}
 

@@ -1,4 +1,4 @@
-"""One number for how far two tensors are apart, whatever their scale."""
+"""A scale-free measure of the difference between two tensors."""
 
 from torch import Tensor
 

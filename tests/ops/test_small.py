@@ -77,10 +77,10 @@ def test_bfloat16_is_as_exact_as_plain_torch(case: str) -> None:
         ),
     }
     fast, plain, inputs = functions[case]
-    narrow = [t.bfloat16() for t in inputs]
-    exact = with_gradients(plain, *(t.double() for t in narrow))
+    bf16_inputs = [t.bfloat16() for t in inputs]
+    exact = with_gradients(plain, *(t.double() for t in bf16_inputs))
     for found, reference, truth in zip(
-        with_gradients(fast, *narrow), with_gradients(plain, *narrow), exact, strict=True
+        with_gradients(fast, *bf16_inputs), with_gradients(plain, *bf16_inputs), exact, strict=True
     ):
         assert found.dtype == torch.bfloat16
         assert scale_free_error(found, truth) <= 1.2 * scale_free_error(reference, truth) + 1e-8
@@ -88,7 +88,7 @@ def test_bfloat16_is_as_exact_as_plain_torch(case: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1, 16, 45])
-def test_rows_are_added_up(size: int, dtype: torch.dtype) -> None:
+def test_combine_adds_up_rows(size: int, dtype: torch.dtype) -> None:
     """By the kernel, by plain torch and compiled; −1 adds nothing, whatever rows there are."""
     y_RD, inverse_indices_NK = random(7, size, seed=3, dtype=dtype), torch.tensor([[0, 2, 4], [6, 0, 3], [-1, 5, -1]])
     y_RD[1] = float("nan")
@@ -100,7 +100,7 @@ def test_rows_are_added_up(size: int, dtype: torch.dtype) -> None:
         assert torch.allclose(found_ND.double(), expected_ND, rtol=2**-7, atol=1e-2)
 
 
-def test_extreme_numbers_keep_their_meaning() -> None:
+def test_extreme_and_non_finite_values() -> None:
     gate = torch.tensor([[-1e30, -200.0, -90.0, 0.0, 90.0, 200.0, 1e30, float("nan"), float("inf")]])
     found, expected = swiglu(gate, torch.ones_like(gate)), F.silu(gate)
     assert torch.allclose(found[:, :7], expected[:, :7], rtol=1e-5, atol=1e-30)
@@ -111,6 +111,6 @@ def test_extreme_numbers_keep_their_meaning() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(*[st.floats(2**-100, 2**100, width=32)] * 2), min_size=1, max_size=40))
 def test_rounding_to_bfloat16_is_torchs(pairs: list[tuple[float, float]]) -> None:
-    """Sums of two numbers are exact enough in float32 that only the last rounding is seen."""
+    """Sums of two values are exact enough in float32 that only the last rounding is seen."""
     x = torch.tensor(pairs).bfloat16().T.contiguous()
     assert torch.equal(combine(x, torch.tensor([[0, 1]]))[0], (x[0].float() + x[1].float()).bfloat16())

@@ -29,13 +29,13 @@ def test_backward_through_the_activation(
         assert scale_free_error(mine.cpu().double(), right) < (1e-10 if dtype == torch.float32 else 1e-4)
 
 
-@pytest.mark.parametrize("numbers", [0, 1, 63, 65, 300])
+@pytest.mark.parametrize("size", [0, 1, 63, 65, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sums_are_exact_and_where_they_should_be(
-    numbers: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sums, "_BLOCK", 64)
-    a, b = torch.randn(numbers, device=DEVICE).to(dtype), torch.randn(numbers, device=DEVICE).bfloat16()
+    a, b = torch.randn(size, device=DEVICE).to(dtype), torch.randn(size, device=DEVICE).bfloat16()
     expected = a.float() + b.float()
     found = sums.sum_in_float32(a, b)
     assert torch.equal(found, expected) and (found is a) == (dtype == torch.float32)

@@ -31,7 +31,7 @@ EXACT = {torch.float32: 1e-11, torch.bfloat16: 2e-5}
 
 
 def act_as_a_gpu(patch: pytest.MonkeyPatch) -> None:
-    """Whatever asks takes the GPU's kernels, also on the CPU, and none of the CPU's."""
+    """Use the GPU's kernels, on the CPU too, and none of the CPU's."""
     if not ON_GPU:
         patch.setattr(gpu, "usable", lambda *tensors: not any(t.dtype == torch.float64 for t in tensors))
         patch.setattr(cpu, "usable", lambda *tensors: False)
@@ -53,7 +53,7 @@ def rope(*shape: int) -> Rope:
 
 @pytest.mark.parametrize(("tokens", "choices", "experts"), [(1, 1, 1), (7, 3, 5), (300, 4, 9), (64, 6, 64)])
 def test_pairs_are_sorted_as_by_torch(tokens: int, choices: int, experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In several blocks; one expert is nobody's choice. Then without one more expert, whose choices become −1."""
+    """In several blocks, with an expert that no token chose; then again with one expert's choices replaced by −1."""
     monkeypatch.setattr(rows, "_PAIRS", 256)
     draw = torch.Generator().manual_seed(tokens)
     ids_NK = torch.rand(tokens, max(experts - 1, 1), generator=draw).argsort(1)[:, :choices].contiguous()
@@ -135,14 +135,16 @@ def test_latents_are_written_to_their_slots(dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=str)
 @pytest.mark.parametrize("lengths", [((4,), (4,)), ((3,), (9,)), ((5, 1, 70, 2), (5, 130, 70, 9))])
-def test_sequences_attend_by_themselves(lengths: tuple[tuple[int, ...], tuple[int, ...]], dtype: torch.dtype) -> None:
+def test_varlen_sequences_attend_by_themselves(
+    lengths: tuple[tuple[int, ...], tuple[int, ...]], dtype: torch.dtype
+) -> None:
     queries, keys = lengths
     q_NHX = random(sum(queries), 3, 16 + 8, seed=1, dtype=dtype)
     kv_THY, k_rope_TR = random(sum(keys), 3, 16 + 12, seed=2, dtype=dtype), random(sum(keys), 8, seed=3, dtype=dtype)
-    turns = rope(sum(queries), 4)
-    found = varlen_attention(q_NHX, kv_THY, k_rope_TR, turns, SeqLens.of(queries, keys, DEVICE), 0.3)
+    positions_rope = rope(sum(queries), 4)
+    found = varlen_attention(q_NHX, kv_THY, k_rope_TR, positions_rope, SeqLens.of(queries, keys, DEVICE), 0.3)
     for q, cos, sin, kv, k_rope, out in zip(
-        *(t.split(queries) for t in (q_NHX, *turns)),
+        *(t.split(queries) for t in (q_NHX, *positions_rope)),
         *(t.split(keys) for t in (kv_THY, k_rope_TR)),
         found.split(queries),
         strict=True,
@@ -181,11 +183,11 @@ def test_without_gradients_the_result_is_the_same(dtype: torch.dtype, choices: i
         {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "norm_topk_prob": False},
     ],
 )
-def test_prompts_are_read_as_by_plain_torch(
+def test_prefill_equals_plain_torch(
     changes: dict[str, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts of many lengths in one pass, then their second parts; the second model's rows are too odd for torch's
-    grouped product."""
+    `grouped_mm`."""
     model = lively_model(tiny(num_hidden_layers=2, num_nextn_predict_layers=1, **changes), seed=4).to(dtype)
     lengths, size = (20, 1, 9, 3, 3, 33, 11), 8
     pages = [list(range(20 * i, 20 * i + 20)) for i in range(len(lengths))]

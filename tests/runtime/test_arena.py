@@ -19,9 +19,9 @@ CHURN = """
 assert not install_arena(1 << 34)
 faults = []
 
-def churn(turns, seed):
+def churn(rounds, seed):
     rng, held = random.Random(seed), []
-    for turn in range(turns):
+    for _ in range(rounds):
         size = int(2 ** rng.uniform(0, 22))
         value = rng.randrange(1 << 30)
         tensor = torch.full((size,), value, dtype=torch.int32)
@@ -123,7 +123,7 @@ def test_tensors_keep_their_values_and_do_not_overlap(seed: int) -> None:
 
 
 def test_a_training_step_leaves_almost_no_fragmentation() -> None:
-    """Activations climb, gradients take their place from above; the second step finds all of it in one piece again."""
+    """Activations grow upwards, gradients replace them from the top; the next step finds the space unsplit again."""
     seen = found(STEPS)
     assert seen["most"] <= seen["peak"] < 1.1 * seen["most"]
 

@@ -33,14 +33,14 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 
 
 class Case:
-    """Inputs of expanded attention: B, S, H and the widths P, R, V; each row at positions of its own if `apart`;
+    """Inputs of expanded attention: B, S, H and the widths P, R, V; each row at its own positions if `own_positions`;
     segments of these lengths, row after row."""
 
     def __init__(
         self,
         shape: tuple[int, int, int],
         widths: tuple[int, int, int],
-        apart: bool = False,
+        own_positions: bool = False,
         segments: tuple[int, ...] | None = None,
     ) -> None:
         (batch, length, heads), (nope, rotated, value) = shape, widths
@@ -49,7 +49,7 @@ class Case:
             random(batch, length, heads, nope + value, seed=1),
             random(batch, length, rotated, seed=2),
         )
-        angles = random(*([batch] if apart else []), length, rotated // 2, seed=3)
+        angles = random(*([batch] if own_positions else []), length, rotated // 2, seed=3)
         self.rope = Rope(angles.cos().float(), angles.sin().float())
         self.upstream = random(batch, length, heads, value, seed=4)
         self.segments = segments
@@ -97,7 +97,7 @@ def test_fast_equals_the_reference(length: int, widths: tuple[int, int, int], dt
 
 
 @pytest.mark.parametrize(("length", "keys"), [(1, 1), (33, 33), (7, 40), (1, 40)])
-def test_what_gpus_run_is_the_reference(length: int, keys: int) -> None:
+def test_fused_attention_equals_the_reference(length: int, keys: int) -> None:
     """torch's fused kernel, here on the CPU: all keys new, and new queries after older keys."""
     shapes = ((2, length, 3, 12), (2, keys, 3, 12), (2, keys, 3, 5))
     inputs = [random(*shape, seed=place).requires_grad_() for place, shape in enumerate(shapes)]
@@ -117,7 +117,7 @@ def test_plain_torch_equals_the_reference_too(length: int) -> None:
     assert_equal(found, case.run(expanded_attention_reference, torch.float32), 1e-5)
 
 
-def test_probabilities_made_again_are_those_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recomputed_probabilities_equal_kept_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """Long sequences do not keep them between the passes."""
     case = Case((2, 600, 3), (8, 4, 12))
     kept = case.run(expanded_attention, torch.bfloat16)
@@ -126,8 +126,8 @@ def test_probabilities_made_again_are_those_kept(monkeypatch: pytest.MonkeyPatch
         assert torch.equal(one, other)
 
 
-def test_rows_may_stand_at_positions_of_their_own() -> None:
-    case = Case((3, 20, 2), (5, 8, 6), apart=True)
+def test_rows_may_have_positions_of_their_own() -> None:
+    case = Case((3, 20, 2), (5, 8, 6), own_positions=True)
     found = case.run(expanded_attention, torch.float32)
     assert_equal(found, case.run(expanded_attention_reference, torch.float32), 1e-5)
 
@@ -154,7 +154,7 @@ def test_the_reference_is_the_definition() -> None:
 
 
 def attend(q_BSHX: Tensor, k_BSHX: Tensor, v_BSHV: Tensor) -> Tensor:
-    """The fast path where the rotation is by nothing: two rotated numbers, all zero."""
+    """The fast path without rotation: two rotary elements, all zero."""
     shape = q_BSHX.shape[:2]
     nothing = q_BSHX.new_zeros(*shape, 2)
     rope = Rope(torch.ones(shape[1], 1), torch.zeros(shape[1], 1))
@@ -168,7 +168,7 @@ def test_large_scores_do_not_overflow() -> None:
     assert torch.allclose(out_BSHV, torch.ones_like(out_BSHV))
 
 
-def test_what_is_not_finite_is_not_hidden() -> None:
+def test_nan_reaches_exactly_the_positions_that_see_it() -> None:
     """A NaN spreads to every position that sees it, and to no other."""
     q_BSHX, v_BSHV = torch.ones(1, 40, 1, 4), torch.ones(1, 40, 1, 2)
     k_BSHX = q_BSHX.clone()
@@ -193,7 +193,7 @@ def test_bfloat16_softmax_is_taken_in_float32() -> None:
 def test_latent_attention_equals_a_loop(
     batch: int, slots: int, heads: int, latent: int, rope: int, data: st.DataObject, seed: int
 ) -> None:
-    """Each row at positions of its own; slots after a query's position hold huge numbers."""
+    """Each row at positions of its own; slots after a query's position hold huge values."""
     length = data.draw(st.integers(1, slots))
     starts = data.draw(st.lists(st.integers(0, slots - length), min_size=batch, max_size=batch))
     positions_BS = torch.tensor(starts)[:, None] + torch.arange(length)
@@ -213,7 +213,7 @@ def test_latent_attention_equals_a_loop(
 @pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 9), (7, 40), (300, 601), (5, 5)])
 def test_queries_may_be_the_last_of_more_keys(queries: int, keys: int, kernel: bool) -> None:
-    """As when a prompt is read in chunks: the same rows as if all had been queries."""
+    """As in chunked prefill: the same rows as if all had been queries."""
     heads, nope, rotated, value = 3, 6, 4, 5
     q_BTHX = random(2, keys, heads, nope + rotated, dtype=torch.float32)
     kv_BTHY = random(2, keys, heads, nope + value, dtype=torch.float32)
@@ -244,14 +244,14 @@ SEGMENTS = {
 }
 
 
-@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("own_positions", [False, True])
 @pytest.mark.parametrize(("shape", "segments"), SEGMENTS.values(), ids=SEGMENTS.keys())
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_segments_attend_by_themselves(
-    shape: tuple[int, int, int], segments: tuple[int, ...], dtype: torch.dtype, apart: bool
+    shape: tuple[int, int, int], segments: tuple[int, ...], dtype: torch.dtype, own_positions: bool
 ) -> None:
     """Outputs and gradients: the masked reference's in float64, and those of every segment on its own."""
-    case = Case(shape, (7, 6, 5), apart, segments)
+    case = Case(shape, (7, 6, 5), own_positions, segments)
     exact = case.run(expanded_attention_reference, torch.float64)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     for kernel in (True, False):
@@ -276,7 +276,7 @@ def test_segments_in_bfloat16_are_as_exact_as_the_reference(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_probabilities_of_segments_made_again_are_those_kept(
+def test_recomputed_probabilities_of_segments_equal_kept_ones(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = Case((2, 300, 3), (8, 4, 12), segments=(300, 1, 200, 99))
@@ -302,8 +302,8 @@ def test_segments_do_not_change_each_other(dtype: torch.dtype, kernel: bool) -> 
 
 
 @pytest.mark.parametrize("flash", [True, False])
-def test_what_gpus_run_on_segments_is_the_reference(flash: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's fused kernel with a mask, and what stands around its flash kernel, for which a loop stands in."""
+def test_fused_attention_on_segments_equals_the_reference(flash: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's fused kernel with a mask, and the code around its flash kernel, which a loop replaces."""
 
     def each_alone(
         q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[Tensor, Tensor], most: Any, scale: float
@@ -337,7 +337,7 @@ def test_what_gpus_run_on_segments_is_the_reference(flash: bool, monkeypatch: py
         ([0.0, 4.0, 8.0], 4, "int32 of one dimension"),
     ],
 )
-def test_boundaries_that_are_none_are_refused(boundaries: list[Any], keys: int, complaint: str) -> None:
+def test_invalid_cu_seqlens_are_refused(boundaries: list[Any], keys: int, complaint: str) -> None:
     inputs = random(2, 4, 1, 6), random(2, keys, 1, 7), random(2, keys, 2), Rope(torch.ones(4, 1), torch.zeros(4, 1))
     cu_seqlens = torch.tensor(boundaries)
     cu_seqlens = cu_seqlens if cu_seqlens.is_floating_point() and boundaries else cu_seqlens.int()

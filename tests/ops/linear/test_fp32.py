@@ -1,4 +1,4 @@
-"""Float32 products out of bfloat16 ones: as exact as float32's own, forward and backward."""
+"""Float32 matmuls from bfloat16 ones: as exact as float32's own, forward and backward."""
 
 import pytest
 import torch

@@ -14,7 +14,7 @@ OWN = cpu.has_bf16_gemm(torch.bfloat16)
 own = pytest.mark.skipif(not OWN, reason="this processor does not multiply pairs of bfloat16 (or has AMX)")
 
 
-def numbers(seed: int, *shapes: tuple[int, int]) -> list[Tensor]:
+def random_matrices(seed: int, *shapes: tuple[int, int]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
@@ -30,10 +30,10 @@ def run(x: Tensor, weight_OI: Tensor, dy: Tensor, fast: bool) -> list[Tensor]:
     ("rows", "inner", "outer"), [(64, 48, 40), (33, 31, 29), (200, 96, 17), (1200, 130, 70), (70, 1500, 90)]
 )
 def test_bfloat16_is_as_exact_as_the_reference(rows: int, inner: int, outer: int, masters: torch.dtype) -> None:
-    x, weight_OI, dy = numbers(0, (rows, inner), (outer, inner), (rows, outer))
-    narrow = x.bfloat16(), weight_OI.to(masters), dy.bfloat16()
-    truth = run(narrow[0].double(), narrow[1].bfloat16().double(), narrow[2].double(), fast=False)
-    fast, plain = run(*narrow, fast=True), run(*narrow, fast=False)
+    x, weight_OI, dy = random_matrices(0, (rows, inner), (outer, inner), (rows, outer))
+    bf16_inputs = x.bfloat16(), weight_OI.to(masters), dy.bfloat16()
+    truth = run(bf16_inputs[0].double(), bf16_inputs[1].bfloat16().double(), bf16_inputs[2].double(), fast=False)
+    fast, plain = run(*bf16_inputs, fast=True), run(*bf16_inputs, fast=False)
     assert [t.dtype for t in fast] == [t.dtype for t in plain]
     for found, reference, exact in zip(fast, plain, truth, strict=True):
         assert scale_free_error(found, exact) <= 1.05 * scale_free_error(reference, exact) + 1e-9
@@ -41,10 +41,10 @@ def test_bfloat16_is_as_exact_as_the_reference(rows: int, inner: int, outer: int
 
 @own
 def test_gradients_of_float32_weights_are_not_rounded() -> None:
-    x, weight_OI, dy = numbers(1, (300, 64), (96, 64), (300, 96))
-    narrow = x.bfloat16(), weight_OI.float(), dy.bfloat16()
-    _, _, found_OI = run(*narrow, fast=True)
-    exact_OI = narrow[2].double().t() @ narrow[0].double()
+    x, weight_OI, dy = random_matrices(1, (300, 64), (96, 64), (300, 96))
+    bf16_inputs = x.bfloat16(), weight_OI.float(), dy.bfloat16()
+    _, _, found_OI = run(*bf16_inputs, fast=True)
+    exact_OI = bf16_inputs[2].double().t() @ bf16_inputs[0].double()
     assert scale_free_error(found_OI, exact_OI) < 1e-11
 
 
@@ -100,7 +100,7 @@ _GUARD, _MARK = 64, 77.0
 
 
 def guarded(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """A matrix with marked numbers before and after it."""
+    """A matrix with sentinel values before and after it."""
     return torch.full((rows * columns + 2 * _GUARD,), _MARK, dtype=dtype)[_GUARD:-_GUARD].view(rows, columns)
 
 
@@ -108,7 +108,7 @@ def guarded(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> Ten
 @pytest.mark.parametrize(("rows", "inner", "outer"), [(1300, 700, 600), (40, 300, 2100)])
 def test_large_gradients_and_deep_sums(rows: int, inner: int, outer: int) -> None:
     """Beyond what a thread sums for itself, and beyond what is summed at once."""
-    x_NI, weight_OI, dy_NO = (t.bfloat16() for t in numbers(2, (rows, inner), (outer, inner), (rows, outer)))
+    x_NI, weight_OI, dy_NO = (t.bfloat16() for t in random_matrices(2, (rows, inner), (outer, inner), (rows, outer)))
     dx_NI, dw_OI = torch.empty_like(x_NI), torch.ones(outer, inner)
     dgrad(dy_NO, weight_OI, dx_NI)
     wgrad(dy_NO, x_NI, dw_OI, adds=True)
@@ -118,13 +118,13 @@ def test_large_gradients_and_deep_sums(rows: int, inner: int, outer: int) -> Non
 
 @own
 def test_one_row_does_not_depend_on_the_others() -> None:
-    x_NI, weight_OI = (t.bfloat16() for t in numbers(3, (50, 64), (80, 64)))
+    x_NI, weight_OI = (t.bfloat16() for t in random_matrices(3, (50, 64), (80, 64)))
     whole = linear(x_NI, weight_OI)
     assert torch.equal(linear(x_NI[:33], weight_OI), whole[:33])
 
 
 def test_few_rows_and_other_types_are_torch_s() -> None:
-    x, weight_OI, dy = numbers(4, (5, 24), (16, 24), (5, 16))
+    x, weight_OI, dy = random_matrices(4, (5, 24), (16, 24), (5, 16))
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         given = x.to(dtype), weight_OI.to(dtype), dy.to(dtype)
         for found, expected in zip(run(*given, fast=True), run(*given, fast=False), strict=True):

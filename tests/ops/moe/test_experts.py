@@ -19,7 +19,7 @@ ALIGNED, RAGGED = (16, 8), (13, 7)
 
 
 class Case:
-    """Random inputs; `ids_NK` decides who goes where."""
+    """Random inputs; `ids_NK` are the tokens' experts."""
 
     def __init__(self, ids_NK: Tensor, experts: int, widths: tuple[int, int], seed: int = 0) -> None:
         (tokens, choices), (hidden, width) = ids_NK.shape, widths
@@ -65,7 +65,7 @@ def without(ids_NK: Tensor, *experts: int) -> Tensor:
 
 ROUTINGS = {
     "one token": (random_ids(1, 2, 5), 5),
-    "odd number": (random_ids(37, 3, 7), 7),
+    "odd count": (random_ids(37, 3, 7), 7),
     "experts without tokens": (random_ids(9, 2, 3) + 1, 6),
     "all to the last expert": (torch.full((11, 1), 3), 4),
     "all to the first expert": (torch.zeros(5, 1, dtype=torch.int64), 4),
@@ -74,9 +74,9 @@ ROUTINGS = {
     "padding, and experts without tokens": (random_ids(800, 2, 3) + 1, 6),
     "padding, and all to one expert": (torch.full((1030, 1), 2), 4),
     "one expert": (torch.zeros(3, 1, dtype=torch.int64), 1),
-    "choices that are none": (without(random_ids(37, 3, 7), 2, 5), 7),
-    "padding, and choices that are none": (without(random_ids(800, 3, 4), 0, 3), 4),
-    "no choice at all": (torch.full((5, 2), -1), 3),
+    "some choices are -1": (without(random_ids(37, 3, 7), 2, 5), 7),
+    "padding, and some choices are -1": (without(random_ids(800, 3, 4), 0, 3), 4),
+    "all choices are -1": (torch.full((5, 2), -1), 3),
 }
 
 
@@ -108,7 +108,7 @@ def test_any_shape_equals_the_reference(
 
 
 @pytest.mark.parametrize("widths", [(64, 32), (60, 30)], ids=["aligned", "ragged"])
-@pytest.mark.parametrize("routing", [ROUTINGS["odd number"], ROUTINGS["one token"]], ids=["odd", "one token"])
+@pytest.mark.parametrize("routing", [ROUTINGS["odd count"], ROUTINGS["one token"]], ids=["odd", "one token"])
 def test_bfloat16_is_as_exact_as_the_reference(routing: tuple[Tensor, int], widths: tuple[int, int]) -> None:
     case = Case(*routing, widths)
     fast, plain, exact = (
@@ -118,31 +118,31 @@ def test_bfloat16_is_as_exact_as_the_reference(routing: tuple[Tensor, int], widt
         assert scale_free_error(found, truth) <= 2 * scale_free_error(reference, truth) + 1e-6
 
 
-@pytest.mark.parametrize("routing", [ROUTINGS["odd number"], ROUTINGS["experts without tokens"]])
-def test_float32_weights_serve_narrower_activations(routing: tuple[Tensor, int]) -> None:
-    """Masters narrowed inside give what weights narrowed before give; their gradients round to the same."""
+@pytest.mark.parametrize("routing", [ROUTINGS["odd count"], ROUTINGS["experts without tokens"]])
+def test_float32_weights_with_bfloat16_activations(routing: tuple[Tensor, int]) -> None:
+    """Float32 weights rounded inside give what weights rounded before give; their gradients round to the same."""
     case = Case(*routing, ALIGNED)
     order, weights_NK = dispatch(case.ids_NK, case.experts), case.weights_NK.float()
     upstream_ND = case.upstream_ND.bfloat16()
 
-    def run(x_ND: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, narrowed: bool) -> list[Tensor]:
+    def run(x_ND: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, rounded: bool) -> list[Tensor]:
         inputs = [t.requires_grad_() for t in (x_ND, gate_up_EGD, down_EDF)]
-        used = [t.bfloat16() for t in inputs[1:]] if narrowed else inputs[1:]
+        used = [t.bfloat16() for t in inputs[1:]] if rounded else inputs[1:]
         out_ND = routed_experts(x_ND, order, weights_NK, *used)
         return [out_ND, *torch.autograd.grad(out_ND, inputs, upstream_ND)]
 
     x_ND, masters = case.x_ND.bfloat16(), (case.gate_up_EGD.float(), case.down_EDF.float())
-    expected = run(x_ND.clone(), *(t.clone() for t in masters), narrowed=True)
+    expected = run(x_ND.clone(), *(t.clone() for t in masters), rounded=True)
     for kernels in (True, False):
         with nullcontext() if kernels else cpu.disabled():
-            found = run(x_ND.clone(), *(t.clone() for t in masters), narrowed=False)
+            found = run(x_ND.clone(), *(t.clone() for t in masters), rounded=False)
         assert [t.dtype for t in found[2:]] == [torch.float32] * 2
         for one, other in zip(found, expected, strict=True):
-            rounded = one.to(torch.bfloat16).to(other.dtype)
-            assert (rounded - other).abs().max() <= (0 if kernels else 0.02) * other.abs().max()
+            as_bf16 = one.to(torch.bfloat16).to(other.dtype)
+            assert (as_bf16 - other).abs().max() <= (0 if kernels else 0.02) * other.abs().max()
 
 
-@pytest.mark.parametrize("routing", [ROUTINGS["experts without tokens"], ROUTINGS["choices that are none"]])
+@pytest.mark.parametrize("routing", [ROUTINGS["experts without tokens"], ROUTINGS["some choices are -1"]])
 def test_gradients_equal_finite_differences(routing: tuple[Tensor, int]) -> None:
     case = Case(*routing, (5, 3))
     order = dispatch(case.ids_NK, case.experts)
@@ -161,8 +161,8 @@ def test_experts_without_tokens_get_zero_gradients(widths: tuple[int, int]) -> N
 
 
 @pytest.mark.parametrize("widths", [ALIGNED, RAGGED], ids=["aligned", "ragged"])
-def test_rows_that_no_product_fills_are_never_read(monkeypatch: pytest.MonkeyPatch, widths: tuple[int, int]) -> None:
-    """Behind the last expert's rows a grouped product leaves memory as it found it."""
+def test_uninitialised_rows_are_never_read(monkeypatch: pytest.MonkeyPatch, widths: tuple[int, int]) -> None:
+    """After the last expert's rows a grouped matmul leaves memory uninitialised."""
     case = Case(*ROUTINGS["padding, and experts without tokens"], widths)
     expected = case.run(False, torch.float32)
     grouped_matmul, spare = experts_module.grouped_matmul, []

@@ -35,7 +35,7 @@ def _group_scores(scores_NE: Tensor, groups: int) -> Tensor:
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
 def test_scores_that_are_not_finite_still_give_valid_experts(poison: float) -> None:
-    """The loss turns non-finite and the step is skipped; until then nothing may point outside."""
+    """The loss turns non-finite and the step is skipped; until then every id must be valid."""
     scores_NE = scores(6, 8, 0)
     scores_NE[::2] = poison
     scores_NE[1, 3] = poison
