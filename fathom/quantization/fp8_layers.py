@@ -67,13 +67,12 @@ class FP8Experts(nn.Module):
         self.gate, self.up = FP8Linear(experts, width, hidden), FP8Linear(experts, width, hidden)
         self.down = FP8Linear(experts, hidden, width)
 
-    def forward(self, x_ND: Tensor, topk_ids_NK: Tensor, weights_NK: Tensor) -> tuple[Tensor, Tensor]:
-        """The weighted sum of the chosen experts' outputs (N, D), and the tokens per expert (E)."""
+    def forward(self, x_ND: Tensor, topk_ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        """The weighted sum of the chosen experts' outputs (N, D)."""
         out_ND = torch.zeros_like(x_ND)
-        tokens_per_expert_E = topk_ids_NK.flatten().bincount(minlength=len(self.down.qweight))
-        for expert in tokens_per_expert_E.nonzero()[:, 0].tolist():
+        for expert in topk_ids_NK.unique().tolist():
             token, choice = (topk_ids_NK == expert).nonzero(as_tuple=True)
             hidden = swiglu(self.gate(x_ND[token], expert), self.up(x_ND[token], expert))
             weighted = hidden * weights_NK[token, choice, None].to(x_ND.dtype)
             out_ND.index_add_(0, token, self.down(weighted, expert))
-        return out_ND, tokens_per_expert_E
+        return out_ND
