@@ -6,6 +6,9 @@ from typing import Any
 _MAX_DRAFTS = 16
 """Drafts per step that `speculative` may fix."""
 
+_PREFILL_BUDGETS = {"cpu": 512, "cuda": 2048}
+"""Default prefill tokens per step by device: fewer do not keep a GPU busy."""
+
 _USUAL_LENGTH = 4096
 """Tokens per sequence the cache has room for by default; longer sequences use the room of others."""
 
@@ -50,6 +53,10 @@ class EngineConfig:
     def fixed_drafts(self) -> int | None:
         """Drafts per step; None where their number adapts."""
         return None if self.speculative is True else int(self.speculative)
+
+    def prefill_tokens(self, device_type: str) -> int:
+        """Prefill tokens per step while others decode."""
+        return self.prefill_budget or _PREFILL_BUDGETS[device_type]
 
     def pages(self, max_length: int) -> int:
         """Pages of the cache for a model of this maximal length."""

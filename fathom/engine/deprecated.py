@@ -1,7 +1,10 @@
 """Names of the engine's methods that still work for one release."""
 
 import warnings
+from collections.abc import Iterator
 from typing import Self
+
+from fathom.engine.outputs import Update
 
 
 class OldNames:
@@ -17,6 +20,15 @@ class OldNames:
         """Deprecated: `warm_up`."""
         warnings.warn("Engine.prepare is now Engine.warm_up", DeprecationWarning, stacklevel=2)
         self.warm_up()
+
+    def parts(self) -> Iterator[list[Update]]:
+        """Deprecated: `step_phases`."""
+        warnings.warn("Engine.parts is now Engine.step_phases", DeprecationWarning, stacklevel=2)
+        return self.step_phases()
+
+    def step_phases(self) -> Iterator[list[Update]]:
+        """See `Engine.step_phases`."""
+        raise NotImplementedError
 
     def warm_up(self) -> None:
         """See `Engine.warm_up`."""

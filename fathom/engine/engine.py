@@ -35,9 +35,6 @@ from fathom.model.transformer import Model
 if TYPE_CHECKING:
     from fathom.data.chat_template import ChatTemplate
 
-_PREFILL_BUDGETS = {"cpu": 512, "cuda": 2048}
-"""Prefill tokens per step while others decode: fewer do not keep a GPU busy."""
-
 
 class Engine(OldNames):
     """Continues prompts with a model: many at once, each with its own parameters. Not thread-safe.
@@ -67,7 +64,7 @@ class Engine(OldNames):
         device = model.embed_tokens.weight.device
         pages, size = self.config.pages(self.max_length), self.config.page_size
         self.pool = PagePool(pages, size)
-        budget = self.config.prefill_budget or _PREFILL_BUDGETS[device.type]
+        budget = self.config.prefill_tokens(device.type)
         self.scheduler = Scheduler(self.pool, self.config.max_batch, budget, self.speculative, self.config.max_waiting)
         drafts = self.config.fixed_drafts
         positions = self.max_length + max_drafts(drafts) + 2

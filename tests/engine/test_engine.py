@@ -325,6 +325,8 @@ def test_old_names_work_for_one_release() -> None:
         assert engine.core is engine
     with pytest.warns(DeprecationWarning, match="warm_up"):
         engine.prepare()
+    with pytest.warns(DeprecationWarning, match="step_phases"):
+        assert list(engine.parts()) == []
 
 
 def test_settings_may_be_one_config() -> None:
