@@ -20,26 +20,26 @@ from typing import Any, NamedTuple
 RATE = 100.0
 """Arrivals per second, more than any of the servers can answer."""
 
-Body = Callable[["Asked"], dict[str, Any]]
-"""How a server wants to be asked."""
+Body = Callable[["LoadRequest"], dict[str, Any]]
+"""Makes the request body for a server."""
 
 
 @dataclass
-class Asked:
-    """One request, and what came of it."""
+class LoadRequest:
+    """One request and its response."""
 
     prompt: str
     length: int
-    """Tokens it asks for."""
+    """Tokens to generate."""
     sent: float = 0.0
     came: list[tuple[float, bytes]] = field(default_factory=list)
     over: bool = False
-    """The answer has ended."""
+    """The response is complete."""
     reused: bool = False
-    """It was sent on a connection that had been used before."""
+    """Sent on a connection that had been used before."""
 
     def read(self) -> "Answer":
-        """Afterwards: take the bytes apart."""
+        """Parse the bytes, afterwards."""
         raw = b"".join(data for _, data in self.came)
         places = [found.start() for found in re.finditer(rb"data: \{", raw)]
         ends, read = [], 0
@@ -54,7 +54,7 @@ class Asked:
 
 
 class Answer(NamedTuple):
-    """When its chunks came."""
+    """A response and the times of its chunks."""
 
     sent: float
     times: list[float]
@@ -64,7 +64,7 @@ class Answer(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What the load saw; times in seconds, their median and 99th percentile."""
+    """The measurements of one load; times in seconds, median and 99th percentile."""
 
     tokens_per_second: float
     first: tuple[float, float]
@@ -81,41 +81,43 @@ def arrivals(clients: int) -> Iterator[float]:
         at += rng.expovariate(RATE)
 
 
-def run(address: tuple[str, int], body: Body, waiting: Iterable[Asked], clients: int, seconds: float) -> list[Asked]:
-    """Ask for so long (inf: until all are answered); returns those that were sent, the last perhaps cut off."""
+def run(
+    address: tuple[str, int], body: Body, waiting: Iterable[LoadRequest], clients: int, seconds: float
+) -> list[LoadRequest]:
+    """Send requests for so long (inf: until all are complete); returns those sent, the last ones perhaps cut off."""
     selector = selectors.DefaultSelector()
     times, queue, idle = arrivals(clients), iter(waiting), []
     began = time.perf_counter()
     arrival = began + next(times)
-    sent: list[Asked] = []
+    sent: list[LoadRequest] = []
     running, empty = 0, False
     while time.perf_counter() - began < seconds and (running or not empty):
         while running < clients and not empty and arrival <= time.perf_counter():
-            asked = next(queue, None)
-            if asked is None:
+            request = next(queue, None)
+            if request is None:
                 empty = True
                 break
             arrival = began + next(times)
             before = _open_still(idle)
-            connection, asked.reused = before or socket.create_connection(address), before is not None
-            _send(connection, address[0], body(asked), asked)
-            selector.register(connection, selectors.EVENT_READ, asked)
-            sent.append(asked)
+            connection, request.reused = before or socket.create_connection(address), before is not None
+            _send(connection, address[0], body(request), request)
+            selector.register(connection, selectors.EVENT_READ, request)
+            sent.append(request)
             running += 1
         pause = arrival - time.perf_counter() if running < clients and not empty else 0.2
         for key, _ in selector.select(max(pause, 0.0)):
             connection: socket.socket = key.fileobj  # type: ignore[assignment]
-            asked, data = key.data, connection.recv(65536)
-            if not data and asked.reused and not asked.came:  # closed at the moment of asking: asked anew
+            request, data = key.data, connection.recv(65536)
+            if not data and request.reused and not request.came:  # closed as the request was sent: sent again
                 selector.unregister(connection)
                 connection.close()
-                connection, asked.reused = socket.create_connection(address), False
-                _send(connection, address[0], body(asked), asked)
-                selector.register(connection, selectors.EVENT_READ, asked)
+                connection, request.reused = socket.create_connection(address), False
+                _send(connection, address[0], body(request), request)
+                selector.register(connection, selectors.EVENT_READ, request)
                 continue
-            asked.came.append((time.perf_counter(), data))
-            asked.over = not data or _ends(asked.came)
-            if asked.over:
+            request.came.append((time.perf_counter(), data))
+            request.over = not data or _ends(request.came)
+            if request.over:
                 running -= 1
                 selector.unregister(connection)
                 idle.append(connection)
@@ -125,9 +127,9 @@ def run(address: tuple[str, int], body: Body, waiting: Iterable[Asked], clients:
     return sent
 
 
-def summary(sent: Sequence[Asked], seconds: float) -> Seen:
+def summary(sent: Sequence[LoadRequest], seconds: float) -> Seen:
     """Of answers cut off at the end, the chunks count as many tokens each as in those that are complete."""
-    answers = [asked.read() for asked in sent]
+    answers = [request.read() for request in sent]
     good = [answer for answer in answers if answer.good and answer.times]
     done = [answer for answer in good if answer.tokens]
     per_chunk = sum(answer.tokens or 0 for answer in done) / max(sum(len(answer.times) for answer in done), 1)
@@ -142,10 +144,10 @@ def summary(sent: Sequence[Asked], seconds: float) -> Seen:
     )
 
 
-def _send(connection: socket.socket, host: str, body: dict[str, Any], asked: Asked) -> None:
+def _send(connection: socket.socket, host: str, body: dict[str, Any], request: LoadRequest) -> None:
     content = json.dumps(body).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-    asked.sent = time.perf_counter()
+    request.sent = time.perf_counter()
     connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
 
 

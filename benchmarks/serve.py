@@ -6,7 +6,7 @@
     python benchmarks/serve.py MODEL --quick          # up to 32 clients, shorter
     python benchmarks/serve.py MODEL --json FILE      # rows {name, ours, peer, ratio, floor, goal} as well
 
-Starts the servers itself, each with its own best settings for this machine, and asks each in turn for the same texts
+Starts the servers itself, each with its own best settings for this machine, and sends each in turn the same prompts
 and lengths (benchmarks/load.py). `llama-server` is taken from the PATH or from --llama-server; without one that peer is
 left out. What HTTP costs is measured apart: 32 requests at any time, of the same lengths, through the server and by its
 engine alone, in turn (benchmarks/served.py).
@@ -58,27 +58,33 @@ class Server(NamedTuple):
     child: subprocess.Popen[bytes]
 
     def until_idle(self) -> None:
-        """Wait for what was cut off to end: requests that waited may all begin before they notice."""
+        """Wait for cancelled requests to end: queued ones may all start before the server notices."""
         for _ in range(300):
             if self.process.cpu_percent(1.0) < 10:
                 return
-        sys.exit(f"{self.name} still works five minutes after its clients left")
+        sys.exit(f"{self.name} is still busy five minutes after its clients disconnected")
 
 
 # ------------------------------------------------------------------------------------------------------ the servers
 
 
-def ours(asked: load.Asked) -> dict[str, Any]:
-    body = {"prompt": asked.prompt, "max_tokens": asked.length, "temperature": 0, "stream": True, "ignore_eos": True}
+def ours(request: load.LoadRequest) -> dict[str, Any]:
+    body = {
+        "prompt": request.prompt,
+        "max_tokens": request.length,
+        "temperature": 0,
+        "stream": True,
+        "ignore_eos": True,
+    }
     return body | {"stream_options": {"include_usage": True}}
 
 
 def theirs(model: Path) -> load.Body:
-    """`transformers serve` knows neither ignore_eos nor stream_options; without end tokens an answer has its length."""
+    """`transformers serve` has neither ignore_eos nor stream_options; without EOS ids the length is full."""
     config = json.dumps({"eos_token_id": None, "do_sample": False})
 
-    def body(asked: load.Asked) -> dict[str, Any]:
-        common = {"prompt": asked.prompt, "max_tokens": asked.length, "stream": True}
+    def body(request: load.LoadRequest) -> dict[str, Any]:
+        common = {"prompt": request.prompt, "max_tokens": request.length, "stream": True}
         return common | {"model": str(model), "generation_config": config}
 
     return body
@@ -116,7 +122,7 @@ def our_server(model: Path) -> Any:
 
 
 def asked_server(model: Path) -> Any:
-    """Ours too, but its engine can be asked by itself."""
+    """Ours, with an engine that also takes requests without HTTP."""
     command = [sys.executable, served.__file__, str(model), "--max-batch", str(MAX_BATCH)]
     return started("fathom serve", command, ours, spoken_to=True)
 
@@ -169,7 +175,7 @@ def texts() -> list[str]:
 
 def requests(
     tokenizer: Tokenizer, context: int, seed: int, pool: list[str], texts_seed: int | None = None
-) -> Iterator[load.Asked]:
+) -> Iterator[load.LoadRequest]:
     """Ragged: 16 to 256 tokens of Python's library, answers of 16 to 128, as far as they fit; no two alike.
 
     `seed` draws the lengths, and the texts too unless those have a seed of their own.
@@ -180,7 +186,7 @@ def requests(
         text = places.choice(pool)
         begin = places.randrange(max(1, len(text) - 8 * longest))
         ids = tokenizer.encode(text[begin : begin + 8 * longest], bos=False)[: lengths.randint(16, longest)]
-        yield load.Asked(tokenizer.decode(ids), lengths.randint(16, min(128, context // 4)))
+        yield load.LoadRequest(tokenizer.decode(ids), lengths.randint(16, min(128, context // 4)))
 
 
 def context_of(model: Path) -> int:
@@ -200,15 +206,15 @@ def random_model(preset: str, folder: Path, pool: list[str]) -> Path:
 # ------------------------------------------------------------------------------------------------------ measuring
 
 
-def by_itself(server: Server, waiting: list[load.Asked]) -> float:
+def by_itself(server: Server, waiting: list[load.LoadRequest]) -> float:
     """Tokens per second of the server's engine."""
     assert server.child.stdin is not None and server.child.stdout is not None
-    server.child.stdin.write(json.dumps([[asked.prompt, asked.length] for asked in waiting]).encode() + b"\n")
+    server.child.stdin.write(json.dumps([[request.prompt, request.length] for request in waiting]).encode() + b"\n")
     server.child.stdin.flush()
     return float(server.child.stdout.readline())
 
 
-def through(server: Server, waiting: list[load.Asked]) -> float:
+def through(server: Server, waiting: list[load.LoadRequest]) -> float:
     """Tokens per second through the server."""
     began = time.perf_counter()
     sent = load.run(server.address, server.body, waiting, MAX_BATCH, float("inf"))
@@ -220,7 +226,7 @@ def through(server: Server, waiting: list[load.Asked]) -> float:
 def cost_of_http(server: Server, draw: Any, rounds: int) -> list[tuple[float, float]]:
     """Through the server and by its engine alone, which take turns in going first.
 
-    SeqLens are the same, texts are not: what the cache remembers of one half would save the other half work.
+    Lengths are the same, texts are not: the prefix cache of one half would save the other half work.
     """
     pairs: list[tuple[float, float]] = []
     turn, times = 0, 1

@@ -1,10 +1,10 @@
-"""`fathom serve` whose engine can also be asked without HTTP: what benchmarks/serve.py measures HTTP's cost with.
+"""`fathom serve` whose engine also takes requests without HTTP: benchmarks/serve.py measures the cost of HTTP with it.
 
     python benchmarks/served.py MODEL [flags of fathom serve]
 
-Each line of its input is a JSON list of [prompt, tokens]; it answers with the tokens per second at which the server's
-own engine, in the server's own thread, answers them by itself. Two processes differ by several percent for no other
-reason than where their memory lies, which is more than HTTP costs.
+Each line of standard input is a JSON list of [prompt, tokens]; the output is the tokens per second at which the
+server's own engine, in the server's own thread, generates them. Two processes differ by several percent only because
+of where their memory lies, which is more than HTTP costs.
 """
 
 import json
@@ -22,13 +22,13 @@ from fathom.cli import main
 from fathom.engine.engine import Engine
 from fathom.engine.request import Request
 from fathom.serve import server
-from fathom.serve.worker import Worker
+from fathom.serve.engine_thread import EngineThread
 
 AT_A_TIME = 32
 
 
-class Asked(Worker):
-    """A worker that standard input may ask too."""
+class BenchmarkedThread(EngineThread):
+    """An engine thread that also takes requests from standard input."""
 
     def start(self) -> None:
         super().start()
@@ -43,7 +43,7 @@ class Asked(Worker):
 
 
 def by_itself(engine: Engine, waiting: list[tuple[str, int]]) -> float:
-    """Tokens per second of the engine, given requests when a client would send them."""
+    """Tokens per second of the engine, with requests arriving as from clients."""
     queue, running, times = deque(waiting), set(), load.arrivals(AT_A_TIME)
     began, tokens = time.perf_counter(), 0
     arrival = began + next(times)
@@ -60,5 +60,5 @@ def by_itself(engine: Engine, waiting: list[tuple[str, int]]) -> float:
 
 
 if __name__ == "__main__":
-    server.Worker = Asked  # type: ignore[misc]
+    server.EngineThread = BenchmarkedThread  # type: ignore[misc]
     main(["serve", *sys.argv[1:]])

@@ -1,7 +1,7 @@
 """The command line: `fathom COMMAND …`, one file per command. Flags derive from dataclasses.
 
 tyro builds them: nested dataclasses become dotted flags (`--model.hidden-size`), and the docstrings under the fields
-become `--help`. typer and click would want every one of the hundred fields written down a second time.
+become `--help`. typer and click would need every one of the hundred fields written down a second time.
 """
 
 import importlib
@@ -27,7 +27,7 @@ _COMMANDS = {
     "export": ("PATH --to hf|fp8|gguf --out DIR", "write a model for other programs"),
     "import": ("PATH --out DIR", "write any model that loads in our layout"),
     "push": ("DIR REPO", "upload a model directory to the Hugging Face hub"),
-    "serve": ("PATH", "serve a model by the OpenAI protocol, with a page to look at it"),
+    "serve": ("PATH", "serve a model over the OpenAI protocol, with a web page"),
     "chat": ("PATH", "talk to a model in the terminal"),
     "demo": ("", "train a small model in six minutes and show what it learned"),
     "inspect": ("PATH", "show what experts, heads, latents and drafts do with a text, as a page"),
@@ -37,7 +37,7 @@ _COMMANDS = {
     ),
     "study": ("[CLAIM …]", "measure the architecture's claims in miniature, against baselines of the same parts"),
 }
-"""The file of that name has `run(words)`. They are imported when called: the others' libraries are not needed then."""
+"""The file of that name has `run(words)`. Imported when called, so that a command needs only its own libraries."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""`fathom serve`: the OpenAI protocol and the page."""
+"""`fathom serve`: the OpenAI protocol and a web page."""
 
 import sys
 

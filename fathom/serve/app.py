@@ -23,7 +23,7 @@ from fathom.serve.openapi import Endpoint, openapi_document
 from fathom.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from fathom.serve.service import Service
 from fathom.serve.static import inspector_route, page_routes
-from fathom.serve.status import now
+from fathom.serve.status import engine_status
 
 
 def make_app(
@@ -35,7 +35,7 @@ def make_app(
     largest_body: int,
     inspector: bytes | None = None,
 ) -> Starlette:
-    """The application around a service whose worker its lifespan starts and stops.
+    """The application around a service whose engine thread its lifespan starts and stops.
 
     `description`: status.describe's. `origins`: web sites whose pages may send requests. `hosts`: names under which
     the server answers, "*" for all of them. `largest_body`: bytes. `inspector`: a page to show under /inspect.
@@ -43,9 +43,9 @@ def make_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        service.worker.start()
+        service.engine_thread.start()
         yield
-        await run_in_threadpool(service.worker.stop)
+        await run_in_threadpool(service.engine_thread.stop)
 
     endpoints = _Api(service, description).endpoints()
     routes = [endpoint.route() for endpoint in endpoints]
@@ -86,22 +86,22 @@ class _Api:
         chat = CompletionsEndpoint(service, ChatRequest, service.plan_chat)
         return [
             Endpoint("POST", "/v1/completions", "Continue texts or token ids", completions, CompletionRequest, stream),
-            Endpoint("POST", "/v1/chat/completions", "Answer in a conversation", chat, ChatRequest, stream),
+            Endpoint("POST", "/v1/chat/completions", "Answer a conversation", chat, ChatRequest, stream),
             Endpoint("GET", "/v1/models", "The one model", self._models),
             Endpoint("GET", "/v1/models/{name}", "The one model", self._model),
             Endpoint(
                 "POST",
                 "/tokenize",
-                "Token ids of a text or of a conversation as prompted",
+                "Token ids of a text, or of a conversation by the chat template",
                 self._tokenize,
                 TokenizeRequest,
             ),
             Endpoint(
                 "POST", "/detokenize", "Text of token ids, without control tokens", self._detokenize, DetokenizeRequest
             ),
-            Endpoint("GET", "/fathom/status", "The model's shape and what the engine does now", self._status),
-            Endpoint("GET", "/health", "200 while requests are answered, else 503", self._health),
-            Endpoint("GET", "/metrics", "For Prometheus", self._metrics, content_types=("text/plain",)),
+            Endpoint("GET", "/fathom/status", "The model's shape and the engine's state", self._status),
+            Endpoint("GET", "/health", "200 while requests can be served, else 503", self._health),
+            Endpoint("GET", "/metrics", "Prometheus metrics", self._metrics, content_types=("text/plain",)),
         ]
 
     async def _models(self, request: Request) -> Response:
@@ -132,10 +132,10 @@ class _Api:
         return JSONResponse({"prompt": await run_in_threadpool(decode)})
 
     async def _status(self, request: Request) -> Response:
-        return JSONResponse({"model": self._description, "now": now(self._service.worker)})
+        return JSONResponse({"model": self._description, "now": engine_status(self._service.engine_thread)})
 
     async def _health(self, request: Request) -> Response:
-        if not self._service.worker.alive:
+        if not self._service.engine_thread.alive:
             raise ApiError(503, "the engine has stopped", code="engine_stopped")
         return JSONResponse({"status": "ok"})
 

@@ -1,4 +1,4 @@
-"""What stands before the routes: API keys, the size of bodies, headers that keep the page's content its own."""
+"""Middleware in front of the routes: API keys, a limit on the size of bodies, security headers of the page."""
 
 import hashlib
 import hmac
@@ -22,7 +22,7 @@ class AuthMiddleware:
     """ASGI middleware."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str], largest_body: int) -> None:
-        """`keys`: any of them opens; none: everything is open. Only their hashes are kept. `largest_body` in bytes."""
+        """`keys`: each is accepted; none: no authentication. Only their hashes are kept. `largest_body` in bytes."""
         self._app = app
         self._hashes = [hashlib.sha256(key.encode()).digest() for key in keys]
         self._largest = largest_body
@@ -33,11 +33,11 @@ class AuthMiddleware:
             await self._app(scope, receive, send)
             return
 
-        counted = _Counted(receive, self._largest)
+        counted = _BodyCounter(receive, self._largest)
 
         async def guarded(message: Message) -> None:
             if counted.exceeded:
-                return  # whatever else is made of it: what to answer is said below
+                return  # whatever the application responds: the response is the 413 below
             if message["type"] == "http.response.start":
                 given = {name for name, _ in message["headers"]}
                 message["headers"] = [*message["headers"], *(one for one in _HEADERS if one[0] not in given)]
@@ -59,18 +59,18 @@ class AuthMiddleware:
         if self._hashes and not (path in ("/", "/health", "/inspect") or path.startswith("/page/")):
             kind, _, key = headers.get(b"authorization", b"").partition(b" ")
             found = hashlib.sha256(key.strip()).digest()
-            # All of them, so that the time tells nothing about which one nearly matched.
+            # All of them, so that the time does not depend on which one nearly matched.
             right = [hmac.compare_digest(found, known) for known in self._hashes]
             if kind.lower() != b"bearer" or not any(right):
-                return ApiError(401, "an API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
+                return ApiError(401, "an API key is required: Authorization: Bearer KEY", code="invalid_api_key")
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length[:19]) > self._largest:
             return _too_large(self._largest)
         return None
 
 
-class _Counted:
-    """Counts what a body really brings: a length in the header may be missing or wrong."""
+class _BodyCounter:
+    """Counts the bytes of the body itself: the Content-Length header may be missing or wrong."""
 
     def __init__(self, receive: Receive, largest: int) -> None:
         self._receive = receive

@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 from fathom.serve.body import parse, read_json
 from fathom.serve.errors import ApiError
 from fathom.serve.protocol import Sampling
-from fathom.serve.reply import Plan, Reply, as_json
+from fathom.serve.response import Plan, ResponseBuilder, as_json
 from fathom.serve.service import Service
 
 _STREAM_HEADERS = [
@@ -51,7 +51,7 @@ class CompletionsEndpoint:
             self._service.metrics.answered(scope["path"], status)
 
     async def _answer(self, raw: bytes, scope: Scope, receive: Receive, send: Send) -> None:
-        """Whatever happens to the client or here, the reply is closed in the end."""
+        """Closes the response whatever happens."""
         reply = self._service.open(lambda: self._plan(raw))
         disconnected = asyncio.ensure_future(_disconnected(receive))
         disconnected.add_done_callback(lambda _: reply.job.notify(ClientDisconnect()))
@@ -62,7 +62,7 @@ class CompletionsEndpoint:
             disconnected.cancel()
             self._service.close(reply)
 
-    async def _send(self, reply: Reply, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _send(self, reply: ResponseBuilder, scope: Scope, receive: Receive, send: Send) -> None:
         events = await self._service.next_events(reply)
         if reply.plan.body.stream:
             chunks = reply.chunks(events)
@@ -74,8 +74,8 @@ class CompletionsEndpoint:
             reply.collect(await self._service.next_events(reply))
         await JSONResponse(reply.whole())(scope, receive, send)
 
-    async def _stream(self, reply: Reply, chunks: list[str], send: Send) -> None:
-        """Send what there is and what comes. What was generated while the client read slowly goes out together."""
+    async def _stream(self, reply: ResponseBuilder, chunks: list[str], send: Send) -> None:
+        """Send chunks as they come; those generated while the client read slowly go out together."""
         while not reply.over:
             if chunks:
                 await send({"type": "http.response.body", "body": _server_sent_events(chunks), "more_body": True})

@@ -1,7 +1,7 @@
-"""Constraints on what is generated, by llguidance: JSON, JSON of a schema, and calls of functions.
+"""Structured output by llguidance: JSON, JSON of a schema, and tool calls.
 
-The library follows the output token by token and says which tokens may come next. With drafts it is asked after each
-of them, on trial, and taken back.
+The matcher follows the output token by token and computes a mask of the tokens allowed next. With drafts it advances
+over them for one mask each, and is rolled back.
 """
 
 import json
@@ -15,21 +15,21 @@ from torch import Tensor
 from fathom.data.tokenizer import Tokenizer
 
 _WHITESPACE = r"\n?[ \t]{0,16}"
-"""Between the parts of a JSON text. Without a bound a weak model writes blanks for ever."""
+"""Between the parts of a JSON text. Without a bound a weak model generates blanks forever."""
 
 
 class GrammarError(ValueError):
-    """A schema that cannot be followed."""
+    """A schema that cannot be compiled or enforced."""
 
 
 class Grammars:
     """Compiles grammars for one vocabulary."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        """`vocab_size`: how many logits the model has; more than the tokenizer has tokens, perhaps."""
+        """`vocab_size`: the model's; may exceed the tokenizer's."""
         content = json.loads(tokenizer.tokenizer_json)
         for token in content["added_tokens"]:
-            token["special"] = True  # no grammar may spell a control token
+            token["special"] = True  # no grammar may produce a control token
         self._vocab_size = vocab_size
         self._tokenizer = LLTokenizer(json.dumps(content), n_vocab=vocab_size, eos_token=tokenizer.eos_id)
 
@@ -41,7 +41,7 @@ class Grammars:
     def of_calls(self, tools: Sequence[dict[str, Any]], or_text: bool) -> str:
         """The grammar of a call of one of `tools`: {"name": …, "arguments": {…}}; or, if so, of any text instead.
 
-        A text is told from a call by its beginning: it does not start with a brace.
+        A text differs from a call in its first character: it does not start with a brace.
         """
         calls = {"anyOf": [_call_schema(tool["function"]) for tool in tools]}
         if not or_text:
@@ -50,13 +50,13 @@ class Grammars:
         return self._checked(LLMatcher.grammar_from_lark(lark))
 
     def constraint(self, grammar: str) -> "GrammarConstraint":
-        """A fresh follower of a grammar that was compiled here."""
+        """A new matcher of a grammar that was compiled here."""
         return GrammarConstraint(LLMatcher(self._tokenizer, grammar), self._vocab_size)
 
     def _checked(self, grammar: str) -> str:
-        complaint = LLMatcher.validate_grammar(grammar, self._tokenizer)
-        if complaint:
-            raise GrammarError(" ".join(complaint.split())[:300])
+        error = LLMatcher.validate_grammar(grammar, self._tokenizer)
+        if error:
+            raise GrammarError(" ".join(error.split())[:300])
         return grammar
 
 
@@ -95,7 +95,7 @@ class GrammarConstraint:
 
     def _raise(self) -> None:
         if self._matcher.is_error():
-            raise GrammarError(f"the grammar could not go on: {self._matcher.get_error()}"[:300])
+            raise GrammarError(f"the output left the grammar: {self._matcher.get_error()}"[:300])
 
 
 def _call_schema(function: dict[str, Any]) -> dict[str, Any]:

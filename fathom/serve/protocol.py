@@ -1,8 +1,8 @@
-"""The bodies of requests: OpenAI's protocol, and ours under one key. Numbers have ranges; nothing unknown passes.
+"""The request bodies: OpenAI's protocol, and our extensions under one key. All numbers have ranges, all texts limits.
 
-A field of OpenAI's that would change the answer in a way this server does not have is refused like an unknown one.
-Those that change nothing (user, metadata, store) are taken and ignored. Lists end at their first mistake and objects
-have a size: a body of a million mistakes would otherwise be a million complaints.
+Unknown fields are refused, and so are OpenAI's fields that this server does not implement. Those that do not change the
+response (user, metadata, store) are accepted and ignored. Lists are validated up to their first error and objects have
+a size: a body with a million errors would otherwise produce a million messages.
 """
 
 from typing import Annotated, Any, Literal
@@ -17,46 +17,45 @@ from pydantic import (
     model_validator,
 )
 
-MOST_CHOICES = 16
-MOST_STOPS = 8
-LONGEST_STOP = 256
-MOST_LOGPROBS = 20
-MOST_BIASES = 1024
-MOST_METADATA = 16
-MOST_MESSAGES = 4096
-MOST_PARTS = 256
-MOST_PROMPTS = 64
-MOST_TOOLS = 64
-MOST_FIELDS = 64
-"""Of one object with given names."""
-LONGEST_PROMPT = 1 << 20
-"""Token ids; what fits the model is far less."""
-LARGEST_SCHEMA = 65536
-"""Characters of one JSON schema."""
-DEEPEST_SCHEMA = 32
-LONGEST_PATTERN = 1024
-LONGEST_TEXT = 4_000_000
-"""Characters of a text; what fits the model is far less."""
+MAX_CHOICES = 16
+MAX_STOPS = 8
+MAX_STOP_CHARS = 256
+MAX_LOGPROBS = 20
+MAX_BIASES = 1024
+MAX_METADATA = 16
+MAX_MESSAGES = 4096
+MAX_PARTS = 256
+MAX_PROMPTS = 64
+MAX_TOOLS = 64
+MAX_FIELDS = 64
+"""Of one object."""
+MAX_PROMPT_TOKENS = 1 << 20
+"""The context length is far less."""
+MAX_SCHEMA_CHARS = 65536
+MAX_SCHEMA_DEPTH = 32
+MAX_PATTERN_CHARS = 1024
+MAX_TEXT_CHARS = 4_000_000
+"""The context length is far less."""
 
 
-def _few_fields(value: Any, most: int) -> Any:
+def _at_most(value: Any, most: int) -> Any:
     if isinstance(value, dict) and len(value) > most:
         raise ValueError(f"an object has {len(value)} fields; the limit is {most}")
     return value
 
 
 _TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
-_TokenIds = Annotated[list[_TokenId], Field(fail_fast=True, min_length=1, max_length=LONGEST_PROMPT)]
-_Text = Annotated[str, StringConstraints(max_length=LONGEST_TEXT)]
-_Stop = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_STOP)]
+_TokenIds = Annotated[list[_TokenId], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPT_TOKENS)]
+_Text = Annotated[str, StringConstraints(max_length=MAX_TEXT_CHARS)]
+_Stop = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARS)]
 _Name = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
 _Biases = Annotated[
     dict[str, Annotated[float, Field(ge=-100, le=100)]],
-    BeforeValidator(lambda value: _few_fields(value, MOST_BIASES)),
-    Field(max_length=MOST_BIASES),
+    BeforeValidator(lambda value: _at_most(value, MAX_BIASES)),
+    Field(max_length=MAX_BIASES),
 ]
 _Metadata = Annotated[
-    dict[str, str], BeforeValidator(lambda value: _few_fields(value, MOST_METADATA)), Field(max_length=MOST_METADATA)
+    dict[str, str], BeforeValidator(lambda value: _at_most(value, MAX_METADATA)), Field(max_length=MAX_METADATA)
 ]
 _Count = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
 
@@ -66,33 +65,35 @@ class _Body(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _not_endless(cls, value: Any) -> Any:
-        return _few_fields(value, MOST_FIELDS)
+    def _limit_fields(cls, value: Any) -> Any:
+        return _at_most(value, MAX_FIELDS)
 
 
 class StreamOptions(_Body):
     include_usage: bool = False
-    continuous_usage_stats: bool = Field(False, description="The usage so far in every chunk, as vLLM gives it.")
+    continuous_usage_stats: bool = Field(False, description="The usage so far in every chunk, as in vLLM.")
 
 
 class Extension(_Body):
-    """What else the answer should report, under its own `fathom` keys."""
+    """Additional facts in the response, under `fathom` keys."""
 
     routing: bool = Field(
-        default=False, description="For every token the experts it took in each MoE layer, with weights."
+        default=False, description="The experts of every token in each MoE layer, with their weights."
     )
     drafts: bool = Field(default=False, description="The tokens one by one, and which of them were accepted drafts.")
-    timing: bool = Field(default=False, description="Waiting, first token, rate, tokens per forward pass, acceptance.")
+    timing: bool = Field(
+        default=False, description="Queueing, first token, throughput, tokens per forward pass, acceptance rate."
+    )
 
 
 class Sampling(_Body):
-    """What all requests for text share."""
+    """What both endpoints that generate text have in common."""
 
     model: Annotated[str, StringConstraints(max_length=512)] | None = Field(None, description="The served name.")
-    n: int = Field(1, ge=1, le=MOST_CHOICES, strict=True)
+    n: int = Field(1, ge=1, le=MAX_CHOICES, strict=True)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    temperature: float | None = Field(1.0, ge=0, le=2, description="0 always takes the likeliest token.")
+    temperature: float | None = Field(1.0, ge=0, le=2, description="0: greedy.")
     top_p: float | None = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, lt=2**31, strict=True, description="0: no limit.")
     min_p: float = Field(0.0, ge=0, le=1)
@@ -101,10 +102,8 @@ class Sampling(_Body):
     frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
     logit_bias: _Biases | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, strict=True)
-    stop: _Stop | Annotated[list[_Stop], Field(fail_fast=True, max_length=MOST_STOPS)] | None = None
-    stop_token_ids: Annotated[list[_TokenId], Field(fail_fast=True)] = Field(
-        default_factory=list, max_length=MOST_STOPS
-    )
+    stop: _Stop | Annotated[list[_Stop], Field(fail_fast=True, max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[_TokenId], Field(fail_fast=True)] = Field(default_factory=list, max_length=MAX_STOPS)
     ignore_eos: bool = False
     min_tokens: int = Field(0, ge=0, lt=2**31, strict=True)
     user: Annotated[str, StringConstraints(max_length=512)] | None = None
@@ -116,11 +115,11 @@ class Sampling(_Body):
             raise ValueError("stream_options is given, but stream is not true")
         for token in self.logit_bias or {}:
             if not token.isascii() or not token.isdigit() or len(token) > 9:
-                raise ValueError(f"logit_bias has {token[:20]!r}; it must map token ids to numbers")
+                raise ValueError(f"logit_bias has {token[:20]!r}; it must map token ids to biases")
         return self
 
     def stops(self) -> list[str]:
-        """The texts that end the answer."""
+        """The stop strings."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
@@ -130,12 +129,12 @@ class CompletionRequest(Sampling):
     prompt: (
         _Text
         | _TokenIds
-        | Annotated[list[_Text], Field(fail_fast=True, min_length=1, max_length=MOST_PROMPTS)]
-        | Annotated[list[_TokenIds], Field(fail_fast=True, min_length=1, max_length=MOST_PROMPTS)]
-    ) = Field(description="A text, token ids, or several of either. A text is preceded by the begin token.")
+        | Annotated[list[_Text], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[_TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
+    ) = Field(description="A text, token ids, or several of either. A text is preceded by the BOS token.")
     max_tokens: int | None = Field(16, ge=0, lt=2**31, strict=True, description="0 only with echo.")
-    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS, strict=True)
-    echo: bool = Field(False, description="Give the prompt back too, with its log-probabilities where asked for.")
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, strict=True)
+    echo: bool = Field(False, description="Return the prompt too, with its log-probabilities if logprobs is given.")
 
     @model_validator(mode="after")
     def _echoes(self) -> "CompletionRequest":
@@ -164,20 +163,20 @@ class Call(_Body):
 
 class Message(_Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: _Text | Annotated[list[TextPart], Field(fail_fast=True, max_length=MOST_PARTS)] | None = None
+    content: _Text | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_PARTS)] | None = None
     name: Annotated[str, StringConstraints(max_length=64)] | None = None
-    tool_calls: Annotated[list[Call], Field(fail_fast=True, max_length=MOST_TOOLS)] | None = None
+    tool_calls: Annotated[list[Call], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
     tool_call_id: Annotated[str, StringConstraints(max_length=128)] | None = None
     refusal: None = None
 
     @model_validator(mode="after")
-    def _says_something(self) -> "Message":
+    def _has_content(self) -> "Message":
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
             raise ValueError("content is missing; only an assistant's message with tool_calls may be without")
         return self
 
     def plain(self) -> dict[str, Any]:
-        """As templates know it: the content one text."""
+        """As chat templates take it: the content as one text."""
         parts = self.content if isinstance(self.content, list) else []
         text = "".join(part.text for part in parts) if parts else self.content or ""
         said: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
@@ -190,7 +189,7 @@ class Message(_Body):
         return said
 
 
-_Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MOST_MESSAGES)]
+_Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
 
 
 class Function(_Body):
@@ -239,11 +238,11 @@ class ChatRequest(Sampling):
     max_tokens: _Count | None = None
     max_completion_tokens: _Count | None = None
     logprobs: bool | None = False
-    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS, strict=True)
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, strict=True)
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(fail_fast=True, min_length=1, max_length=MOST_TOOLS)] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True, min_length=1, max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
-    parallel_tool_calls: bool | None = Field(None, description="An answer calls one function at most.")
+    parallel_tool_calls: bool | None = Field(None, description="A response calls one function at most.")
     metadata: _Metadata | None = None
     store: bool | None = None
 
@@ -259,7 +258,7 @@ class ChatRequest(Sampling):
                 raise ValueError(f"tool_choice names {self.tool_choice.function.name!r}; tools has {', '.join(names)}")
         constrained = self.response_format is not None and self.response_format.type != "text"
         if constrained and self.chosen_tools():
-            raise ValueError("response_format and tools cannot both constrain the answer; set tool_choice to none")
+            raise ValueError("response_format and tools cannot both constrain the output; set tool_choice to none")
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             raise ValueError("max_tokens and max_completion_tokens differ; give one")
         for tool in self.tools or []:
@@ -269,7 +268,7 @@ class ChatRequest(Sampling):
         return self
 
     def chosen_tools(self) -> list[dict[str, Any]]:
-        """The functions that the answer may call."""
+        """The functions that the model may call."""
         if self.tools is None or self.tool_choice == "none":
             return []
         wanted = self.tool_choice.function.name if isinstance(self.tool_choice, ToolChoice) else None
@@ -284,7 +283,7 @@ class TokenizeRequest(_Body):
     model: Annotated[str, StringConstraints(max_length=512)] | None = None
     prompt: _Text | None = None
     messages: _Messages | None = None
-    add_special_tokens: bool = Field(True, description="Put the begin token in front of a prompt.")
+    add_special_tokens: bool = Field(True, description="Put the BOS token in front of a prompt.")
 
     @model_validator(mode="after")
     def _one(self) -> "TokenizeRequest":
@@ -297,7 +296,7 @@ class DetokenizeRequest(_Body):
     """POST /detokenize"""
 
     model: Annotated[str, StringConstraints(max_length=512)] | None = None
-    tokens: Annotated[list[_TokenId], Field(fail_fast=True, max_length=LONGEST_PROMPT)]
+    tokens: Annotated[list[_TokenId], Field(fail_fast=True, max_length=MAX_PROMPT_TOKENS)]
 
 
 def check_schema(schema: JsonValue, name: str) -> None:
@@ -305,8 +304,8 @@ def check_schema(schema: JsonValue, name: str) -> None:
     size, waiting = 0, [(schema, 1)]
     while waiting:
         value, depth = waiting.pop()
-        if depth > DEEPEST_SCHEMA:
-            raise ValueError(f"{name} is nested deeper than {DEEPEST_SCHEMA}")
+        if depth > MAX_SCHEMA_DEPTH:
+            raise ValueError(f"{name} is nested deeper than {MAX_SCHEMA_DEPTH}")
         size += len(value) if isinstance(value, str) else 1
         if isinstance(value, dict):
             for key, content in value.items():
@@ -318,11 +317,11 @@ def check_schema(schema: JsonValue, name: str) -> None:
                 waiting.append((content, depth + 1))
         elif isinstance(value, list):
             waiting += [(content, depth + 1) for content in value]
-        if size > LARGEST_SCHEMA:
-            raise ValueError(f"{name} is larger than {LARGEST_SCHEMA} characters")
+        if size > MAX_SCHEMA_CHARS:
+            raise ValueError(f"{name} is larger than {MAX_SCHEMA_CHARS} characters")
 
 
 def _check_pattern(content: JsonValue, name: str) -> None:
     for pattern in [content] if isinstance(content, str) else content if isinstance(content, dict) else []:
-        if len(pattern) > LONGEST_PATTERN:
-            raise ValueError(f"{name} has a pattern of {len(pattern)} characters; the limit is {LONGEST_PATTERN}")
+        if len(pattern) > MAX_PATTERN_CHARS:
+            raise ValueError(f"{name} has a pattern of {len(pattern)} characters; the limit is {MAX_PATTERN_CHARS}")

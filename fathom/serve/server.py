@@ -1,4 +1,4 @@
-"""`fathom serve`: load a model, open the port, and end in good order."""
+"""`fathom serve`: load a model, listen, and shut down gracefully."""
 
 import asyncio
 import contextlib
@@ -26,10 +26,10 @@ from fathom.model.quantize import quantized
 from fathom.quantization.integer import Precision
 from fathom.runtime.hardware import install_allocator
 from fathom.serve.app import make_app
+from fathom.serve.engine_thread import EngineThread
+from fathom.serve.http_protocol import Protocol
 from fathom.serve.service import Service
 from fathom.serve.status import describe
-from fathom.serve.wire import Protocol
-from fathom.serve.worker import Worker
 
 KEY_VARIABLE = "FATHOM_API_KEY"
 
@@ -38,54 +38,54 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 @dataclass(frozen=True)
 class ServeCommand:
-    """Serve a model by the OpenAI protocol, with a page to look at it."""
+    """Serve a model over the OpenAI protocol, with a web page."""
 
     path: tyro.conf.Positional[str]
     """Model directory, or name on the Hugging Face hub."""
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 lets other machines in, which then should need a key."""
+    """Address to listen on; 0.0.0.0 for access from other machines, which should then require a key."""
     port: int = 8000
-    """0 takes a free one."""
+    """0: a free one."""
     name: str | None = None
-    """The model's name in the protocol; none: that of its directory."""
+    """The model's name in requests and responses; none: that of its directory."""
     api_key: tuple[str, ...] = ()
-    """Keys that open the server; also the words of the variable FATHOM_API_KEY, which other users cannot list."""
+    """Accepted API keys, beside those in the variable FATHOM_API_KEY, which other users of the machine cannot see."""
     allow_origin: tuple[str, ...] = ()
-    """Web sites, such as https://example.org, whose pages may ask this server."""
+    """Web sites, such as https://example.org, whose pages may send requests (CORS)."""
     allow_host: tuple[str, ...] = ()
-    """Further names under which the server is reached; on a loopback address it answers to that alone otherwise."""
+    """Further accepted Host headers; a server on a loopback address accepts only its own name otherwise."""
     device: str | None = None
     """cpu, cuda, cuda:1, …; none: a GPU if there is one."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Numbers the weights and the cache are held in."""
+    """Data type of the weights and the cache."""
     quantize: Precision | None = None
-    """Hold the weights in fewer bits."""
+    """Weight-only quantisation."""
     speculative: bool = True
-    """Let the prediction module draft where that pays."""
+    """Speculative decoding by the MTP module, where it is faster."""
     drafts: int | None = None
-    """How many at every step, whether that pays or not; none: as many as pay."""
+    """Draft tokens at every step; none: adaptive draft length."""
     max_batch: int = 32
-    """Requests that run at one time."""
+    """Requests in a batch."""
     max_waiting: int = 256
-    """Requests that may wait for that; more are told to come back later."""
+    """Requests in the queue; more get status 429."""
     cache_tokens: int | None = None
-    """Tokens the cache has room for; none: 4096 for each of max_batch."""
+    """Capacity of the cache in tokens; none: 4096 for each of max_batch."""
     prefill_budget: int | None = None
-    """Tokens of prompts read per step while others decode; none: 512, on a GPU 2048."""
+    """Prefill tokens per step while other requests decode; none: 512, on a GPU 2048."""
     deadline: float = 600.0
-    """Seconds that a request may take."""
+    """Time limit of a request in seconds."""
     largest_body: int = 4 << 20
-    """Bytes of a request's body."""
+    """Largest request body in bytes."""
     drain: int = 60
-    """Seconds that answers may still take after SIGTERM."""
+    """Seconds for running requests to finish after SIGTERM."""
     inspector: Path | None = None
-    """A page that `fathom inspect` made; whoever reaches the server may see it under /inspect, without a key."""
+    """A page made by `fathom inspect`, served at /inspect without a key."""
 
 
 def serve(command: ServeCommand) -> int:
     """Serve until a signal; returns the exit status: 0, or 1 where the engine failed.
 
-    Raises ConfigError, ValueError or OSError for what cannot be loaded or opened.
+    Raises ConfigError, ValueError or OSError where the model cannot be loaded or the port not opened.
     """
     _check(command)
     inspector = None if command.inspector is None else command.inspector.read_bytes()
@@ -97,25 +97,27 @@ def serve(command: ServeCommand) -> int:
     directory = model_directory(command.path)
     tokenizer = load_tokenizer(directory)
     console.print(f"loading    {directory}", soft_wrap=True)
-    # In a thread that ends: OpenMP keeps helpers for every thread that has computed, and with more of them than
-    # processors those of the engine's thread would sleep at each of a step's barriers instead of waiting awake.
+    # In a thread that ends: OpenMP keeps a team of threads for every thread that has computed, and with more of them
+    # than processors the engine's team would sleep at each barrier of a step instead of spinning.
     with ThreadPoolExecutor(1) as loading:
         engine = loading.submit(_engine, command, device, directory, tokenizer).result()
         if device.type == "cuda":
-            console.print("preparing  the GPU's decoding steps (the first time on a machine takes longest)")
+            console.print("preparing  the CUDA graphs of decoding (the first time on a machine takes longest)")
         loading.submit(engine.warm_up).result()
     compiled = engine.compile_seconds
     if compiled:
-        console.print(f"prepared   the GPU's decoding steps in {compiled:.0f} s")
+        console.print(f"prepared   the CUDA graphs of decoding in {compiled:.0f} s")
     name = command.name or Path(command.path).absolute().name
     server: uvicorn.Server
 
-    def died(error: BaseException) -> None:
-        console.print(f"error: the engine failed ({type(error).__name__}: {error}); the server ends", style="bold red")
+    def on_failure(error: BaseException) -> None:
+        console.print(
+            f"error: the engine failed ({type(error).__name__}: {error}); the server shuts down", style="bold red"
+        )
         server.should_exit = True
 
-    worker = Worker(engine, died)
-    service = Service(engine, worker, name, command.deadline)
+    engine_thread = EngineThread(engine, on_failure)
+    service = Service(engine, engine_thread, name, command.deadline)
     description = describe(engine.model.config, name, engine, service.template is not None)
     description["inspector"] = inspector is not None
     keys = [*command.api_key, *os.environ.get(KEY_VARIABLE, "").split()]
@@ -137,9 +139,9 @@ def serve(command: ServeCommand) -> int:
     console.print(f"serving    {name} at http://{shown}:{port}{'' if keys else ' (no API key)'}", soft_wrap=True)
     with _quiet_signals():
         asyncio.run(server.serve(sockets=[listening]))
-    if worker.failure is None:
+    if engine_thread.failure is None:
         return 0
-    sys.excepthook(type(worker.failure), worker.failure, worker.failure.__traceback__)
+    sys.excepthook(type(engine_thread.failure), engine_thread.failure, engine_thread.failure.__traceback__)
     return 1
 
 
@@ -148,7 +150,7 @@ def _device(command: ServeCommand) -> torch.device:
     try:
         return torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"--device is {name!r}; it must be such as cpu, cuda or cuda:1") from error
+        raise ConfigError(f"--device is {name!r}; it must be a torch device such as cpu, cuda or cuda:1") from error
 
 
 def _engine(command: ServeCommand, device: torch.device, directory: Path, tokenizer: Tokenizer) -> Engine:
@@ -171,17 +173,17 @@ def _check(command: ServeCommand) -> None:
         raise ConfigError(f"--port is {command.port}; it must be from 0 to 65535")
     if command.drafts is not None and not (command.speculative and 1 <= command.drafts <= 16):
         raise ConfigError(
-            f"--drafts is {command.drafts}; it must be from 1 to 16, and without --no-speculative, which drafts none"
+            f"--drafts is {command.drafts}; it must be from 1 to 16, and not together with --no-speculative"
         )
     for name in ("deadline", "largest_body", "drain"):
         if getattr(command, name) <= 0:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(command, name)}; it must be above 0")
     if any(not key.isascii() or not key.isprintable() or " " in key or not key for key in command.api_key):
-        raise ConfigError("--api-key must be of printable ASCII characters without blanks")
+        raise ConfigError("--api-key must consist of printable ASCII characters without blanks")
 
 
 def _hosts(command: ServeCommand) -> list[str]:
-    """A page of a strange site could have its own name lead to this machine: a loopback server answers to its own."""
+    """Against DNS rebinding: a web site could let its own name resolve to this machine, past the same-origin policy."""
     if command.host not in _LOOPBACK:
         return list(command.allow_host) or ["*"]
     return ["127.0.0.1", "[::1]", "localhost", *command.allow_host]
@@ -204,7 +206,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 @contextlib.contextmanager
 def _quiet_signals() -> Iterator[None]:
-    """uvicorn drains at a signal and afterwards raises it again; for us the drained server is the orderly end."""
+    """uvicorn drains at a signal and raises it again afterwards; here a drained server exits with status 0."""
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield

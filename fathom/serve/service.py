@@ -1,4 +1,4 @@
-"""From a request's body to requests of the engine, and what becomes of those."""
+"""From a request's body to requests of the engine, and their progress."""
 
 import asyncio
 import secrets
@@ -11,13 +11,13 @@ from fathom.engine.engine import Engine
 from fathom.engine.request import Request
 from fathom.engine.sampling.sampler import SamplingParams
 from fathom.engine.scheduler import QueueFull
+from fathom.serve.engine_thread import EngineDeadError, EngineThread, Event
 from fathom.serve.errors import ApiError
 from fathom.serve.grammar import GrammarError, Grammars
 from fathom.serve.metrics import Metrics
 from fathom.serve.protocol import ChatRequest, CompletionRequest, Sampling
-from fathom.serve.reply import Plan, Reply
+from fathom.serve.response import Plan, ResponseBuilder
 from fathom.serve.tools import render_tools
-from fathom.serve.worker import EngineDiedError, Event, Worker
 
 _RETRY_SECONDS = 2
 
@@ -25,12 +25,12 @@ _RETRY_SECONDS = 2
 class Service:
     """One model behind the protocol."""
 
-    def __init__(self, engine: Engine, worker: Worker, name: str, deadline: float) -> None:
-        """`name`: the model's, in answers. `deadline`: seconds that a request may take. The engine has a tokenizer."""
+    def __init__(self, engine: Engine, engine_thread: EngineThread, name: str, deadline: float) -> None:
+        """`name`: the model's, in responses. `deadline`: seconds per request. The engine must have a tokenizer."""
         assert engine.tokenizer is not None
         self.tokenizer: Tokenizer = engine.tokenizer
-        self.worker = worker
-        self.metrics = Metrics(worker)
+        self.engine_thread = engine_thread
+        self.metrics = Metrics(engine_thread)
         self.name = name
         self._deadline = deadline
         self._engine = engine
@@ -50,10 +50,10 @@ class Service:
             message = f"there is no model {name[:200]!r}; there is {self.name!r}"
             raise ApiError(404, message, "model", "model_not_found")
 
-    # What follows up to `open` may take long for long texts: it is for other threads than the event loop's.
+    # The methods up to `open` may take long for long texts: call them outside the event loop's thread.
 
     def plan_completion(self, body: CompletionRequest) -> Plan:
-        """Raises ApiError for what cannot be served."""
+        """Raises ApiError for requests that cannot be served."""
         self.check_name(body.model)
         one = isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
         prompts: Any = [body.prompt] if one else body.prompt
@@ -69,7 +69,7 @@ class Service:
         return Plan(body, requests, False, top, echo=body.echo, silent=limit == 0)
 
     def plan_chat(self, body: ChatRequest) -> Plan:
-        """Raises ApiError for what cannot be served."""
+        """Raises ApiError for requests that cannot be served."""
         self.check_name(body.model)
         tools = body.chosen_tools()
         ids = self.encode_chat([message.plain() for message in body.messages], tools)
@@ -90,38 +90,38 @@ class Service:
         except ChatError as error:
             raise ApiError(400, str(error), "messages") from error
 
-    def open(self, make: Callable[[], Plan]) -> Reply:
-        """Have another thread make a plan and hand it to the engine; what comes of that, `next_events` brings.
+    def open(self, make: Callable[[], Plan]) -> ResponseBuilder:
+        """Run `make` in another thread and submit the plan's requests; `next_events` reports their progress.
 
-        Call it, and what follows, in the event loop; each must be closed.
+        Call it, and the methods below, in the event loop; every response must be closed.
         """
-        reply = Reply(self.tokenizer, self.name)
+        reply = ResponseBuilder(self.tokenizer, self.name)
 
         def prepare() -> list[Request]:
             reply.plan = make()
             return reply.plan.requests
 
-        reply.job = self.worker.open(prepare)
-        late = ApiError(408, f"the answer was not complete after {self._deadline:g} s", code="deadline")
-        reply.alarm = asyncio.get_running_loop().call_later(self._deadline, reply.job.notify, late)
+        reply.job = self.engine_thread.open(prepare)
+        deadline = ApiError(408, f"the response was not complete after {self._deadline:g} s", code="deadline")
+        reply.timeout = asyncio.get_running_loop().call_later(self._deadline, reply.job.notify, deadline)
         return reply
 
-    async def next_events(self, reply: Reply) -> list[Event]:
-        """Wait for what the engine brings. Raises ApiError for what cannot be served, and where it fails."""
+    async def next_events(self, reply: ResponseBuilder) -> list[Event]:
+        """Wait for the engine's events. Raises ApiError for requests that cannot be served, and where one fails."""
         try:
             return await reply.job.next_events()
         except QueueFull as error:
-            message = "too many requests wait; try again later"
+            message = "too many requests are waiting; try again later"
             raise ApiError(429, message, code="queue_full", retry_after=_RETRY_SECONDS) from error
         except ValueError as error:
             raise ApiError(400, str(error)) from error
-        except EngineDiedError as error:
+        except EngineDeadError as error:
             raise ApiError(503, "the engine has stopped; the server is going down", code="engine_stopped") from error
 
-    def close(self, reply: Reply) -> None:
-        """Whatever became of it: what is left of it ends."""
-        reply.alarm.cancel()
-        self.worker.close(reply.job)
+    def close(self, reply: ResponseBuilder) -> None:
+        """Cancel what is left of it, and record its times."""
+        reply.timeout.cancel()
+        self.engine_thread.close(reply.job)
         self.metrics.finished(reply.job)
 
     def _request(
@@ -138,7 +138,7 @@ class Service:
         if len(ids) >= self._context:
             raise ApiError(
                 400,
-                f"the prompt has {len(ids)} tokens; the model takes {self._context}, its answer included",
+                f"the prompt has {len(ids)} tokens; the context length is {self._context}, the completion included",
                 param,
                 "context_length_exceeded",
             )
@@ -148,7 +148,7 @@ class Service:
         limit = min(limit, self._context - len(ids))
         try:
             params = SamplingParams(
-                temperature=_warm(body.temperature),
+                temperature=_temperature(body.temperature),
                 top_k=body.top_k,
                 top_p=1.0 if body.top_p is None else body.top_p,
                 min_p=body.min_p,
@@ -193,7 +193,7 @@ class Service:
             raise ApiError(400, f"the schema cannot be followed: {error}", param, "invalid_schema") from error
 
 
-def _warm(temperature: float | None) -> float:
-    """Below what the sampler can divide by, the likeliest token is taken."""
+def _temperature(temperature: float | None) -> float:
+    """Too small for the sampler to divide by is 0, greedy."""
     temperature = 1.0 if temperature is None else temperature
     return temperature if temperature >= 1e-5 else 0.0

@@ -1,15 +1,15 @@
-"""What the page's side panel shows: the model's shape, and what the engine does."""
+"""GET /fathom/status, as the page's side panel shows it: the model's shape and the engine's state."""
 
 import time
 from typing import Any
 
 from fathom.engine.engine import Engine
 from fathom.model.config import ModelConfig
-from fathom.serve.worker import Worker
+from fathom.serve.engine_thread import EngineThread
 
 
 def describe(config: ModelConfig, name: str, engine: Engine, chat: bool) -> dict[str, Any]:
-    """What does not change: sizes in numbers of parameters and in bytes."""
+    """The constant part: sizes in parameters and in bytes."""
     counts = config.parameter_counts()
     per_token = engine.stats().bytes_per_token
     latent = config.kv_lora_rank + config.qk_rope_head_dim
@@ -29,20 +29,20 @@ def describe(config: ModelConfig, name: str, engine: Engine, chat: bool) -> dict
         "parameters": counts.total + counts.mtp,
         "active_parameters": counts.active,
         "cache_bytes_per_token": per_token,
-        # The keys and values of all heads, in the numbers and layers that the latents are kept in.
+        # Keys and values of all heads, in the data type and layers of the latents.
         "plain_cache_bytes_per_token": per_token // latent * (keys + values),
         "drafts": engine.speculative,
         "chat": chat,
     }
 
 
-def now(worker: Worker) -> dict[str, Any]:
-    """What changes."""
-    stats = worker.stats
+def engine_status(engine_thread: EngineThread) -> dict[str, Any]:
+    """The changing part."""
+    stats = engine_thread.stats
     return {
         "running": stats.running,
         "waiting": stats.waiting,
-        "tokens_per_second": round(worker.tokens_per_second(), 2),
+        "tokens_per_second": round(engine_thread.tokens_per_second(), 2),
         "generated_tokens": stats.generated_tokens,
         "acceptance": round(stats.accepted / stats.drafted, 4) if stats.drafted else None,
         "drafted": stats.drafted,
@@ -53,5 +53,5 @@ def now(worker: Worker) -> dict[str, Any]:
         "page_size": stats.page_size,
         "cached_tokens": stats.pages_used * stats.page_size,
         "load": stats.tokens_per_expert_LE.tolist(),
-        "uptime_s": round(time.monotonic() - worker.started, 1),
+        "uptime_s": round(time.monotonic() - engine_thread.started, 1),
     }

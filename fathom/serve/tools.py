@@ -1,7 +1,7 @@
-"""Functions that a model may call: how they are put to it, and how a call is read from its answer.
+"""Tools: how they are rendered into the prompt, and how a tool call is parsed from the output.
 
-A call is the JSON text {"name": …, "arguments": {…}}, which the grammar holds the model to. Templates that know tools
-are given them; for the others the functions stand in a system message, and calls and results in plain messages.
+A call is the JSON text {"name": …, "arguments": {…}}, which a grammar enforces. Chat templates with tool support get
+the tools themselves; for the others the functions are listed in a system message, calls and results in plain messages.
 """
 
 import json
@@ -11,19 +11,19 @@ from typing import Any
 
 
 def render_tools(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The conversation for a template that knows only system, user and assistant messages."""
-    told = [_plain(message) for message in messages]
+    """The conversation for a template that supports only system, user and assistant messages."""
+    rendered = [_plain(message) for message in messages]
     if not tools:
-        return told
+        return rendered
     lines = [json.dumps(tool["function"], ensure_ascii=False) for tool in tools]
     text = 'To call one of these functions, answer with {"name": …, "arguments": {…}} alone:\n' + "\n".join(lines)
-    if told[0]["role"] == "system":
-        return [{**told[0], "content": f"{told[0]['content']}\n\n{text}"}, *told[1:]]
-    return [{"role": "system", "content": text}, *told]
+    if rendered[0]["role"] == "system":
+        return [{**rendered[0], "content": f"{rendered[0]['content']}\n\n{text}"}, *rendered[1:]]
+    return [{"role": "system", "content": text}, *rendered]
 
 
 def parse_tool_call(text: str) -> dict[str, Any] | None:
-    """The call that an answer is, in OpenAI's form; None where it is none."""
+    """The call in OpenAI's form; None where the text is not one."""
     try:
         call = json.loads(text)
     except ValueError:

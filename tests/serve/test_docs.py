@@ -13,9 +13,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from fathom.checkpoint.hf.model import load_model
 from fathom.config import ConfigError
 from fathom.engine.engine import Engine
+from fathom.serve.engine_thread import EngineThread
 from fathom.serve.metrics import Metrics
 from fathom.serve.server import ServeCommand, serve
-from fathom.serve.worker import Worker
 from tests.serve.random_model import save_random_model
 
 DOCS = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
@@ -29,7 +29,7 @@ def test_every_flag_is_described(field: str) -> None:
 
 def test_every_metric_is_named(tmp_path: Path) -> None:
     engine = Engine(load_model(save_random_model(tmp_path / "model")), None, max_batch=1)
-    text = Metrics(Worker(engine)).text().decode()
+    text = Metrics(EngineThread(engine)).text().decode()
     names = {
         family.name + ("_total" if family.type == "counter" else "") for family in text_string_to_metric_families(text)
     }

@@ -132,11 +132,11 @@ def test_bodies_have_a_limit_whatever_their_header_says(server: Running) -> None
     kind = {"Content-Type": "application/json"}
     assert httpx.post(url, content=large, headers=kind).status_code == 413
 
-    def pieces() -> Iterator[bytes]:
+    def chunks() -> Iterator[bytes]:
         for start in range(0, len(large), 1000):
             yield large[start : start + 1000]
 
-    reply = httpx.post(url, content=pieces(), headers=kind)  # chunked: no length is told
+    reply = httpx.post(url, content=chunks(), headers=kind)  # chunked: no length is told
     assert reply.status_code == 413 and reply.json()["error"]["code"] == "body_too_large"
 
 

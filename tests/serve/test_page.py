@@ -147,7 +147,7 @@ def test_a_conversation_streams(open_page: Callable[..., Any]) -> None:
     assert page.locator(".token").count() == 400
     assert page.locator(".token.drafted").count() > 50
     footer = finished(page).locator("footer").text_content()
-    assert "400 tokens" in footer and "tokens per pass" in footer and "max tokens" in footer
+    assert "400 tokens" in footer and "tokens per forward pass" in footer and "max tokens" in footer
 
     setting(page, max_tokens=5)
     say(page, "And again?")
@@ -181,7 +181,7 @@ def test_stop_and_retry(open_page: Callable[..., Any], address: str) -> None:
     deadline = time.monotonic() + 5
     while status(address)["now"]["running"] and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert status(address)["now"]["running"] == 0, "the server went on"
+    assert status(address)["now"]["running"] == 0, "the server kept generating"
     setting(page, max_tokens=7)
     page.click(".retry")
     wait_until(page, "document.querySelectorAll('.token').length === 7")
@@ -245,7 +245,7 @@ def test_a_token_shows_what_the_api_says(open_page: Callable[..., Any], address:
     assert len(different) == 4, "every token took the same experts"
 
     page.locator(".token").nth(39).click()
-    assert "never read this token" in page.locator("#token-body").text_content()
+    assert "not been through the model" in page.locator("#token-body").text_content()
 
 
 def test_experts_under_the_pointer(open_page: Callable[..., Any]) -> None:
@@ -261,7 +261,7 @@ def test_experts_under_the_pointer(open_page: Callable[..., Any]) -> None:
     for expert in range(CONFIG.n_routed_experts):
         words = page.locator("#token .readout").text_content()
         assert words.startswith(f"Layer 2, expert {expert}: ")
-        assert words.endswith("not taken") == (expert not in weights)
+        assert words.endswith("not chosen") == (expert not in weights)
         page.keyboard.press("ArrowRight")
 
 
@@ -309,7 +309,9 @@ def test_an_error_is_a_sentence_with_a_retry(open_page: Callable[..., Any]) -> N
     setting(page, temperature=-1, max_tokens=6)
     say(page, "abc")
     sentence = finished(page).locator(".error").text_content()
-    assert sentence.startswith("The server declined: ") and "temperature" in sentence and sentence.endswith(".")
+    assert (
+        sentence.startswith("The server refused the request: ") and "temperature" in sentence and sentence.endswith(".")
+    )
     setting(page, temperature=0)
     page.click(".retry")
     wait_until(page, "document.querySelectorAll('.token').length === 6")

@@ -23,11 +23,11 @@ from fathom.engine.engine import Engine
 from fathom.engine.request import Request
 from fathom.engine.sampling.sampler import SamplingParams
 from fathom.serve.app import make_app
+from fathom.serve.engine_thread import EngineThread, Job
 from fathom.serve.grammar import Grammars
 from fathom.serve.server import listen
 from fathom.serve.service import Service
 from fathom.serve.status import describe
-from fathom.serve.worker import Job, Worker
 from tests.serve.random_model import CONFIG, save_random_model
 
 
@@ -42,7 +42,7 @@ def engine(model: Path) -> Engine:
 
 
 async def ended(job: Job) -> None:
-    while not job.handles or not all(handle.finished for handle in job.handles):
+    while not job.generations or not all(generation.finished for generation in job.generations):
         await asyncio.wait_for(job.next_events(), 30)
 
 
@@ -67,20 +67,20 @@ def test_an_exception_in_one_request_is_that_requests_alone(engine: Engine) -> N
     expected = engine.generate(["largest", "as 7"], params)
 
     async def serve() -> tuple[Job, Job]:
-        worker = Worker(engine)
-        worker.start()
-        others = worker.open(lambda: [Request("largest", params), Request("as 7", params)])
-        broken = worker.open(lambda: [Request("größer", params, constraint=Breaks())])
+        engine_thread = EngineThread(engine)
+        engine_thread.start()
+        others = engine_thread.open(lambda: [Request("largest", params), Request("as 7", params)])
+        broken = engine_thread.open(lambda: [Request("größer", params, constraint=Breaks())])
         await ended(broken)
         await ended(others)
-        assert worker.alive and worker.failure is None
-        await asyncio.to_thread(worker.stop)
+        assert engine_thread.alive and engine_thread.failure is None
+        await asyncio.to_thread(engine_thread.stop)
         return others, broken
 
     others, broken = asyncio.run(serve())
-    assert [handle.finish_reason for handle in broken.handles] == ["error"]
-    assert "made to fail" in (broken.handles[0].error or "")
-    assert [handle.token_ids for handle in others.handles] == [each.token_ids for each in expected]
+    assert [generation.finish_reason for generation in broken.generations] == ["error"]
+    assert "made to fail" in (broken.generations[0].error or "")
+    assert [generation.token_ids for generation in others.generations] == [each.token_ids for each in expected]
     assert engine.stats().pages_used == 0
 
 
@@ -97,16 +97,16 @@ def test_a_cancelled_request_gives_its_pages_back_within_one_step(engine: Engine
     engine.step_phases = counted  # type: ignore[method-assign]
 
     async def serve() -> int:
-        worker = Worker(engine)
-        worker.start()
-        job = worker.open(lambda: [Request("f", SamplingParams(max_tokens=400, ignore_eos=True))])
+        engine_thread = EngineThread(engine)
+        engine_thread.start()
+        job = engine_thread.open(lambda: [Request("f", SamplingParams(max_tokens=400, ignore_eos=True))])
         await job.next_events()
         assert engine.stats().pages_used > 0
-        worker.close(job)
+        engine_thread.close(job)
         before = len(steps)
         while engine.has_work:
             await asyncio.sleep(0.001)
-        await asyncio.to_thread(worker.stop)
+        await asyncio.to_thread(engine_thread.stop)
         return len(steps) - before
 
     assert asyncio.run(serve()) <= 1
@@ -114,14 +114,14 @@ def test_a_cancelled_request_gives_its_pages_back_within_one_step(engine: Engine
 
 
 def test_many_tokens_a_second_are_handed_on_in_few_pieces(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first piece and the last come at once, and nothing is lost in between."""
-    monkeypatch.setattr("fathom.serve.worker._PIECES_PER_SECOND", 20.0)
+    """The first delta and the last come at once, and nothing is lost in between."""
+    monkeypatch.setattr("fathom.serve.engine_thread._EVENTS_PER_SECOND", 20.0)
 
     async def serve() -> list[list[int]]:
-        worker = Worker(engine)
-        worker.start()
+        engine_thread = EngineThread(engine)
+        engine_thread.start()
         params = SamplingParams(max_tokens=200, ignore_eos=True)
-        jobs = [worker.open(lambda place=place: [Request("f", params, stream=place)]) for place in range(3)]
+        jobs = [engine_thread.open(lambda place=place: [Request("f", params, stream=place)]) for place in range(3)]
 
         async def told(job: Job) -> list[int]:
             events = await job.next_events()
@@ -130,7 +130,7 @@ def test_many_tokens_a_second_are_handed_on_in_few_pieces(engine: Engine, monkey
             return [event.tokens for event in events]
 
         tokens = await asyncio.gather(*map(told, jobs))
-        await asyncio.to_thread(worker.stop)
+        await asyncio.to_thread(engine_thread.stop)
         return tokens
 
     began = time.monotonic()
@@ -145,11 +145,11 @@ FORMAT = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
 
 
 def asked(
-    engine: Engine, *requests: tuple[str, dict[str, Any]], died: Any = lambda error: None
+    engine: Engine, *requests: tuple[str, dict[str, Any]], on_failure: Any = lambda error: None
 ) -> list[httpx.Response]:
     """One after the other, by an application in this process, whose event loop runs in this thread."""
-    worker = Worker(engine)
-    service = Service(engine, worker, "small", 30)
+    engine_thread = EngineThread(engine)
+    service = Service(engine, engine_thread, "small", 30)
     app = make_app(service, describe(CONFIG, "small", engine, True), [], [], ["*"], 1 << 20)
 
     async def serve() -> list[httpx.Response]:
@@ -231,8 +231,8 @@ def test_a_dead_engine_turns_health_red(engine: Engine, monkeypatch: pytest.Monk
         raise RuntimeError("made to fail by a test")
 
     engine.step_phases = fail  # type: ignore[method-assign]
-    worker = Worker(engine)
-    service = Service(engine, worker, "small", 30)
+    engine_thread = EngineThread(engine)
+    service = Service(engine, engine_thread, "small", 30)
     app = make_app(service, describe(CONFIG, "small", engine, True), [], [], ["*"], 1 << 20)
 
     async def serve() -> list[int]:
@@ -247,7 +247,7 @@ def test_a_dead_engine_turns_health_red(engine: Engine, monkeypatch: pytest.Monk
         return [reply.status_code for reply in (before, answers[0], after, answers[1])]
 
     assert asyncio.run(serve()) == [200, 503, 503, 503]
-    assert isinstance(worker.failure, RuntimeError)
+    assert isinstance(engine_thread.failure, RuntimeError)
 
 
 def test_connections_send_what_is_written_at_once() -> None:

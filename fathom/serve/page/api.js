@@ -1,4 +1,4 @@
-// The server's HTTP interface: status, streamed answers, the API key, and failures as sentences.
+// The server's HTTP interface: status, streamed responses, the API key, and errors as sentences.
 
 const KEY = "fathom.key";
 
@@ -10,7 +10,7 @@ export class ServerError extends Error {
   }
 }
 
-/** Kept by the tab, not by the browser: closing the tab forgets it. */
+/** In sessionStorage: it is gone when the tab is closed. */
 export function setKey(key) {
   sessionStorage.setItem(KEY, key);
 }
@@ -21,7 +21,7 @@ export async function getStatus() {
   return response.json();
 }
 
-/** The chunks of a streamed answer, parsed. Throws ServerError also where the stream breaks off. */
+/** The chunks of a streamed response, parsed. Throws ServerError also where the stream breaks off. */
 export async function* streamed(path, body, signal) {
   const response = await request(path, {
     method: "POST",
@@ -32,7 +32,7 @@ export async function* streamed(path, body, signal) {
   for await (const data of events(response.body)) {
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data);
-    if (chunk.error) throw new ServerError(sentence("The server gave up", chunk.error.message));
+    if (chunk.error) throw new ServerError(sentence("The server stopped", chunk.error.message));
     yield chunk;
   }
   throw new ServerError("The connection ended before the answer was complete.");
@@ -54,11 +54,11 @@ async function request(path, options) {
 
 async function failureOf(response, key) {
   if (response.status === 401) {
-    return new ServerError(key ? "The server does not accept this key." : "The server asks for a key.", true);
+    return new ServerError(key ? "The server does not accept this key." : "The server requires an API key.", true);
   }
   const message = await response.json().then((body) => body.error.message).catch(() => `status ${response.status}`);
   if (response.status === 429) return new ServerError(sentence("The server is busy", message));
-  return new ServerError(sentence(response.status < 500 ? "The server declined" : "The server failed", message));
+  return new ServerError(sentence(response.status < 500 ? "The server refused the request" : "The server failed", message));
 }
 
 function sentence(beginning, message) {
@@ -81,7 +81,7 @@ async function* events(stream) {
       }
     }
   } finally {
-    await reader.cancel().catch(() => {}); // it may have failed already, which its reader was told
+    await reader.cancel().catch(() => {}); // it may have failed already, which was reported
   }
 }
 

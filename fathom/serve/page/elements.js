@@ -1,4 +1,4 @@
-// Making elements, and numbers as people read them. Text always goes in as text nodes: nothing is parsed as markup.
+// Creates elements and formats numbers. Text is always inserted as text nodes: nothing is parsed as markup.
 
 /** element("p", { class: "quiet" }, "text", child): properties are attributes, `on…` functions are listeners. */
 export function element(name, properties = {}, ...children) {

@@ -2,14 +2,14 @@
 
 import { byId, bytes, count, element, percent, rough, short } from "./elements.js";
 
-const REMEMBERED = 60; // points of the speed's line
+const POINTS = 60; // points of the speed's line
 
 export class EnginePanel {
   constructor() {
     this.speeds = [];
     this.most = 0;
     this.tiles = Object.fromEntries(
-      [["speed", "tokens per second"], ["drafts", "of drafts accepted"], ["requests", "requests running"], ["written", "tokens written"]]
+      [["speed", "tokens per second"], ["drafts", "acceptance rate"], ["requests", "requests running"], ["written", "tokens generated"]]
         .map(([name, label]) => [name, tile(name, label)]),
     );
     byId("now").append(...Object.values(this.tiles).map(({ root }) => root));
@@ -27,16 +27,16 @@ export class EnginePanel {
     this.bars.plain.fill.style.setProperty("--share", 1);
     const facts = {
       Name: model.name,
-      Parameters: `${short(model.parameters)}, ${short(model.active_parameters)} at work per token`,
-      Layers: `${model.layers}, ${model.moe_layers.length} of them with experts`,
-      Experts: `${count(model.experts)} per layer, ${model.experts_per_token} taken per token, ${model.shared_experts} shared by all`,
+      Parameters: `${short(model.parameters)}, ${short(model.active_parameters)} active per token`,
+      Layers: `${model.layers}, ${model.moe_layers.length} of them MoE`,
+      Experts: `${count(model.experts)} per layer, ${model.experts_per_token} chosen per token, ${model.shared_experts} shared`,
       Groups: model.groups > 1 ? `${model.groups} of ${model.experts / model.groups} experts` : null,
       Context: `${count(model.context)} tokens`,
       Vocabulary: `${count(model.vocabulary)} tokens`,
-      Drafts: model.drafts ? "by the multi-token prediction module" : "none: there is no prediction module in use",
+      Drafts: model.drafts ? "by the MTP module" : "none: speculative decoding is off",
       Inspector: model.inspector
-        ? element("a", { href: "/inspect", target: "_blank" }, "what its experts, heads and drafts do with a text")
-        : "fathom inspect makes a page of what experts, heads and drafts do with a text; fathom serve --inspector links it here",
+        ? element("a", { href: "/inspect", target: "_blank" }, "experts, heads and drafts over a text")
+        : "fathom inspect makes a page about experts, heads and drafts; fathom serve --inspector links it here",
     };
     const filled = Object.entries(facts).filter(([, value]) => value !== null);
     byId("facts").replaceChildren(
@@ -47,14 +47,14 @@ export class EnginePanel {
   show(now) {
     const { speed, drafts, requests, written } = this.tiles;
     speed.value.textContent = rough(now.tokens_per_second);
-    speed.note.textContent = "over the last seconds";
+    speed.note.textContent = "over the last 5 seconds";
     drafts.value.textContent = now.acceptance === null ? "–" : percent(now.acceptance);
     drafts.note.textContent = now.drafted ? `${count(now.accepted)} of ${count(now.drafted)}` : "none drafted yet";
     requests.value.textContent = count(now.running);
     requests.note.textContent = `${count(now.waiting)} waiting`;
     written.value.textContent = count(now.generated_tokens);
     written.note.textContent = `in ${duration(now.uptime_s)}`;
-    this.speeds = [...this.speeds, now.tokens_per_second].slice(-REMEMBERED);
+    this.speeds = [...this.speeds, now.tokens_per_second].slice(-POINTS);
     drawLine(this.line, this.speeds);
     this.showCache(now);
   }
@@ -70,8 +70,8 @@ export class EnginePanel {
     this.cacheNotes.replaceChildren(
       ...[
         `${held ? count(held) : "No"} tokens held by running requests.${most}`,
-        `A token takes ${bytes(latent)}; plain attention with the same heads takes ${bytes(plain)}, ${rough(plain / latent)} times as much.`,
-        `${count(now.pages_used)} of ${count(now.pages)} pages in use; ${count(now.pages_reusable)} kept for prompts that begin alike.`,
+        `One token takes ${bytes(latent)}; plain attention with the same heads would take ${bytes(plain)}, ${rough(plain / latent)} times as much.`,
+        `${count(now.pages_used)} of ${count(now.pages)} pages in use; ${count(now.pages_reusable)} more hold the prefix cache.`,
       ].map((sentence) => element("p", { class: "quiet" }, sentence)),
     );
   }
@@ -91,7 +91,7 @@ function cacheBar(name, label) {
 
 function sparkline() {
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-  svg.setAttribute("viewBox", `0 0 ${REMEMBERED - 1} 20`);
+  svg.setAttribute("viewBox", `0 0 ${POINTS - 1} 20`);
   svg.setAttribute("preserveAspectRatio", "none");
   svg.setAttribute("aria-hidden", "true");
   svg.append(document.createElementNS(svg.namespaceURI, "polyline"));
@@ -100,7 +100,7 @@ function sparkline() {
 
 function drawLine(svg, speeds) {
   const top = Math.max(1, ...speeds);
-  const first = REMEMBERED - speeds.length;
+  const first = POINTS - speeds.length;
   const points = speeds.map((speed, place) => `${first + place},${(19 - (18 * speed) / top).toFixed(1)}`);
   svg.firstChild.setAttribute("points", points.join(" "));
 }

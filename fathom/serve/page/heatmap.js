@@ -1,6 +1,6 @@
 // A matrix of layers × experts on a canvas, in the theme's colours: as shades ("load"), or as a bar in each cell
-// ("weights"), which tells amounts apart without colour. Pointer and arrow keys read out single cells; what a canvas
-// cannot say to a screen reader is in its label and in a table that the caller puts beside it.
+// ("weights"), readable without colour. Pointer and arrow keys show single cells; screen readers get the label and a table
+// that the caller puts beside the canvas.
 
 import { element } from "./elements.js";
 
@@ -18,8 +18,8 @@ export class HeatMap {
     this.root = element("div", { class: "heatmap" }, this.canvas, this.output);
     this.cell = null;
     this.canvas.addEventListener("pointermove", (event) => this.point(event));
-    this.canvas.addEventListener("pointerleave", () => this.look(null));
-    this.canvas.addEventListener("blur", () => this.look(null));
+    this.canvas.addEventListener("pointerleave", () => this.setCell(null));
+    this.canvas.addEventListener("blur", () => this.setCell(null));
     this.canvas.addEventListener("keydown", (event) => this.walk(event));
     new ResizeObserver(() => this.paint()).observe(this.root);
     addEventListener("themechange", () => this.paint());
@@ -108,7 +108,7 @@ export class HeatMap {
     const { rows, columns, height, width } = this.layout();
     const row = Math.floor(event.offsetY / height);
     const column = Math.floor((event.offsetX - LEFT) / width);
-    this.look(row >= 0 && row < rows && column >= 0 && column < columns ? [row, column] : null);
+    this.setCell(row >= 0 && row < rows && column >= 0 && column < columns ? [row, column] : null);
   }
 
   walk(event) {
@@ -117,10 +117,10 @@ export class HeatMap {
     event.preventDefault();
     const { rows, columns } = this.layout();
     const [row, column] = this.cell ?? [-step[0], -step[1]];
-    this.look([clamp(row + step[0], rows), clamp(column + step[1], columns)]);
+    this.setCell([clamp(row + step[0], rows), clamp(column + step[1], columns)]);
   }
 
-  look(cell) {
+  setCell(cell) {
     this.cell = cell;
     this.paint();
     this.read();

@@ -33,7 +33,7 @@ export class LoadPanel {
   }
 
   table() {
-    const heads = ["Layer", "Busiest", "Idlest", "MaxVio"].map((name) => element("th", { scope: "col" }, name));
+    const heads = ["Layer", "Busiest", "Least busy", "MaxVio"].map((name) => element("th", { scope: "col" }, name));
     const table = element("table", { id: "load-table" }, element("thead", {}, element("tr", {}, ...heads)), this.body);
     return element("details", {}, element("summary", {}, "As a table"), table);
   }
@@ -68,11 +68,11 @@ export class LoadPanel {
       top: 2, // twice the mean: the darkest shade
       names: this.names,
       notes: violations.map((share) => (routed ? `+${Math.round(100 * share)}%` : "")),
-      label: `Heat map of ${this.counted.length} layers by ${this.model.experts} experts: each expert's share of tokens. The table below sums it up.`,
+      label: `Heat map of ${this.counted.length} layers by ${this.model.experts} experts: each expert's load. The table below sums it up.`,
     });
     this.note.textContent = routed
-      ? `${count(routed)} tokens, each to ${this.model.experts_per_token} experts per layer. Right: how far the busiest expert is above the mean.`
-      : "No tokens yet. They are counted as the model reads them.";
+      ? `${count(routed)} tokens, ${this.model.experts_per_token} experts each per layer. Right: MaxVio, how far the busiest expert is above the mean.`
+      : "No tokens yet.";
     this.fillTable(violations);
   }
 

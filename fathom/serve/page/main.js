@@ -7,24 +7,24 @@ import { askForKey } from "./key.js";
 import { LoadPanel } from "./load.js";
 import { newExchange, requestFor, take } from "./protocol.js";
 import { Settings } from "./settings.js";
-import { hear, hearEnd } from "./speak.js";
+import { announce, announceEnd } from "./announce.js";
 import { load, loadExchanges, save, saveExchanges } from "./storage.js";
 import { bindTheme } from "./theme.js";
 import { TokenPanel } from "./token.js";
 import { Transcript } from "./transcript.js";
-import { Watch } from "./watch.js";
+import { StatusPoll } from "./poll.js";
 
 const WORDS = {
   chat: {
     label: "Message",
     placeholder: "Write a message",
-    lead: "Say something and the model answers. It is small or large, but the same architecture either way, and this page shows it at work.",
+    lead: "Write a message and the model answers. Small or large, the architecture is the same, and this page shows it at work.",
     examples: ["Explain what a generator is.", "Write a function that reverses a list.", "What is a mixture of experts?"],
   },
   completion: {
     label: "Text to continue",
-    placeholder: "Begin a text",
-    lead: "Begin a text and the model continues it, token by token. This page shows the architecture at work meanwhile.",
+    placeholder: "Write the beginning of a text",
+    lead: "Write the beginning of a text and the model continues it, token by token, while this page shows the architecture at work.",
     examples: ["def read(", "import os\n\nclass ", "for name in "],
   },
 };
@@ -35,13 +35,13 @@ const enginePanel = new EnginePanel();
 const loadPanel = new LoadPanel();
 const tokenPanel = new TokenPanel({ step: (by) => transcript.step(by), close: () => transcript.select(null) });
 const transcript = new Transcript(byId("turns"), byId("scroll"), { selected: showToken, retry });
-const watch = new Watch(answered, failed);
+const statusPoll = new StatusPoll(answered, failed);
 
 let model = null;
 let mode = null;
 let exchanges = [];
 let running = null; // the AbortController of the exchange that is being answered
-let keyRefused = false; // the reader was asked for a key and gave none: not again without being told to
+let keyRefused = false; // the user dismissed the key dialog: it stays closed until «Try again»
 
 function showToken(selection) {
   document.body.classList.toggle("token-open", selection !== null);
@@ -66,7 +66,7 @@ function failed(error) {
   if (error.keyNeeded && !keyRefused) {
     askForKey(error.message).then((given) => {
       keyRefused = !given;
-      if (given) watch.now();
+      if (given) statusPoll.now();
     });
   }
 }
@@ -150,14 +150,14 @@ async function answer(exchange) {
   const { signal } = running;
   const [inMode, all] = [mode, exchanges];
   showRunning(true);
-  watch.now();
+  statusPoll.now();
   let keyNeeded = false;
   try {
     const { path, body } = requestFor(inMode, all, settings.values(), model.name);
     for await (const chunk of streamed(path, body, signal)) {
       const tokens = take(inMode, exchange, chunk);
       transcript.grow(exchange, tokens);
-      hear(tokens.map(({ text }) => text).join(""));
+      announce(tokens.map(({ text }) => text).join(""));
     }
     exchange.ended ??= "stop";
   } catch (failure) {
@@ -175,7 +175,7 @@ async function answer(exchange) {
   }
   saveExchanges(inMode, all);
   if (all === exchanges && all.includes(exchange)) transcript.finish(exchange);
-  hearEnd(exchange.error ? "" : `End of the answer, ${exchange.tokens.length} tokens.`);
+  announceEnd(exchange.error ? "" : `End of the answer, ${exchange.tokens.length} tokens.`);
   if (keyNeeded && (await askForKey(exchange.error))) retry();
 }
 
@@ -222,7 +222,7 @@ prompt.addEventListener("keydown", (event) => {
 byId("stop").addEventListener("click", stop);
 byId("trouble-retry").addEventListener("click", () => {
   keyRefused = false;
-  watch.now();
+  statusPoll.now();
 });
 byId("new").addEventListener("click", startAnew);
 byId("modes").addEventListener("change", (event) => {
@@ -246,4 +246,4 @@ byId("send").disabled = true;
 setHealth("gone", "connecting");
 tokenPanel.showNothing();
 if (matchMedia("(pointer: fine)").matches) prompt.focus();
-watch.now();
+statusPoll.now();

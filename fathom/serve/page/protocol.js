@@ -1,9 +1,9 @@
-// What the two modes send, and what their chunks bring, brought into one shape.
+// The requests of the two modes, and their chunks in one common form.
 //
 // An exchange: { prompt, text, tokens, ended, timing, error }
 //   tokens: [{ id, text, drafted, logprob, top: [{ text, logprob }], experts, weights }]
-//     experts, weights: MoE layers × chosen experts, of the pass that read this token (not there before that pass)
-//   ended: "stop" | "length" | "stopped" (by the reader) | "error", or null while it runs
+//     experts, weights: MoE layers × chosen experts, of the forward pass over this token (absent before it)
+//   ended: "stop" | "length" | "stopped" (by the user) | "error", or null while it runs
 
 const ALTERNATIVES = 5;
 const FACTS = { routing: true, drafts: true, timing: true };

@@ -16,7 +16,7 @@ export function load(name, otherwise) {
   try {
     return JSON.parse(localStorage.getItem(`fathom.${name}`)) ?? otherwise;
   } catch {
-    return otherwise; // not ours, or of another version
+    return otherwise; // not ours, or from another version
   }
 }
 
@@ -41,7 +41,7 @@ export function saveExchanges(mode, exchanges) {
   store(`conversation.${mode}`, `[${kept}]`);
 }
 
-/** The exchanges of a mode; one that was running when the page went away counts as stopped. */
+/** The exchanges of a mode; one that was running when the page was closed counts as stopped. */
 export function loadExchanges(mode) {
   const exchanges = load(`conversation.${mode}`, []);
   if (!Array.isArray(exchanges)) return [];
@@ -58,6 +58,6 @@ function store(name, content) {
   try {
     localStorage.setItem(`fathom.${name}`, content);
   } catch {
-    localStorage.removeItem(`fathom.${name}`); // no room: rather nothing than something stale
+    localStorage.removeItem(`fathom.${name}`); // quota exceeded: better nothing than stale data
   }
 }

@@ -1,9 +1,9 @@
-// Light or dark: what the system prefers, until the button says otherwise. Runs before the page is first painted.
+// Light or dark: the system's preference unless the button overrides it. Runs before the first paint.
 
 import { load, save } from "./storage.js";
 
 const CHOICES = ["auto", "light", "dark"];
-const LABELS = { auto: "Theme: as the system", light: "Theme: light", dark: "Theme: dark" };
+const LABELS = { auto: "Theme: system", light: "Theme: light", dark: "Theme: dark" };
 const SIGNS = { auto: "◐", light: "☀", dark: "☾" };
 
 function chosen() {

@@ -1,4 +1,4 @@
-// The token panel: where one token came from, which experts it took, and what else the model might have said.
+// The token panel: whether a token was drafted, its experts, and the alternatives to it.
 
 import { byId, element, percent, visible } from "./elements.js";
 import { HeatMap } from "./heatmap.js";
@@ -47,8 +47,8 @@ export class TokenPanel {
   heading() {
     const { id, text, drafted } = this.token;
     const origin = drafted
-      ? "drafted by the prediction module, accepted by the model"
-      : "chosen by the model itself, not from an accepted draft";
+      ? "drafted by the MTP module, accepted by the model"
+      : "sampled by the model, not an accepted draft";
     return element(
       "p",
       { class: "token-heading" },
@@ -63,13 +63,13 @@ export class TokenPanel {
     const rows = top.map((other) => ({ ...other, taken: other.text === text && other.logprob === logprob }));
     if (!rows.some((row) => row.taken)) rows.push({ text, logprob, taken: true });
     return [
-      element("h3", {}, "What the model expected here"),
+      element("h3", {}, "Most likely tokens here"),
       element("ol", { class: "alternatives" }, ...rows.map(alternative)),
     ];
   }
 
   routing(ended, last) {
-    const title = element("h3", {}, "Experts it took");
+    const title = element("h3", {}, "Experts");
     if (!this.token.experts) {
       return [title, element("p", { class: "quiet" }, reasonForNone(ended, last))];
     }
@@ -104,15 +104,15 @@ export class TokenPanel {
   sentenceOf(layer, expert) {
     const place = this.token.experts[layer].indexOf(expert);
     const name = `Layer ${this.model.moe_layers[layer]}, expert ${expert}`;
-    return place < 0 ? `${name}: not taken` : `${name}: weight ${this.token.weights[layer][place].toFixed(3)}`;
+    return place < 0 ? `${name}: not chosen` : `${name}: weight ${this.token.weights[layer][place].toFixed(3)}`;
   }
 }
 
 function reasonForNone(ended, last) {
-  if (!ended) return "They come when the model reads the token, one step after it was written.";
+  if (!ended) return "They are shown once the token has been through the model, one step after it was sampled.";
   return last
-    ? "The model never read this token: it was the last one, and experts work on a token when it is read."
-    : "They were not kept: only the newest answers are stored in full.";
+    ? "The last token has not been through the model: it was sampled, and no forward pass followed."
+    : "Not stored: only the newest answers are kept in full.";
 }
 
 function alternative({ text, logprob, taken }) {
@@ -122,7 +122,7 @@ function alternative({ text, logprob, taken }) {
   return element(
     "li",
     { class: taken ? "taken" : null },
-    element("code", {}, visible(text), ...(taken ? [element("span", { class: "unseen" }, " (taken)")] : [])),
+    element("code", {}, visible(text), ...(taken ? [element("span", { class: "unseen" }, " (chosen)")] : [])),
     bar,
     element("span", { class: "share" }, percent(share)),
   );

@@ -1,8 +1,8 @@
-// The conversation as it is seen: exchanges with their tokens, which of them is selected, and moving between tokens.
+// The visible conversation: exchanges with their tokens, the selected token, and navigation between tokens.
 
 import { count, element, percent, rough } from "./elements.js";
 
-const ENDINGS = { length: "ended at max tokens", stopped: "stopped", content_filter: "filtered" };
+const ENDINGS = { length: "max tokens reached", stopped: "stopped", content_filter: "filtered" };
 const NEAR = 60; // pixels from the end that still count as reading the end
 
 export class Transcript {
@@ -107,7 +107,7 @@ export class Transcript {
 
   clicked(event, exchange) {
     const place = this.viewOf(exchange).spans.indexOf(event.target);
-    // Whoever marks text with the pointer wants the text, not the token under the last letter.
+    // A click that selects text is not meant for the token under the last letter.
     if (place >= 0 && getSelection().isCollapsed) this.select({ exchange, place });
   }
 
@@ -164,7 +164,7 @@ function summary({ tokens, timing, ended }) {
     pieces.push([sample, ` (${percent(drafted / tokens.length)})`]);
   }
   if (timing) {
-    pieces.push([`${rough(timing.tokens_per_second)} tokens/s`], [`${rough(timing.tokens_per_forward)} tokens per pass`]);
+    pieces.push([`${rough(timing.tokens_per_second)} tokens/s`], [`${rough(timing.tokens_per_forward)} tokens per forward pass`]);
     pieces.push([`first after ${rough(timing.first_token_s)} s`]);
   }
   if (ended in ENDINGS) pieces.push([ENDINGS[ended]]);

@@ -1,9 +1,9 @@
-"""HTTP as uvicorn reads it, with a limit on what is no body: lines, headers, trailers, and chunks' lengths."""
+"""uvicorn's HTTP protocol with a limit on everything but the body: request line, headers, trailers, chunk sizes."""
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-LARGEST_HEAD = 1 << 16
-"""Bytes of one request beyond its body. The parser itself would keep a header of any length."""
+MAX_HEADER_BYTES = 1 << 16
+"""Bytes of one request apart from its body. The parser itself would keep a header of any length."""
 
 
 class Protocol(HttpToolsProtocol):
@@ -15,11 +15,11 @@ class Protocol(HttpToolsProtocol):
         """As asyncio specifies."""
         self._beyond += len(data)
         super().data_received(data)
-        if self._beyond > LARGEST_HEAD and not self.transport.is_closing():
+        if self._beyond > MAX_HEADER_BYTES and not self.transport.is_closing():
             if self.cycle is not None and self.cycle.response_started:
                 self.transport.close()
             else:
-                self.send_400_response(f"The request's headers are too large; the limit is {LARGEST_HEAD} bytes.")
+                self.send_400_response(f"The request's headers are too large; the limit is {MAX_HEADER_BYTES} bytes.")
 
     def on_body(self, body: bytes) -> None:
         """As httptools specifies."""

@@ -1,11 +1,11 @@
-// Asks the server for its status about once a second, while the page is visible; more rarely while it does not answer.
+// Polls the server's status once a second while the page is visible; less often while the server does not respond.
 
 import { getStatus } from "./api.js";
 
 const PAUSE = 1000;
 const LONGEST_PAUSE = 8000;
 
-export class Watch {
+export class StatusPoll {
   /** `answered(status)` for every status, `failed(error)` for every failure. */
   constructor(answered, failed) {
     this.answered = answered;
@@ -14,11 +14,11 @@ export class Watch {
     document.addEventListener("visibilitychange", () => this.now());
   }
 
-  /** Ask at once; the next question follows by itself. */
+  /** Poll at once; the next poll is scheduled. */
   async now() {
     clearTimeout(this.timer);
-    if (document.hidden || this.asking) return;
-    this.asking = true;
+    if (document.hidden || this.polling) return;
+    this.polling = true;
     try {
       this.answered(await getStatus());
       this.pause = PAUSE;
@@ -26,7 +26,7 @@ export class Watch {
       this.failed(error);
       this.pause = Math.min(2 * this.pause, LONGEST_PAUSE);
     } finally {
-      this.asking = false;
+      this.polling = false;
     }
     this.timer = setTimeout(() => this.now(), this.pause);
   }

@@ -1,11 +1,11 @@
-// What a screen reader hears of an answer: whole sentences, once each, from a region of their own. The visible answer is
-// no live region, or every token would be announced.
+// What screen readers announce of an answer: whole sentences, once each, in a live region of their own. The visible
+// answer is not a live region, or every token would be announced.
 
 import { byId } from "./elements.js";
 
 const SENTENCE = /^[\s\S]*?(?:[.!?:;]\s|\n)/;
 const LONGEST = 200; // characters that wait for the end of a sentence, at most
-const KEPT = 10000; // milliseconds until what was said is taken away, so that it is not found by browsing
+const KEPT = 10000; // milliseconds until announced sentences are removed, so that nobody finds them while browsing
 
 let waiting = "";
 let timer = 0;
@@ -18,7 +18,7 @@ function say(text) {
 }
 
 /** More of an answer. */
-export function hear(text) {
+export function announce(text) {
   clearTimeout(timer);
   waiting += text;
   for (let match = SENTENCE.exec(waiting); match; match = SENTENCE.exec(waiting)) {
@@ -32,7 +32,7 @@ export function hear(text) {
 }
 
 /** The answer is over; `words` says how. */
-export function hearEnd(words) {
+export function announceEnd(words) {
   say(waiting);
   say(words);
   waiting = "";

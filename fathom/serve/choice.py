@@ -1,4 +1,4 @@
-"""One choice of an answer as it grows: its tokens with their texts, and what is known of each."""
+"""One choice of a response as it grows: its tokens with their texts, and log-probabilities in OpenAI's format."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ class Choice(OutputStream):
         self._routed = 0
 
     def routing(self) -> list[dict[str, Any]]:
-        """The routing of released tokens, as far as it is known and was not given yet."""
+        """Routing of released tokens: of those that have been through the model since the last call."""
         experts_LTK, weights_LTK = self.generation.routed_experts, self.generation.routing_weights
         if experts_LTK is None or weights_LTK is None:
             return []
@@ -37,20 +37,20 @@ class Choice(OutputStream):
         return token.index < len(mask) and mask[token.index]
 
     def logprob(self, token: OutputToken) -> TokenLogprob:
-        """Of a token, where they were asked for."""
+        """Of a token, where the request has logprobs."""
         assert self.generation.logprobs is not None
         return self.generation.logprobs[token.index]
 
 
 class Spelling(NamedTuple):
-    """How a token is shown by itself."""
+    """A token by itself."""
 
     text: str
     raw: list[int]
 
 
 def spelling(tokenizer: Tokenizer, token: int) -> Spelling:
-    """As OpenAI shows tokens: bytes that are no text by their values."""
+    """As OpenAI spells tokens: bytes that are not UTF-8 in hexadecimal."""
     raw = tokenizer.token_bytes(token)
     try:
         return Spelling(raw.decode(), list(raw))
@@ -58,7 +58,7 @@ def spelling(tokenizer: Tokenizer, token: int) -> Spelling:
         return Spelling("bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), list(raw))
 
 
-def chat_logprobs(tokenizer: Tokenizer, choice: Choice, pieces: Sequence[OutputToken]) -> dict[str, Any]:
+def chat_logprobs(tokenizer: Tokenizer, choice: Choice, outputs: Sequence[OutputToken]) -> dict[str, Any]:
     """The logprobs of a chat's choice."""
 
     def shown(token: int, logprob: float) -> dict[str, Any]:
@@ -66,17 +66,17 @@ def chat_logprobs(tokenizer: Tokenizer, choice: Choice, pieces: Sequence[OutputT
         return {"token": text, "logprob": _finite(logprob), "bytes": raw}
 
     content = []
-    for piece in pieces:
-        fact = choice.logprob(piece)
+    for output in outputs:
+        fact = choice.logprob(output)
         top = [shown(token, logprob) for token, logprob in fact.top]
-        content.append(shown(piece.token, fact.logprob) | {"top_logprobs": top})
+        content.append(shown(output.token, fact.logprob) | {"top_logprobs": top})
     return {"content": content, "refusal": None}
 
 
 def completion_logprobs(
     tokenizer: Tokenizer, tokens: Sequence[int], facts: Sequence[TokenLogprob | None], offset: int
 ) -> dict[str, Any]:
-    """The logprobs of a completion's choice: `facts` is None for a first token that nothing predicts."""
+    """The logprobs of a completion's choice: `facts` has None for the first token, which nothing predicts."""
     shown: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for token, fact in zip(tokens, facts, strict=True):
         text = spelling(tokenizer, token).text
@@ -96,5 +96,5 @@ def completion_logprobs(
 
 
 def _finite(logprob: float) -> float:
-    # JSON knows no infinity; OpenAI writes this number for what cannot be.
+    # JSON has no infinity; OpenAI writes this number for impossible tokens.
     return max(logprob, -9999.0)

@@ -6,7 +6,7 @@ pytest.importorskip("starlette", reason="the server needs starlette")
 from fathom.data.tokenizer import train_tokenizer
 from fathom.engine.outputs import Generation
 from fathom.engine.sampling.sampler import SamplingParams
-from fathom.serve.answer import Choice
+from fathom.serve.choice import Choice
 
 TOKENIZER = train_tokenizer(["aé aè aê aë aà aâ " * 50], 400)
 
@@ -20,11 +20,11 @@ def test_an_answer_may_end_within_a_character(each: bool, stops: list[str]) -> N
     )
     generation = Generation([0], SamplingParams(stop=stops), token_ids=[whole_and_half])
     choice = Choice(generation, TOKENIZER, each)
-    pieces = choice.take(1, finished=False)
+    outputs = choice.take(1, finished=False)
     generation.token_ids.append(TOKENIZER.eos_id)
     generation.finish_reason = "stop"
-    pieces += choice.take(2, finished=True)
-    assert "".join(piece.text for piece in pieces) == TOKENIZER.decode(generation.token_ids)
+    outputs += choice.take(2, finished=True)
+    assert "".join(output.text for output in outputs) == TOKENIZER.decode(generation.token_ids)
     assert choice.finish_reason == "stop" and choice.num_tokens == 2
     if each:
-        assert [piece.token for piece in pieces] == [whole_and_half]
+        assert [output.token for output in outputs] == [whole_and_half]

@@ -1,8 +1,8 @@
-"""The engine in a thread of its own, and how coroutines of one event loop speak with it.
+"""The engine in a thread of its own, and its interface to the coroutines of one event loop.
 
-Only that thread touches the engine. Other threads make requests ready for it and leave commands in a queue. After its
-steps the thread leaves what is new with the event loop, all requests together and not more often than the loop can
-afford, and those who wait for it take it. A reader that is slow finds all that came meanwhile as one.
+Only that thread touches the engine. Other threads prepare requests and put commands into a queue. After its steps the
+thread schedules one callback in the event loop for the events of all requests, and no more often than the loop can
+afford. A client that reads slowly gets the events of the meantime as one.
 """
 
 import asyncio
@@ -21,29 +21,29 @@ from fathom.engine.outputs import Generation, Stats, Update
 from fathom.engine.request import Request
 
 _IDLE_SECONDS = 0.5
-"""How long the thread sleeps at most when there is nothing to do."""
+"""Longest sleep of the idle thread."""
 
 _RATE_SECONDS = 5.0
-"""Tokens per second are taken over such a time."""
+"""Window of the throughput in tokens per second."""
 
 _SNAPSHOT_SECONDS = 0.1
-"""How old the engine's counts may be that others see."""
+"""Age of the statistics at most, while the engine works."""
 
-_PIECES_PER_SECOND = 200.0
-"""How many pieces of answers are handed on at most, all requests together; first and last ones never wait. A
-small model writes more tokens than that, and sending each of them by itself would take the processor from it."""
+_EVENTS_PER_SECOND = 200.0
+"""Rate limit of events, all requests together; a request's first and last event never wait. A small model generates
+more tokens than that, and an event for each of them would take the processor from it."""
 
-_PREPARING_THREADS = 8
-"""How many requests are made ready at one time. Each takes a processor from the engine; a long one must not hold up
-the short ones behind it."""
+_PREPARATION_THREADS = 8
+"""Requests prepared at the same time. Each takes a processor from the engine; a long one must not delay the short
+ones behind it."""
 
 
-class EngineDiedError(RuntimeError):
-    """The engine's thread has ended; nothing will be answered any more."""
+class EngineDeadError(RuntimeError):
+    """The engine's thread has ended; no request will be completed any more."""
 
 
 class Event(NamedTuple):
-    """What came of one choice: how many tokens and readings of tokens there are now, and whether it is over."""
+    """Progress of one choice: how many tokens it has now, and whether it is finished."""
 
     choice: int
     tokens: int
@@ -54,20 +54,20 @@ class Event(NamedTuple):
 class Job:
     """The choices of one HTTP request, on their way to the engine and through it."""
 
-    handles: list[Generation] = field(default_factory=list)
-    """The engine's; none before it has taken the request."""
+    generations: list[Generation] = field(default_factory=list)
+    """The engine's; none before it has accepted the request."""
     submitted: float = 0.0
-    """When it did, by time.monotonic."""
+    """When it did, by time.monotonic, as the other times."""
     first_token: float | None = None
     finished: float | None = None
     closed: bool = False
-    """Nobody waits for it any more."""
+    """The client waits no longer."""
     _events: dict[int, Event] = field(default_factory=dict)
     _failure: Exception | None = None
     _waiter: "asyncio.Future[None] | None" = None
 
     def notify(self, event: Event | Exception) -> None:
-        """What came of it, or why nothing will come any more. In the event loop, as `next_events`."""
+        """Hand over an event, or the failure that ends the job. In the event loop, as `next_events`."""
         if isinstance(event, Exception):
             self._failure = event
         else:
@@ -76,9 +76,9 @@ class Job:
             self._waiter.set_result(None)
 
     async def next_events(self) -> list[Event]:
-        """Wait for what is new: of each choice the last event, which tells all that those before it told.
+        """Wait for new events: the latest of each choice, which includes those before it.
 
-        Raises the exception that was told.
+        Raises the exception passed to `notify`.
         """
         if not self._events and self._failure is None:
             self._waiter = asyncio.get_running_loop().create_future()
@@ -92,22 +92,22 @@ class Job:
 
 
 class Rate(NamedTuple):
-    """Counts at a moment."""
+    """Tokens generated until a moment."""
 
     at: float
     generated: int
 
 
-class Worker:
-    """Runs an engine. `start` within the event loop that asks; `stop` when it ends."""
+class EngineThread:
+    """Runs an engine. Call `start` inside the event loop, `stop` when it ends."""
 
-    def __init__(self, engine: Engine, died: Callable[[BaseException], None] = lambda error: None) -> None:
-        """`died` is called, in the event loop, if the engine raises."""
+    def __init__(self, engine: Engine, on_failure: Callable[[BaseException], None] = lambda error: None) -> None:
+        """`on_failure` is called, in the event loop, if the engine raises."""
         self._engine = engine
-        self._died = died
+        self._on_failure = on_failure
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._preparing = ThreadPoolExecutor(_PREPARING_THREADS, "preparing")
-        self._open: set[Job] = set()
+        self._preparation = ThreadPoolExecutor(_PREPARATION_THREADS, "preparing")
+        self._open_jobs: set[Job] = set()
         self._jobs: dict[Generation, tuple[Job, int]] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopping = False
@@ -116,51 +116,51 @@ class Worker:
         self._held: dict[tuple[Job, int], Event] = {}
         self._handed_on = 0.0
         self.stats: Stats = engine.stats()
-        """What the engine does; at most a tenth of a second old while it works."""
+        """The engine's statistics; at most a tenth of a second old while it works."""
         self.failure: BaseException | None = None
         """Why the engine's thread ended."""
         self.started = time.monotonic()
 
     def start(self) -> None:
-        """Begin; call it inside the event loop."""
+        """Start the thread; call it inside the event loop."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     def stop(self) -> None:
-        """End after the step that is running; what is not finished stays so."""
+        """End after the current step; unfinished requests stay unfinished."""
         self._stopping = True
         self._commands.put(lambda: None)
         self._thread.join()
-        self._preparing.shutdown(cancel_futures=True)
+        self._preparation.shutdown(cancel_futures=True)
 
     @property
     def alive(self) -> bool:
-        """Whether requests are answered."""
+        """Whether requests can be served."""
         return self._thread.is_alive() and self.failure is None and not self._stopping
 
     def open(self, prepare: Callable[[], Sequence[Request]]) -> Job:
-        """Have another thread make requests and the engine take all of them, or none. Call it in the event loop.
+        """Run `prepare` in another thread and submit its requests, all or none. Call it in the event loop.
 
-        The job is told what goes wrong: what `prepare` raises, ValueError for what the engine cannot serve,
-        scheduler.QueueFull, EngineDiedError.
+        The job's `next_events` raises what goes wrong: what `prepare` raises, ValueError for what the engine cannot
+        serve, scheduler.QueueFull, EngineDeadError.
         """
         job = Job()
         if self.alive:
-            self._open.add(job)
-            self._preparing.submit(self._prepare, job, prepare)
+            self._open_jobs.add(job)
+            self._preparation.submit(self._prepare, job, prepare)
         else:
-            job.notify(EngineDiedError("the engine has stopped"))
+            job.notify(EngineDeadError("the engine has stopped"))
         return job
 
     def close(self, job: Job) -> None:
-        """Nobody waits for it any more: what is left of it ends at the engine's next step. For the event loop."""
-        self._open.discard(job)
+        """Cancel what is left of it before the engine's next step. Call it in the event loop."""
+        self._open_jobs.discard(job)
         job.closed = True
-        if not job.handles or not all(handle.finished for handle in job.handles):
+        if not job.generations or not all(generation.finished for generation in job.generations):
             self._commands.put(lambda: self._cancel(job))
 
     def tokens_per_second(self) -> float:
-        """Generated, over the last seconds."""
+        """Generation throughput over the last seconds."""
         now = time.monotonic()
         recent = [each for each in list(self._history) if each.at > now - _RATE_SECONDS]
         if len(recent) < 2:
@@ -181,7 +181,7 @@ class Worker:
                 self._loop.call_soon_threadsafe(self._notify_death, error)
 
     def _run_commands(self) -> None:
-        """Do what others asked for; with nothing else to do, wait for it."""
+        """Run the queued commands; an idle engine waits for one."""
         with contextlib.suppress(queue.Empty):
             if not self._engine.has_work:
                 self._commands.get(timeout=_IDLE_SECONDS)()
@@ -189,7 +189,7 @@ class Worker:
                 self._commands.get_nowait()()
 
     def _report(self, updates: Iterable[Update]) -> None:
-        """Leave with the event loop what a part of a step brought."""
+        """Schedule the events of one phase of a step in the event loop."""
         events: list[tuple[Job, Event]] = []
         now = time.monotonic()
         for update in updates:
@@ -209,7 +209,7 @@ class Worker:
                 events.append((job, event))
             else:
                 self._held[job, choice] = event
-        if self._held and now - self._handed_on >= len(self._held) / _PIECES_PER_SECOND:
+        if self._held and now - self._handed_on >= len(self._held) / _EVENTS_PER_SECOND:
             self._handed_on = now
             events += [(job, event) for (job, _), event in self._held.items()]
             self._held.clear()
@@ -236,22 +236,22 @@ class Worker:
     def _submit(self, requests: Sequence[Request], job: Job) -> None:
         if job.closed:
             return
-        handles: list[Generation] = []
+        generations: list[Generation] = []
         try:
             for request in requests:
-                handles.append(self._engine.submit(request))
+                generations.append(self._engine.submit(request))
         except Exception as error:  # this request's own fault, or a full queue
-            for handle in handles:
-                self._engine.cancel(handle)
+            for generation in generations:
+                self._engine.cancel(generation)
             self._fail(job, error)
             return
-        job.handles, job.submitted = handles, time.monotonic()
-        self._jobs.update({handle: (job, choice) for choice, handle in enumerate(handles)})
+        job.generations, job.submitted = generations, time.monotonic()
+        self._jobs.update({generation: (job, choice) for choice, generation in enumerate(generations)})
 
     def _cancel(self, job: Job) -> None:
-        for choice, handle in enumerate(job.handles):
-            self._engine.cancel(handle)
-            self._jobs.pop(handle, None)
+        for choice, generation in enumerate(job.generations):
+            self._engine.cancel(generation)
+            self._jobs.pop(generation, None)
             self._held.pop((job, choice), None)
 
     def _fail(self, job: Job, error: Exception) -> None:
@@ -259,9 +259,9 @@ class Worker:
             self._loop.call_soon_threadsafe(job.notify, error)
 
     def _notify_death(self, error: BaseException) -> None:
-        for job in self._open:
-            job.notify(EngineDiedError("the engine has stopped"))
-        self._died(error)
+        for job in self._open_jobs:
+            job.notify(EngineDeadError("the engine has stopped"))
+        self._on_failure(error)
 
 
 def _notify(events: Iterable[tuple[Job, Event]]) -> None:
