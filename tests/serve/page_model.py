@@ -1,4 +1,4 @@
-"""A tiny model that says one sentence over and over, so that the page can be tested against a real server.
+"""A tiny model that repeats one sentence, so that the page can be tested on a real server.
 
 The layers add nothing to the residual stream, so the next token follows from the last one alone, and the prediction
 module, rigged in the same way, drafts it without fail. The routers' weights are random: tokens take different experts.
@@ -15,7 +15,7 @@ from fathom.model.transformer import Model
 
 SEEN = "Look: <img src=x onerror=\"document.title='owned'\"> & grüße,\n    one two three"
 SENTENCE = f"{SEEN} 😀\n"
-"""No token occurs twice in it. Its markup must be shown, not obeyed; the smiley's bytes are a token each."""
+"""No token occurs twice in it. Its markup must appear as text; the smiley's bytes are a token each."""
 
 CONFIG = ModelConfig(
     vocab_size=320,

@@ -1,4 +1,4 @@
-"""A small model with random weights that react to what they read, and a tokenizer whose text has several scripts."""
+"""A small model with random weights whose output depends on its input, and a tokenizer of several scripts."""
 
 from pathlib import Path
 

@@ -15,7 +15,7 @@ START = [sys.executable, "-m", "fathom", "serve"]
 
 @dataclass
 class Running:
-    """A server that answers."""
+    """A running server."""
 
     address: str
     process: subprocess.Popen[bytes]
@@ -30,7 +30,7 @@ def free_port() -> int:
 
 @contextmanager
 def running(model: Path, log: Path, *flags: str, start: list[str] = START) -> Iterator[Running]:
-    """Start it, wait until it answers, and end it."""
+    """Start it, wait until it responds, and terminate it."""
     port = free_port()
     command = [*start, str(model), "--port", str(port), *flags]
     with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:

@@ -1,4 +1,4 @@
-"""One choice as its tokens come, without a server."""
+"""One choice as its tokens arrive, without a server."""
 
 import pytest
 
@@ -13,7 +13,7 @@ TOKENIZER = train_tokenizer(["aé aè aê aë aà aâ " * 50], 400)
 
 @pytest.mark.parametrize("each", [False, True])
 @pytest.mark.parametrize("stops", [[], ["never"]])
-def test_an_answer_may_end_within_a_character(each: bool, stops: list[str]) -> None:
+def test_a_completion_may_end_within_a_character(each: bool, stops: list[str]) -> None:
     """Also after a token that begins with a whole one, and when the token that ends the answer comes later."""
     whole_and_half = next(
         token for token in range(TOKENIZER.vocab_size) if TOKENIZER.text_bytes([token]).endswith(b"a\xc3")

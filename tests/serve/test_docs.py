@@ -1,4 +1,4 @@
-"""The page about serving names every flag and every metric; flags that make no sense are explained."""
+"""docs/serving.md names every flag and every metric; invalid flags give clear errors."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -44,6 +44,6 @@ def test_wrong_flags_are_named(flags: dict[str, Any], named: str) -> None:
         serve(ServeCommand("nowhere", **flags))
 
 
-def test_drafts_cannot_be_asked_for_and_forbidden() -> None:
+def test_drafts_exclude_no_speculative() -> None:
     with pytest.raises(ConfigError, match="--no-speculative"):
         serve(ServeCommand("nowhere", speculative=False, drafts=2))

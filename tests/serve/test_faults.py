@@ -1,4 +1,4 @@
-"""What goes wrong around a server, and what may not follow from it."""
+"""Faults around a server: clients that disconnect or flood it, a failing engine, signals."""
 
 import asyncio
 import json
@@ -31,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """Narrow in every way: two requests run, two wait, bodies are small."""
+    """With tight limits: two requests run, two wait, bodies are small."""
     log = tmp_path_factory.mktemp("log") / "server.txt"
     narrow = ("--max-batch", "2", "--max-waiting", "2", "--largest-body", "20000")
     with running(model, log, *FLAGS, *narrow) as server:
@@ -53,7 +53,7 @@ Engine.step_phases = slow
 from fathom.cli import main
 main()
 """
-"""A server whose steps take their time, so that a test can act in the middle of an answer."""
+"""A server with slow steps, so that a test can act in the middle of a response."""
 
 
 def slow_start(fail: bool = False) -> list[str]:
@@ -75,7 +75,7 @@ async def post(client: httpx.AsyncClient, server: Running, **body: object) -> ht
     return await client.post(f"{server.address}/v1/completions", json=body, timeout=60)
 
 
-def test_a_full_queue_says_when_to_come_back(server: Running) -> None:
+def test_a_full_queue_returns_429_with_retry_after(server: Running) -> None:
     async def ask() -> list[httpx.Response]:
         async with httpx.AsyncClient() as client:
             return list(await asyncio.gather(*(post(client, server, **LONG) for _ in range(10))))
@@ -89,15 +89,15 @@ def test_a_full_queue_says_when_to_come_back(server: Running) -> None:
     until_idle(server)
 
 
-def test_all_choices_wait_or_none(server: Running) -> None:
-    """Five choices do not fit into two running and two waiting: nothing of them stays behind."""
+def test_all_choices_are_queued_or_none(server: Running) -> None:
+    """Five choices do not fit into two running and two waiting: none of them remains in the queue."""
     reply = httpx.post(f"{server.address}/v1/completions", json={**LONG, "n": 5})
     assert reply.status_code == 429
     until_idle(server)
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_its_pages(model: Path, tmp_path: Path, stream: bool) -> None:
+def test_a_client_that_disconnects_frees_its_pages(model: Path, tmp_path: Path, stream: bool) -> None:
     with running(model, tmp_path / "log.txt", *FLAGS, start=slow_start()) as server:
         host, port = server.address.removeprefix("http://").split(":")
         body = json.dumps({**LONG, "stream": stream}).encode()
@@ -111,7 +111,7 @@ def test_a_client_that_leaves_frees_its_pages(model: Path, tmp_path: Path, strea
         until_idle(server, 2)  # the answer itself takes ten seconds
 
 
-def test_a_reader_that_reads_nothing_stalls_nobody(server: Running) -> None:
+def test_a_client_that_does_not_read_delays_no_other(server: Running) -> None:
     host, port = server.address.removeprefix("http://").split(":")
     facts = {"routing": True, "drafts": True}
     body = json.dumps({**LONG, "stream": True, "logprobs": 20, "fathom": facts}).encode()
@@ -126,7 +126,7 @@ def test_a_reader_that_reads_nothing_stalls_nobody(server: Running) -> None:
         until_idle(server)
 
 
-def test_bodies_have_a_limit_whatever_their_header_says(server: Running) -> None:
+def test_body_limit_holds_whatever_the_content_length(server: Running) -> None:
     url = f"{server.address}/v1/completions"
     large = b'{"prompt": "' + b"a" * 30000 + b'"}'
     kind = {"Content-Type": "application/json"}
@@ -136,11 +136,11 @@ def test_bodies_have_a_limit_whatever_their_header_says(server: Running) -> None
         for start in range(0, len(large), 1000):
             yield large[start : start + 1000]
 
-    reply = httpx.post(url, content=chunks(), headers=kind)  # chunked: no length is told
+    reply = httpx.post(url, content=chunks(), headers=kind)  # chunked: without Content-Length
     assert reply.status_code == 413 and reply.json()["error"]["code"] == "body_too_large"
 
 
-def test_strange_hosts_and_origins_get_nothing(server: Running) -> None:
+def test_unlisted_hosts_and_origins_are_refused(server: Running) -> None:
     assert httpx.get(f"{server.address}/fathom/status", headers={"Host": "evil.example"}).status_code == 400
     reply = httpx.get(f"{server.address}/fathom/status", headers={"Origin": "https://evil.example"})
     assert "access-control-allow-origin" not in reply.headers
@@ -176,7 +176,7 @@ def test_a_deadline_ends_a_request(model: Path, tmp_path: Path) -> None:
         until_idle(server)
 
 
-def test_a_signal_drains_and_the_end_is_orderly(model: Path, tmp_path: Path) -> None:
+def test_sigterm_drains_and_exits_with_0(model: Path, tmp_path: Path) -> None:
     with running(model, tmp_path / "log.txt", *FLAGS, start=slow_start()) as server:
         body = {**LONG, "max_tokens": 60, "stream": True}
         with httpx.stream("POST", f"{server.address}/v1/completions", json=body, timeout=30) as streamed:
@@ -208,7 +208,7 @@ def test_a_port_in_use_is_named(model: Path, server: Running, tmp_path: Path) ->
 
 
 def endless(kind: str) -> Iterator[bytes]:
-    """A megabyte that is no body."""
+    """A megabyte outside of a body."""
     head = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     if kind == "line":
         yield b"GET /"
@@ -225,7 +225,7 @@ def endless(kind: str) -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize("kind", ["line", "header", "headers", "trailers"])
-def test_what_is_no_body_has_a_limit_too(server: Running, kind: str) -> None:
+def test_request_line_headers_and_trailers_have_a_limit(server: Running, kind: str) -> None:
     host, port = server.address.removeprefix("http://").split(":")
     sent = 0
     with socket.create_connection((host, int(port)), 10) as connection:
@@ -244,8 +244,8 @@ def test_what_is_no_body_has_a_limit_too(server: Running, kind: str) -> None:
 
 
 @pytest.mark.oracle
-def test_the_openapi_document_holds_under_generated_requests(server: Running) -> None:
-    """schemathesis makes requests from the document, valid ones and others; no answer may break it."""
+def test_responses_conform_to_the_openapi_document(server: Running) -> None:
+    """schemathesis generates requests from the document, valid and invalid ones."""
     schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
     from hypothesis import HealthCheck, given, settings
     from schemathesis.checks import not_a_server_error

@@ -37,7 +37,7 @@ SCHEMA: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_drafts_on_trial_leave_no_trace(grammars: Grammars, tokenizer: Tokenizer, seed: int) -> None:
+def test_masks_of_drafts_do_not_advance_the_matcher(grammars: Grammars, tokenizer: Tokenizer, seed: int) -> None:
     """With drafts each row says what a follower says that was given them for good; afterwards nothing has changed."""
     rng = random.Random(seed)
     grammar = grammars.of_schema(SCHEMA)
@@ -63,7 +63,7 @@ def test_drafts_on_trial_leave_no_trace(grammars: Grammars, tokenizer: Tokenizer
     assert tokenizer.eos_id not in taken or set(json.loads(tokenizer.decode(taken))) == {"a", "b"}
 
 
-def test_no_grammar_spells_a_control_token_or_one_without_a_word(grammars: Grammars, tokenizer: Tokenizer) -> None:
+def test_no_grammar_allows_control_tokens_or_unused_ids(grammars: Grammars, tokenizer: Tokenizer) -> None:
     follower = grammars.constraint(grammars.of_schema({"type": "string"}))
     follower.take(tokenizer.encode('"', bos=False))
     allowed = follower.allowed([])[0]
@@ -93,7 +93,7 @@ COSTLY: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", COSTLY)
-def test_costly_schemas_stall_no_step(grammars: Grammars, name: str) -> None:
+def test_complex_schemas_do_not_stall_a_step(grammars: Grammars, name: str) -> None:
     """They compile soon, cost little per step, or are given up with a reason. The clock is the processor's."""
     check_schema(COSTLY[name], name)
     rng, worst = random.Random(0), 0.0

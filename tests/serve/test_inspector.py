@@ -1,4 +1,4 @@
-"""The server shows a page of the inspector's under /inspect, where its scripts can reach nothing of the server's."""
+"""The server serves the inspector's page at /inspect, whose scripts can reach nothing of the server's."""
 
 import shutil
 import urllib.error
@@ -38,7 +38,7 @@ def facts_of(page: Any) -> Any:
     return page.locator("#facts div", has=page.locator("dt:text-is('Inspector')")).locator("dd")
 
 
-def test_the_page_is_linked_and_works_and_is_shut_in(model: Path, tmp_path: Path) -> None:
+def test_the_page_is_linked_works_and_is_sandboxed(model: Path, tmp_path: Path) -> None:
     made = tmp_path / "inspect.html"
     main(["inspect", str(model), "--text", "def f(x): return x", "--out", str(made)])
     flags = ["--inspector", str(made), "--api-key", "k"]

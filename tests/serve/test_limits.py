@@ -1,4 +1,4 @@
-"""Everything a body may hold has a limit: what is just within passes, what is beyond is refused, and soon."""
+"""Everything in a request body has a limit: the largest value passes, one more is refused, and quickly."""
 
 import json
 import time
@@ -79,7 +79,7 @@ LIMITS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", LIMITS)
-def test_a_limit_is_where_it_is_said_to_be(name: str) -> None:
+def test_limits_are_exact(name: str) -> None:
     most, body = LIMITS[name]
     model, within = body(most)
     model.model_validate(within)
@@ -90,7 +90,7 @@ def test_a_limit_is_where_it_is_said_to_be(name: str) -> None:
 
 @pytest.mark.parametrize("field", ["n", "top_k", "seed", "max_tokens", "logprobs", "min_tokens"])
 @pytest.mark.parametrize("value", [-(2**70), 2**70, 1.5, "1", True, [1], {}, float("nan"), float("inf")])
-def test_numbers_are_what_they_should_be(field: str, value: Any) -> None:
+def test_integers_are_strict_and_bounded(field: str, value: Any) -> None:
     with pytest.raises(ValidationError):
         CompletionRequest.model_validate({"prompt": "x", field: value})
 
@@ -111,8 +111,8 @@ MISTAKES: dict[str, tuple[type[BaseModel], Any]] = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_many_mistakes_are_few_complaints(name: str) -> None:
-    """One complaint for each of them would take minutes and gigabytes, on the event loop."""
+def test_many_errors_give_few_messages(name: str) -> None:
+    """A message for each of them would take minutes and gigabytes."""
     model, body = MISTAKES[name]
     body = json.loads(json.dumps(body))
     began = time.process_time()

@@ -1,4 +1,4 @@
-"""The page in a real browser (headless Chromium) against the real server, with a model that says one known sentence."""
+"""The page in a real browser (headless Chromium) on a real server, with a model that repeats one known sentence."""
 
 import json
 import re
@@ -24,11 +24,11 @@ pytestmark = [
 
 KEY = "correct-horse"
 LONG = "3900"
-"""Tokens: some seconds of writing, enough to be stopped in the middle."""
+"""Tokens: some seconds of generation, enough to be stopped in the middle."""
 
 
 def spoken(tokens: int) -> str:
-    """The first tokens of what the model says, were it written down in full: at least that many characters."""
+    """The model's output, at least that many characters of it."""
     return SENTENCE * tokens
 
 
@@ -56,7 +56,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def open_page(browser: Any, address: str) -> Iterator[Callable[..., Any]]:
-    """Opens the page in a window of its own; at the end no page may have logged an error of its own."""
+    """Opens the page in a window of its own; at the end no page may have logged an error."""
     contexts: list[Any] = []
     complaints: list[str] = []
 
@@ -139,7 +139,7 @@ def test_a_conversation_streams(open_page: Callable[..., Any]) -> None:
     lengths = set()
     while page.locator(".retry").count() == 0:
         lengths.add(len(answer_text(page)))
-    assert len(lengths) > 3, "the answer came in one piece"
+    assert len(lengths) > 3, "the answer was not streamed"
     assert not page.is_visible("#empty")
     assert page.locator(".said").text_content() == "Hello?"
     text = answer_text(page)
@@ -156,7 +156,7 @@ def test_a_conversation_streams(open_page: Callable[..., Any]) -> None:
     assert page.locator(".retry").count() == 1
 
 
-def test_an_answer_is_spoken_once_in_sentences(open_page: Callable[..., Any]) -> None:
+def test_an_answer_is_announced_once_in_sentences(open_page: Callable[..., Any]) -> None:
     page = open_page()
     setting(page, max_tokens=90)
     say(page, "Hello?")
@@ -248,7 +248,7 @@ def test_a_token_shows_what_the_api_says(open_page: Callable[..., Any], address:
     assert "not been through the model" in page.locator("#token-body").text_content()
 
 
-def test_experts_under_the_pointer(open_page: Callable[..., Any]) -> None:
+def test_experts_under_the_cursor(open_page: Callable[..., Any]) -> None:
     page = open_page(mode="completion")
     setting(page, max_tokens=3)
     say(page, "a")
@@ -265,7 +265,7 @@ def test_experts_under_the_pointer(open_page: Callable[..., Any]) -> None:
         page.keyboard.press("ArrowRight")
 
 
-def test_load_of_the_experts(open_page: Callable[..., Any], address: str) -> None:
+def test_expert_load(open_page: Callable[..., Any], address: str) -> None:
     page = open_page(mode="completion")
     before = status(address)["now"]["load"]
     setting(page, max_tokens=50)
@@ -328,7 +328,7 @@ def test_an_error_is_a_sentence_with_a_retry(open_page: Callable[..., Any]) -> N
     page.wait_for_selector("text=The connection ended before the answer was complete.")
 
 
-def test_a_silent_server_is_reported(open_page: Callable[..., Any]) -> None:
+def test_an_unreachable_server_is_reported(open_page: Callable[..., Any]) -> None:
     page = open_page()
     page.route("**/fathom/status", lambda route: route.abort())
     page.wait_for_selector("#trouble:not([hidden])")
@@ -371,7 +371,7 @@ def test_an_answer_that_a_reload_cuts_off_counts_as_stopped(open_page: Callable[
     assert page.locator(".token").count() > 20
 
 
-def test_what_is_kept_is_bounded(open_page: Callable[..., Any]) -> None:
+def test_stored_conversations_are_bounded(open_page: Callable[..., Any]) -> None:
     page = open_page()
     kept = page.evaluate(
         """async () => {
@@ -512,7 +512,7 @@ def test_the_theme_button_overrules_the_system(open_page: Callable[..., Any]) ->
 
 
 @pytest.mark.parametrize("width", [360, 800, 1400])
-def test_nothing_runs_over_the_edge(open_page: Callable[..., Any], width: int) -> None:
+def test_no_horizontal_overflow(open_page: Callable[..., Any], width: int) -> None:
     page = open_page(viewport={"width": width, "height": 740})
     assert overflow(page) == 0
     setting(page, max_tokens=120)
@@ -557,7 +557,7 @@ def test_markup_is_text(open_page: Callable[..., Any]) -> None:
     assert "default-src 'self'" in policy and "unsafe" not in policy
 
 
-def test_the_key_is_asked_for(
+def test_the_key_dialog(
     open_page: Callable[..., Any], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running(model, tmp_path / "server.txt", "--api-key", KEY) as server:

@@ -1,4 +1,4 @@
-"""The protocol, asked by the `openai` client over a socket, judged by the engine itself."""
+"""The protocol through the `openai` client over a socket, compared with the engine itself."""
 
 import asyncio
 import json
@@ -55,8 +55,8 @@ def test_models(client: Any) -> None:
         client.models.retrieve("large")
 
 
-def test_completions_are_the_engines(client: Any, engine: Engine) -> None:
-    """Text, log-probabilities, usage and the reason of the end, for texts and for ids."""
+def test_completions_equal_the_engines(client: Any, engine: Engine) -> None:
+    """Text, log-probabilities, usage and finish_reason, for texts and for ids."""
     ids = engine.encode(TEXT[:30])
     params = SamplingParams(max_tokens=40, logprobs=3)
     [expected] = engine.generate([ids], params)
@@ -86,7 +86,7 @@ def test_echoed_prompts_carry_their_logprobs(client: Any, engine: Engine) -> Non
 
 @pytest.mark.parametrize("chat", [False, True])
 @pytest.mark.parametrize("stop", [None, " ", ["zz", "é", "a"]])
-def test_a_stream_is_the_whole_in_pieces(client: Any, chat: bool, stop: Any) -> None:
+def test_a_stream_with_details_adds_up_to_the_whole_response(client: Any, chat: bool, stop: Any) -> None:
     shared: dict[str, Any] = {"model": "small", "seed": 4, "temperature": 0.8, "n": 3, "stop": stop, "max_tokens": 60}
     shared["extra_body"] = {"fathom": {"routing": True, "drafts": True, "timing": True}, "top_k": 40}
     if chat:
@@ -137,8 +137,8 @@ def test_a_stream_is_the_whole_in_pieces(client: Any, chat: bool, stop: Any) -> 
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_a_plain_stream_is_the_whole(client: Any, chat: bool) -> None:
-    """Nobody asks for single tokens. A random model writes halves of characters, and bytes that are none."""
+def test_a_plain_stream_adds_up_to_the_whole_response(client: Any, chat: bool) -> None:
+    """Without details per token. A random model generates partial characters and invalid bytes."""
     shared: dict[str, Any] = {"model": "small", "seed": 5, "temperature": 1.5, "n": 2, "max_tokens": 80}
     if chat:
         shared |= {"messages": [{"role": "user", "content": "größer?"}]}
@@ -173,7 +173,7 @@ def test_stop_strings_cut_where_they_begin(client: Any, engine: Engine) -> None:
         assert answer.choices[0].finish_reason == "stop"
 
 
-def test_a_seed_repeats_an_answer_in_any_company(client: Any) -> None:
+def test_a_seed_repeats_a_completion(client: Any) -> None:
     def draw(seed: int) -> str:
         return client.completions.create(model="small", prompt="7", max_tokens=20, seed=seed).choices[0].text
 
@@ -181,7 +181,7 @@ def test_a_seed_repeats_an_answer_in_any_company(client: Any) -> None:
     assert len({draw(seed) for seed in range(4)}) > 1
 
 
-def test_biases_and_ids_that_stop(client: Any) -> None:
+def test_logit_bias_and_stop_token_ids(client: Any) -> None:
     token = 300
     bias = {str(token): 100}
     create = client.completions.create
@@ -219,7 +219,7 @@ def test_json_of_a_schema(client: Any, seed: int) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "count"}}])
-def test_tools_are_called_with_arguments_that_fit(client: Any, stream: bool, choice: Any) -> None:
+def test_tool_calls_match_their_schema(client: Any, stream: bool, choice: Any) -> None:
     tools = [{"type": "function", "function": {"name": name, "parameters": SCHEMA}} for name in ("count", "sum")]
     answer = client.chat.completions.create(
         model="small",
@@ -248,7 +248,7 @@ def test_tools_are_called_with_arguments_that_fit(client: Any, stream: bool, cho
     assert follow.choices[0].finish_reason in ("length", "stop", "tool_calls")
 
 
-def test_many_at_once_are_not_mixed_up(server: Running, engine: Engine) -> None:
+def test_concurrent_completions_equal_single_ones(server: Running, engine: Engine) -> None:
     """Each prompt alone gives the same greedy text as among 24 others, by the asynchronous client."""
     prompts = [f"{TEXT[: place % 17]} {place}" for place in range(24)]
     expected = [one.text for prompt in prompts for one in engine.generate([prompt], SamplingParams(max_tokens=24))]
@@ -263,7 +263,7 @@ def test_many_at_once_are_not_mixed_up(server: Running, engine: Engine) -> None:
     assert asyncio.run(ask()) == expected
 
 
-def test_tokens_and_back(server: Running, engine: Engine) -> None:
+def test_tokenize_and_detokenize(server: Running, engine: Engine) -> None:
     assert engine.tokenizer is not None
     ids = post(server, "/tokenize", prompt=TEXT).json()["tokens"]
     assert ids == engine.tokenizer.encode(TEXT)
@@ -329,7 +329,7 @@ def test_a_wrong_field_is_named(server: Running, change: dict[str, Any], named: 
     assert "Traceback" not in reply.text and "/work" not in reply.text and ".py" not in reply.text
 
 
-def test_a_deep_schema_and_broken_bodies(server: Running) -> None:
+def test_deep_schemas_and_malformed_bodies(server: Running) -> None:
     deep: Any = {"type": "string"}
     for _ in range(60):
         deep = {"type": "array", "items": deep}

@@ -1,4 +1,4 @@
-"""The service and the engine's thread, in this process: what happens where, and what one failure leaves alone."""
+"""The service and the engine's thread, in this process: which thread does what, and isolation of failures."""
 
 import asyncio
 import socket
@@ -47,7 +47,7 @@ async def ended(job: Job) -> None:
 
 
 class Breaks:
-    """A constraint that fails in the middle of an answer, as a defect would."""
+    """A constraint that fails in the middle of a response, as a bug would."""
 
     def __init__(self) -> None:
         self.asked = 0
@@ -62,7 +62,7 @@ class Breaks:
         pass
 
 
-def test_an_exception_in_one_request_is_that_requests_alone(engine: Engine) -> None:
+def test_an_exception_in_one_request_leaves_the_others_alone(engine: Engine) -> None:
     params = SamplingParams(max_tokens=30, ignore_eos=True)
     expected = engine.generate(["largest", "as 7"], params)
 
@@ -85,7 +85,7 @@ def test_an_exception_in_one_request_is_that_requests_alone(engine: Engine) -> N
 
 
 def test_a_cancelled_request_gives_its_pages_back_within_one_step(engine: Engine) -> None:
-    """Steps are counted from the moment the client is known to have gone."""
+    """Steps are counted from the client's disconnection."""
     steps: list[int] = []
     step_phases = engine.step_phases
 
@@ -113,8 +113,8 @@ def test_a_cancelled_request_gives_its_pages_back_within_one_step(engine: Engine
     assert engine.stats().pages_used == 0
 
 
-def test_many_tokens_a_second_are_handed_on_in_few_pieces(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first delta and the last come at once, and nothing is lost in between."""
+def test_many_tokens_a_second_make_few_events(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first event and the last are immediate, and no token is lost in between."""
     monkeypatch.setattr("fathom.serve.engine_thread._EVENTS_PER_SECOND", 20.0)
 
     async def serve() -> list[list[int]]:
@@ -123,13 +123,13 @@ def test_many_tokens_a_second_are_handed_on_in_few_pieces(engine: Engine, monkey
         params = SamplingParams(max_tokens=200, ignore_eos=True)
         jobs = [engine_thread.open(lambda place=place: [Request("f", params, stream=place)]) for place in range(3)]
 
-        async def told(job: Job) -> list[int]:
+        async def token_counts(job: Job) -> list[int]:
             events = await job.next_events()
             while not events[-1].finished:
                 events += await asyncio.wait_for(job.next_events(), 30)
             return [event.tokens for event in events]
 
-        tokens = await asyncio.gather(*map(told, jobs))
+        tokens = await asyncio.gather(*map(token_counts, jobs))
         await asyncio.to_thread(engine_thread.stop)
         return tokens
 
@@ -144,10 +144,10 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required"
 FORMAT = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
 
 
-def asked(
+def responses(
     engine: Engine, *requests: tuple[str, dict[str, Any]], on_failure: Any = lambda error: None
 ) -> list[httpx.Response]:
-    """One after the other, by an application in this process, whose event loop runs in this thread."""
+    """Sent one after the other to an application in this process, whose event loop runs in this thread."""
     engine_thread = EngineThread(engine)
     service = Service(engine, engine_thread, "small", 30)
     app = make_app(service, describe(CONFIG, "small", engine, True), [], [], ["*"], 1 << 20)
@@ -178,7 +178,7 @@ def test_tokenising_templates_and_grammars_stay_off_the_event_loop(
     noted(type(engine.tokenizer), "encode")
     noted(ChatTemplate, "render")
     noted(Grammars, "of_schema")
-    replies = asked(
+    replies = responses(
         engine,
         ("/v1/completions", {"prompt": "f", "max_tokens": 2}),
         ("/v1/chat/completions", CHAT | {"response_format": FORMAT}),
@@ -201,17 +201,17 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("change", REFUSED, ids=[next(iter(change)) + str(n) for n, change in enumerate(REFUSED)])
-def test_what_is_wrong_never_reaches_the_engine(
+def test_invalid_requests_never_reach_the_engine(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(engine, "step", lambda: pytest.fail("the engine was asked"))
-    [reply] = asked(engine, ("/v1/chat/completions", CHAT | change))
+    monkeypatch.setattr(engine, "step", lambda: pytest.fail("the engine was called"))
+    [reply] = responses(engine, ("/v1/chat/completions", CHAT | change))
     assert reply.status_code == 400 and reply.json()["error"]["type"] == "invalid_request_error"
     assert engine.stats().prompt_tokens == 0
 
 
-def test_a_defect_is_told_without_its_trace(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An exception nobody foresaw, in one request; the next one is answered."""
+def test_an_unexpected_exception_is_a_500_without_traceback(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next request succeeds."""
     service_encode = Service.plan_completion
 
     def defective(self: Service, body: Any) -> Any:
@@ -220,13 +220,15 @@ def test_a_defect_is_told_without_its_trace(engine: Engine, monkeypatch: pytest.
         return service_encode(self, body)
 
     monkeypatch.setattr(Service, "plan_completion", defective)
-    bad, good = asked(engine, *(("/v1/completions", {"prompt": prompt, "max_tokens": 2}) for prompt in ("bad", "good")))
+    bad, good = responses(
+        engine, *(("/v1/completions", {"prompt": prompt, "max_tokens": 2}) for prompt in ("bad", "good"))
+    )
     assert bad.status_code == 500 and good.status_code == 200
     assert bad.json()["error"]["type"] == "server_error"
     assert not any(word in bad.text for word in ("secret", "/srv", "RuntimeError", "Traceback"))
 
 
-def test_a_dead_engine_turns_health_red(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_health_is_503_once_the_engine_has_failed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> Any:
         raise RuntimeError("made to fail by a test")
 
@@ -250,7 +252,7 @@ def test_a_dead_engine_turns_health_red(engine: Engine, monkeypatch: pytest.Monk
     assert isinstance(engine_thread.failure, RuntimeError)
 
 
-def test_connections_send_what_is_written_at_once() -> None:
+def test_connections_have_tcp_nodelay() -> None:
     """With Nagle's algorithm a response in two writes waits 40 ms for the client's delayed acknowledgement."""
 
     async def accepted() -> int:
