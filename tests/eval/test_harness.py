@@ -174,7 +174,7 @@ def test_wishes_that_are_not_understood_are_named(ours: HarnessModel) -> None:
 
 
 def test_a_text_costs_what_the_perplexity_task_says(ours: HarnessModel) -> None:
-    """The task predicts the begin token as well, which is no part of the text."""
+    """The task predicts the BOS token as well, which is no part of the text."""
     text = sentence(random.Random(5), 20)
     model, tokenizer = ours._model, ours._tokenizer
     [whole] = ours.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])

@@ -1,4 +1,4 @@
-"""The linear map against its reference: every fprop, both types of weights, sizes that fill no tile."""
+"""The linear layer against its reference: every fprop, both types of weights, sizes that fill no tile."""
 
 import pytest
 import torch
