@@ -46,6 +46,14 @@ def test_wrong_input_is_one_clear_line(
     assert "Traceback" not in shown.err
 
 
+def test_a_renamed_command_still_works_and_says_its_new_name(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["study", "magic"])
+    assert stop.value.code == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "fathom study is now called fathom ablations" in shown and "no ablation 'magic'" in shown
+
+
 def test_train_then_generate(tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     main(["train", *tiny_flags, "--train.steps", "4", "--out", str(out)])

@@ -29,15 +29,18 @@ _COMMANDS = {
     "push": ("DIR REPO", "upload a model directory to the Hugging Face hub"),
     "serve": ("PATH", "serve a model over the OpenAI protocol, with a web page"),
     "chat": ("PATH", "talk to a model in the terminal"),
-    "demo": ("", "train a small model in six minutes and show what it learned"),
-    "inspect": ("PATH", "show what experts, heads, latents and drafts do with a text, as a page"),
+    "demo": ("", "train a small model in six minutes and report what it learned"),
+    "inspect": ("PATH", "write a page on what experts, heads, latents and drafts do with a text"),
     "plan": (
         "PRESET|PATH",
         "memory, time and cost of training, on a cluster or on this machine; --search finds a layout",
     ),
-    "study": ("[CLAIM …]", "measure the architecture's claims in miniature, against baselines of the same parts"),
+    "ablations": ("[NAME …]", "test the architecture's claims on small models, against baselines of the same modules"),
 }
 """The file of that name has `run(words)`. Imported when called, so that a command needs only its own libraries."""
+
+_RENAMED = {"study": "ablations"}
+"""Old names of commands, which work for one release."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -62,9 +65,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(words: list[str]) -> None:
-    if words[0] not in _COMMANDS:
-        raise ConfigError(f"there is no command {words[0]!r}; there are {', '.join(_COMMANDS)}")
-    importlib.import_module(f"fathom.cli.{words[0]}").run(words[1:])
+    command = _RENAMED.get(words[0], words[0])
+    if command != words[0]:
+        warnings.warn(
+            f"fathom {words[0]} is now called fathom {command}; the old name goes with the next release",
+            DeprecationWarning,
+            stacklevel=1,
+        )
+    if command not in _COMMANDS:
+        raise ConfigError(f"there is no command {command!r}; there are {', '.join(_COMMANDS)}")
+    importlib.import_module(f"fathom.cli.{command}").run(words[1:])
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A study's runs shared out between two processes are those of one, each made once."""
+"""Two processes that split the runs of an ablation get the results of one, and make every run once."""
 
 import json
 import os
@@ -35,13 +35,13 @@ if __name__ == "__main__":
         MINUTES, steps=3, batch=2, micro_batch=2, length=32, vocabulary=320, held_out_rows=4, seeds=2
     )
     command.run_trial = counted
-    command.run_studies(command.StudyCommand(("routing",), out=out, corpus=str(corpus), jobs=1))
+    command.run_ablations(command.AblationsCommand(("routing",), out=out, corpus=str(corpus), jobs=1))
     (out / f"made-{os.environ['RANK']}.txt").write_text(" ".join(made))
 """
 
 
-def _study(processes: int, tmp_path: Path) -> subprocess.CompletedProcess[str]:
-    script, out = tmp_path / "study.py", tmp_path / str(processes)
+def _launch(processes: int, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    script, out = tmp_path / "ablation.py", tmp_path / str(processes)
     script.write_text(PROGRAM)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.run(
@@ -53,28 +53,28 @@ def _study(processes: int, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def _told(out: Path) -> Any:
-    """The results, without what a clock made."""
-    summary = json.loads((out / "claims" / "minutes" / "routing.json").read_text())
+def _results(out: Path) -> Any:
+    """The results without timings."""
+    summary = json.loads((out / "ablations" / "minutes" / "routing.json").read_text())
     for row in summary["rows"]:
         del row["metrics"]["seconds_per_step"]
     return {name: value for name, value in summary.items() if name not in ("busy", "train_seconds")}
 
 
-def test_two_processes_share_the_runs(tmp_path: Path) -> None:
+def test_two_processes_split_the_runs(tmp_path: Path) -> None:
     for processes in (1, 2):
-        done = _study(processes, tmp_path)
+        done = _launch(processes, tmp_path)
         assert done.returncode == 0, done.stderr
-    assert _told(tmp_path / "2") == _told(tmp_path / "1")
+    assert _results(tmp_path / "2") == _results(tmp_path / "1")
     shares = [(tmp_path / "2" / f"made-{rank}.txt").read_text().split() for rank in (0, 1)]
     records = list((tmp_path / "2" / "runs").glob("*.json"))
     assert len(records) == sum(map(len, shares)) and abs(len(shares[0]) - len(shares[1])) <= 1
-    assert done.stdout.count("page  ") == 1  # one process speaks
+    assert done.stdout.count("page  ") == 1  # one process prints
 
 
-def test_side_by_side_under_torchrun_is_refused() -> None:
+def test_parallel_jobs_under_torchrun_are_refused() -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-    command = [*launcher, "-m", "fathom", "study", "routing", "--jobs", "2"]
+    command = [*launcher, "-m", "fathom", "ablations", "routing", "--jobs", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
     assert "--jobs is 2; under torchrun it must be 1" in " ".join(done.stderr.split())

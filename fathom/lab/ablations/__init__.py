@@ -1,1 +1,1 @@
-"""`fathom study`: each claim of the architecture measured in miniature, against baselines made of the same parts."""
+"""`fathom ablations`: the papers' claims tested on small models, against baselines of the same modules."""

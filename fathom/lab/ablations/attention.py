@@ -1,9 +1,8 @@
 """The attention that MLA is compared with: multi-head, grouped-query and multi-query (DeepSeek-V2, section 2.1 and
-appendix D), made of the model's own linear maps, rotation and attention kernel.
+appendix D), built from the model's own linear layers, rotary embedding and attention kernel.
 
-Keys and values are cached as they are: 2·U·V numbers per token, in the cache that the model is passed, which does not
-ask what its numbers mean. Heads are `v_head_dim` wide throughout and turn over all of their width, so the
-configuration's `qk_rope_head_dim` must be the same.
+Keys and values are cached as they are: 2·U·V elements per token, in the cache that MLA uses. Heads are `v_head_dim`
+wide and rotated over their whole width, so the configuration's `qk_rope_head_dim` must equal it.
 
 Shapes: B batch, S query length, T key length, N new tokens, D hidden, H heads, U key/value heads, V head width.
 """
@@ -30,7 +29,9 @@ class GroupedQueryAttention(nn.Module):
             raise ConfigError(f"kv_heads is {kv_heads}; it must divide num_attention_heads ({heads})")
         if config.qk_rope_head_dim != width:
             found = config.qk_rope_head_dim
-            raise ConfigError(f"qk_rope_head_dim is {found}; whole heads turn, so it must be v_head_dim ({width})")
+            raise ConfigError(
+                f"qk_rope_head_dim is {found}; whole heads are rotated, so it must be v_head_dim ({width})"
+            )
         self.heads, self.kv_heads, self.width = heads, kv_heads, width
         self.q_proj = Linear(config.hidden_size, heads * width)
         self.k_proj = Linear(config.hidden_size, kv_heads * width)
@@ -39,7 +40,7 @@ class GroupedQueryAttention(nn.Module):
 
     @property
     def cache_width(self) -> int:
-        """Numbers cached per token."""
+        """Elements cached per token."""
         return 2 * self.kv_heads * self.width
 
     def forward(
@@ -59,24 +60,24 @@ class GroupedQueryAttention(nn.Module):
         return out_BSD
 
     def _whole(self, q_BSHV: Tensor, k_BSUV: Tensor, v_BSUV: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        """Latent attention's own kernel with nothing left to rotate, so that speeds compare."""
+        """Uses MLA's kernel with an empty rotary part, so that speeds are comparable."""
         kv_BSHY = torch.cat((k_BSUV, v_BSUV), dim=-1).repeat_interleave(self.heads // self.kv_heads, dim=2)
         none = q_BSHV.new_zeros(*q_BSHV.shape[:2], 0)
-        turned = Rope(*(torch.zeros(q_BSHV.shape[1], 0, device=q_BSHV.device) for _ in range(2)))
-        return expanded_attention(q_BSHV, kv_BSHY, none, turned, self.width**-0.5, cu_seqlens)
+        no_rope = Rope(*(torch.zeros(q_BSHV.shape[1], 0, device=q_BSHV.device) for _ in range(2)))
+        return expanded_attention(q_BSHV, kv_BSHY, none, no_rope, self.width**-0.5, cu_seqlens)
 
     def _cached(self, q_1NHV: Tensor, cache: LayerCache) -> Tensor:
-        """Each piece of the batch attends its own sequences' keys and values; (1, N, H, V)."""
+        """Each sub-batch attends to its own sequences' keys and values; returns (1, N, H, V)."""
         heads, first = [], 0
-        for piece in cache.sub_batches:
-            if not isinstance(piece, DecodeBatch):
-                raise NotImplementedError("grouped-query attention takes rectangular sub_batches alone")
-            shape = piece.positions_BS.shape
+        for batch in cache.sub_batches:
+            if not isinstance(batch, DecodeBatch):
+                raise NotImplementedError("grouped-query attention supports rectangular sub-batches only")
+            shape = batch.positions_BS.shape
             q_BSHV = q_1NHV[0, first : first + shape.numel()].unflatten(0, shape)
             first += shape.numel()
-            kv_BTUY = cache.latents_MW[piece.slots_BT].to(q_1NHV.dtype).unflatten(-1, (self.kv_heads, -1))
+            kv_BTUY = cache.latents_MW[batch.slots_BT].to(q_1NHV.dtype).unflatten(-1, (self.kv_heads, -1))
             k_BUTV, v_BUTV = kv_BTUY.transpose(1, 2).split(self.width, dim=-1)
-            seen_BST = torch.arange(k_BUTV.shape[2], device=q_1NHV.device) <= piece.positions_BS[..., None]
+            seen_BST = torch.arange(k_BUTV.shape[2], device=q_1NHV.device) <= batch.positions_BS[..., None]
             out_BHSV = F.scaled_dot_product_attention(
                 q_BSHV.transpose(1, 2), k_BUTV, v_BUTV, attn_mask=seen_BST[:, None], enable_gqa=True
             )

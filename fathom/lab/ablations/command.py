@@ -1,4 +1,4 @@
-"""`fathom study`: run the studies that are asked for, then write their summaries, pictures and pages."""
+"""`fathom ablations`: run the ablations named on the command line, then write their results, plots and pages."""
 
 import json
 import os
@@ -13,50 +13,50 @@ from rich.table import Table
 from fathom.config import ConfigError, atomic_write
 from fathom.data.corpus import STDLIB, DataConfig
 from fathom.distributed.ranks import Ranks, data_parallel
+from fathom.lab.ablations.definitions import ABLATIONS
 from fathom.lab.ablations.document import write_document
 from fathom.lab.ablations.runner import Runner, default_jobs
 from fathom.lab.ablations.scales import ALL
 from fathom.lab.ablations.statistics import t_quantile
-from fathom.lab.ablations.studies import STUDIES
 from fathom.lab.ablations.summary import Summary, path_of, summarize
 from fathom.lab.ablations.trial import run_trial
 
 
 @dataclass(frozen=True)
-class StudyCommand:
-    """Measure the architecture's claims in miniature; an interrupted command goes on where it stopped.
+class AblationsCommand:
+    """Run ablations of the architecture on small models; a command that was interrupted resumes where it stopped.
 
-    On several GPUs: torchrun --nproc-per-node 8 -m fathom study --scale gpu
+    On several GPUs: torchrun --nproc-per-node 8 -m fathom ablations --scale gpu
     """
 
-    claims: tyro.conf.Positional[tuple[str, ...]] = ()
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
     """attention, experts, balancing, prediction, routing, together; none: all of them."""
     scale: str = "minutes"
-    """minutes: all claims in under twenty minutes on two cores. hours: larger models. gpu: larger still."""
-    out: Path = Path("runs/study")
-    """Where finished runs are kept, so that none is made twice."""
+    """minutes: all ablations in under twenty minutes on two cores. hours: larger models. gpu: larger still."""
+    out: Path = Path("runs/ablations")
+    """Directory of finished runs; a run found there is not repeated."""
     docs: Path | None = None
-    """Where pages, results (claims/) and pictures (images/) are written; none: --out."""
+    """Directory for the pages, results (ablations/) and plots (images/); none: --out."""
     seeds: int | None = None
-    """How many seeds; none: the scale's own number."""
+    """Number of seeds; none: the scale's default."""
     jobs: int = field(default_factory=default_jobs)
-    """Runs side by side, each of one thread on a CPU. Under torchrun 1: its processes share the runs out."""
+    """Parallel runs, each of one thread on a CPU. Under torchrun 1: the runs are split among its processes."""
     corpus: str = STDLIB
     """Text to train on, as --data.corpus of `fathom train`."""
     page_only: bool = False
-    """Run nothing: write the pages from the results that lie in --docs."""
+    """Run nothing; write the pages from the results in --docs."""
 
 
-def run_studies(command: StudyCommand) -> None:
-    """Run, summarise, write. Raises ConfigError for names and numbers that do not exist."""
+def run_ablations(command: AblationsCommand) -> None:
+    """Run, summarise, write. Raises ConfigError for an unknown name or a value out of range."""
     _check(command)
-    # What is missing should show now, not after the runs.
+    # A missing scipy should fail now, not after the runs.
     t_quantile(1)
     with data_parallel() as ranks:
-        _study(command, ranks)
+        _run_and_write(command, ranks)
 
 
-def _study(command: StudyCommand, ranks: Ranks) -> None:
+def _run_and_write(command: AblationsCommand, ranks: Ranks) -> None:
     console = Console(quiet=not ranks.is_main)
     docs = command.docs or command.out
     summaries = [] if command.page_only else _run(command, ranks, console)
@@ -72,24 +72,24 @@ def _study(command: StudyCommand, ranks: Ranks) -> None:
         console.print(f"page      {page}", highlight=False)
 
 
-def _run(command: StudyCommand, ranks: Ranks, console: Console) -> list[Summary]:
+def _run(command: AblationsCommand, ranks: Ranks, console: Console) -> list[Summary]:
     scale, data = ALL[command.scale], DataConfig(corpus=command.corpus)
     seeds = range(command.seeds or scale.seeds)
     line = shlex.join(["--scale", scale.name, "--seeds", str(len(seeds)), "--corpus", data.corpus])
     runner = Runner(command.out, command.jobs, console, run_trial, ranks)
-    studies = [study for name, study in STUDIES.items() if name in (command.claims or STUDIES)]
-    finished = runner.studies(studies, scale, data, seeds)
+    ablations = [ablation for name, ablation in ABLATIONS.items() if name in (command.names or ABLATIONS)]
+    finished = runner.run(ablations, scale, data, seeds)
     prepared = runner.prepare(scale, data)
     return [
-        summarize(study, scale, *finished[study.name], prepared, f"fathom study {study.name} {line}")
-        for study in studies
+        summarize(ablation, scale, *finished[ablation.name], prepared, f"fathom ablations {ablation.name} {line}")
+        for ablation in ablations
     ]
 
 
-def _check(command: StudyCommand) -> None:
-    for name in command.claims:
-        if name not in STUDIES:
-            raise ConfigError(f"there is no claim {name!r}; there are {', '.join(STUDIES)}")
+def _check(command: AblationsCommand) -> None:
+    for name in command.names:
+        if name not in ABLATIONS:
+            raise ConfigError(f"there is no ablation {name!r}; there are {', '.join(ABLATIONS)}")
     if command.scale not in ALL:
         raise ConfigError(f"--scale is {command.scale!r}; it must be one of {', '.join(ALL)}")
     if command.seeds is not None and command.seeds < 1:

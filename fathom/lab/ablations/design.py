@@ -1,7 +1,7 @@
-"""What a study is made of: entries that are run, comparisons that are judged, a picture, a table.
+"""The parts of an ablation: entries to run, comparisons that are judged, a plot, a table.
 
-Stages run one after another, and a later one may depend on what an earlier one found: a learning rate that was tuned,
-or how many steps fit into the seconds another variant took.
+Stages run one after another, and a later one may depend on the results of an earlier one: a tuned learning rate, or
+the number of steps that fits into the training time of another variant.
 """
 
 import math
@@ -21,19 +21,19 @@ Found = Mapping[str, Mapping[int, Record]]
 """The records of each entry by seed."""
 
 TUNING_SEED = 1000
-"""Learning rates are tried with this seed, which no comparison uses."""
+"""The seed of learning rate searches; no comparison uses it."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One row of a study's table."""
+    """One row of an ablation's table."""
 
     name: str
     variant: Variant
     tuning: bool = False
-    """Run with the tuning seed alone and left out of the table."""
+    """Run with the tuning seed only, and not shown in the table."""
     timed: bool = False
-    """Its length follows from measured seconds, so it differs from machine to machine."""
+    """Its number of steps follows from measured seconds, so it differs between machines."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,14 @@ class Comparison:
     metric: str
     expectation: Expectation
     margin: float = 0.0
-    """For «close»: the share of the baseline's mean that may be lost."""
+    """For «close»: the allowed loss, as a fraction of the baseline's mean."""
     decides: bool = True
-    """Whether the claim's verdict rests on it."""
+    """Whether the verdict on the claim depends on it."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """What a study's picture shows."""
+    """What an ablation's plot shows."""
 
     kind: Literal["bars", "curves"]
     metric: str
@@ -60,24 +60,24 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Study:
-    """One claim."""
+class Ablation:
+    """The test of one claim."""
 
     name: str
     claim: str
     equal: str
-    """What all variants have in common."""
+    """What is held fixed across the variants."""
     papers: str
     """What the papers report, for comparison."""
     columns: tuple[str, ...]
-    """Metrics of the table (document.METRICS)."""
+    """Metrics in the table of results (document.METRICS)."""
     timings: tuple[str, ...]
-    """Metrics of the table of timings."""
+    """Metrics in the table of timings."""
     comparisons: tuple[Comparison, ...]
     figure: Figure
     stages: tuple[Callable[[Scale, DataConfig, Found], list[Entry]], ...]
     facts: Callable[[Found], list[str]] = lambda found: []
-    """Sentences that follow from the results."""
+    """Sentences generated from the results."""
 
 
 def value(record: Record, metric: str) -> float:
@@ -92,10 +92,11 @@ def mean_of(found: Found, name: str, metric: str) -> float:
     return mean(value(record, metric) for record in found[name].values())
 
 
-def as_long(entry: Entry, model: str, label: str, found: Found) -> Entry:
-    """`entry` with about as many steps as take the seconds that `model` took.
+def time_matched(entry: Entry, model: str, label: str, found: Found) -> Entry:
+    """`entry` with the number of steps that takes about as long as `model` trained.
 
-    In sixteenths of the run, which is no coarser than the clock: a study that is repeated mostly has the same lengths.
+    Rounded to sixteenths of the run, about the precision of the clock, so that a repeated ablation mostly gets the
+    same number.
     """
     seconds = {name: mean_of(found, name, "seconds_per_step") for name in (entry.name, model)}
     steps = next(iter(found[model].values()))["variant"]["run"]["train"]["steps"]

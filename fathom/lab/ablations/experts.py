@@ -1,8 +1,8 @@
-"""Mixtures of experts to compare with: none shared, and a trained one whose tokens are denied their best experts.
+"""MoE baselines: one without shared experts, and a trained one with the top experts of every token masked.
 
-A dense feed-forward and fewer, wider experts need no code: they are configurations.
+A dense feed-forward and fewer, wider experts are plain configurations.
 
-Shapes: N tokens, E experts, K experts per token, J experts denied.
+Shapes: N tokens, E experts, K experts per token, J masked experts.
 """
 
 from collections.abc import Iterator
@@ -18,20 +18,20 @@ from fathom.ops.moe import select_experts
 
 
 class NoSharedExperts(nn.Module):
-    """Adds nothing: in the place of the shared experts it leaves the routed ones alone."""
+    """Takes the place of the shared experts and adds nothing."""
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         return x_BSD.new_zeros(())
 
 
 class DenyingRouter(Router):
-    """Every token takes the best experts after its first J ones (DeepSeekMoE, section 4.5)."""
+    """Every token is routed to its best experts after the top J, which are masked (DeepSeekMoE, section 4.5)."""
 
     def __init__(self, config: ModelConfig, denied: int) -> None:
         super().__init__(config)
         if not 0 <= denied <= config.n_routed_experts - config.num_experts_per_tok:
             left = config.n_routed_experts - config.num_experts_per_tok
-            raise ValueError(f"denied is {denied}; it must be from 0 to {left}, so that enough experts are left")
+            raise ValueError(f"denied is {denied}; it must be from 0 to {left}, so that enough experts remain")
         self.denied = denied
 
     def _fuses(self, logits_NE: Tensor) -> bool:
@@ -46,7 +46,7 @@ class DenyingRouter(Router):
 
 @contextmanager
 def without_best_experts(model: Model, denied: int) -> Iterator[None]:
-    """Within it no token of the model gets its `denied` best experts."""
+    """Within the context the top `denied` experts of every token are masked."""
     mixtures = [module for module in model.modules() if isinstance(module, MoE)]
     before = [mixture.gate for mixture in mixtures]
     try:

@@ -1,10 +1,10 @@
-"""What is measured on a trained model of a study: quality, balance, cache, routing, drafting.
+"""Measurements on a trained model: quality, balance, cache, routing, speculative decoding.
 
-Results are functions of the weights alone; timings are kept apart from them. On a CPU a study's process has one thread
-and is timed by the processor time it took, which other programs on the machine disturb little; on a GPU by the clock.
+Results are functions of the weights; timings are kept apart from them. On a CPU a run has one thread and is timed in
+processor time, which other programs on the machine affect little; on a GPU in wall-clock time.
 
 Shapes: B sequences, S tokens of each, T tokens of context, N new tokens, K experts per token, G groups, L layers,
-M cache slots, W numbers cached per slot.
+M cache slots, W cached elements per slot.
 """
 
 import time
@@ -26,29 +26,29 @@ from fathom.model.cached_batch import CachedBatch, DecodeBatch
 from fathom.model.transformer import Model
 from fathom.train.run import TrainConfig
 
-Numbers = dict[str, float]
+Metrics = dict[str, float]
 
 _CONTEXTS = (1024, 4096, 16384)
 _SEQUENCES, _DECODED = 4, 5
-"""Sequences decoded together, and steps of which the middle one is reported."""
+"""Batch size, and timed steps, whose median is reported."""
 
 _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 64, 64, 48
 _TIMED_PROMPTS = 8
-"""Of them, continued one at a time to see how fast that goes."""
+"""Number of prompts that are decoded at batch size 1 for timing."""
 
 
 class HeldOut:
-    """Held-out rows, evenly spread, and the bytes they spell."""
+    """Evenly spaced held-out rows, and the number of bytes they decode to."""
 
     def __init__(self, rows: TokenRows, prepared: TokenizedCorpus, train: TrainConfig, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        # Not len(rows), which a variant with MTP modules may have one less of: all are to read the same text.
+        # Not len(rows), which may be one less with MTP modules: every variant is evaluated on the same text.
         available = (prepared.valid_tokens - 1) // train.sequence_length - 1
         size = min(train.batch_size, available)
         blocks = max(1, min(train.eval_sequences or available, available) // size)
         firsts = [block * (available - size) // max(1, blocks - 1) for block in range(blocks)]
         self.batches = [rows.sequential(first, size) for first in firsts]
-        # A part of the tokens spells about that part of the bytes.
+        # Bytes are proportional to tokens.
         scored = blocks * size * train.sequence_length
         self.bytes = round(prepared.valid_bytes * scored / prepared.valid_tokens)
 
@@ -62,31 +62,31 @@ class HeldOut:
         return prompts
 
 
-def quality(model: Model, held_out: HeldOut) -> Numbers:
-    """Bits per byte of the main head; balance of its routers; each MTP module's agreement with it."""
+def quality(model: Model, held_out: HeldOut) -> Metrics:
+    """Bits per byte of the main head, balance of its routers, agreement of the MTP modules with the main head."""
     found = held_out.evaluate(model)
     routers = model.config.num_moe_layers
-    numbers = {"bits_per_byte": found.bits_per_byte}
+    metrics = {"bits_per_byte": found.bits_per_byte}
     if routers:
-        numbers["max_vio_global"] = max(found.max_vio_global[:routers])
-        numbers["max_vio_batch"] = max(found.max_vio_batch[:routers])
+        metrics["max_vio_global"] = max(found.max_vio_global[:routers])
+        metrics["max_vio_batch"] = max(found.max_vio_batch[:routers])
     agreement = {f"mtp_agreement_{k}": share for k, share in enumerate(found.mtp_agreement, start=1)}
-    return {**numbers, **agreement}
+    return {**metrics, **agreement}
 
 
-def denial(model: Model, held_out: HeldOut, plain: float) -> Numbers:
-    """Bits per byte lost when every token is denied the best 1/8 and 1/4 of the routed experts."""
-    numbers = {}
+def denial(model: Model, held_out: HeldOut, plain: float) -> Metrics:
+    """Increase in bits per byte when the top 1/8 and 1/4 of the routed experts are masked for every token."""
+    metrics = {}
     for parts in (8, 4):
         with without_best_experts(model, -(-model.config.n_routed_experts // parts)):
             denied = held_out.evaluate(model).bits_per_byte
-        numbers[f"denied_{parts}"] = denied - plain
-    return numbers
+        metrics[f"denied_{parts}"] = denied - plain
+    return metrics
 
 
 @torch.no_grad()
-def groups(model: Model, held_out: HeldOut) -> Numbers:
-    """Expert groups that a token's experts lie in: the mean over tokens and layers."""
+def groups(model: Model, held_out: HeldOut) -> Metrics:
+    """Number of expert groups that a token's experts lie in, averaged over tokens and layers."""
     config = model.config
     size = config.n_routed_experts // config.n_group
     means = []
@@ -98,22 +98,22 @@ def groups(model: Model, held_out: HeldOut) -> Numbers:
     return {"groups_touched": sum(means) / len(means)}
 
 
-def drafting(model: Model, held_out: HeldOut, clock: Callable[[], float]) -> tuple[Numbers, Numbers]:
-    """Greedy continuations with one draft and with two: how many drafts are accepted, and how fast it goes."""
+def drafting(model: Model, held_out: HeldOut, clock: Callable[[], float]) -> tuple[Metrics, Metrics]:
+    """Greedy decoding with one and with two drafts: acceptance rates, and speed."""
     prompts = held_out.prompts()
-    numbers = {"tokens_per_forward": 1.0}
+    metrics = {"tokens_per_forward": 1.0}
     if model.mtp:
         one, two = (_continue(_engine(model, drafts, len(prompts)), prompts) for drafts in (1, 2))
-        numbers["tokens_per_forward"] = (_tokens(one) - len(one)) / sum(g.forwards for g in one)
+        metrics["tokens_per_forward"] = (_tokens(one) - len(one)) / sum(g.forwards for g in one)
         for place in range(2):
             offered = sum(g.offered_at[place] for g in two if len(g.offered_at) > place)
             accepted = sum(g.accepted_at[place] for g in two if len(g.accepted_at) > place)
-            numbers[f"accepted_{place + 1}"] = accepted / offered if offered else 0.0
-    return numbers, _drafting_speed(model, prompts[:_TIMED_PROMPTS], clock)
+            metrics[f"accepted_{place + 1}"] = accepted / offered if offered else 0.0
+    return metrics, _drafting_speed(model, prompts[:_TIMED_PROMPTS], clock)
 
 
-def _drafting_speed(model: Model, prompts: Sequence[Sequence[int]], clock: Callable[[], float]) -> Numbers:
-    """One text at a time, without and with a draft by turns, so that the machine's moods meet both alike."""
+def _drafting_speed(model: Model, prompts: Sequence[Sequence[int]], clock: Callable[[], float]) -> Metrics:
+    """Speed at batch size 1, alternating between no draft and one, so that drift of the machine affects both."""
     engines = [_engine(model, drafts, 1) for drafts in ((0, 1) if model.mtp else (0,))]
     seconds = [0.0] * len(engines)
     for prompt in prompts:
@@ -133,7 +133,7 @@ def _engine(model: Model, drafts: int, together: int) -> Engine:
 
 
 def _continue(engine: Engine, prompts: Sequence[Sequence[int]]) -> list[Generation]:
-    """Greedy continuations of all prompts."""
+    """Decode all prompts greedily."""
     params = SamplingParams(max_tokens=_NEW_TOKENS, ignore_eos=True)
     found = [engine.submit(prompt, params) for prompt in prompts]
     while engine.has_work:
@@ -146,10 +146,10 @@ def _tokens(generations: Sequence[Generation]) -> int:
 
 
 @torch.no_grad()
-def cache(model: Model, variant: Variant, clock: Callable[[], float]) -> tuple[Numbers, Numbers]:
-    """Bytes per token of the cache as allocated, and decoded tokens per second against the context's length."""
+def cache(model: Model, variant: Variant, clock: Callable[[], float]) -> tuple[Metrics, Metrics]:
+    """Bytes of cache per token as allocated, and decoded tokens per second by context length."""
     layers = len(model.layers)
-    width = costs(variant).cache_numbers // layers
+    width = costs(variant).cache_elements // layers
     timing = {}
     bytes_per_token = 0.0
     for context in _CONTEXTS:
@@ -162,7 +162,7 @@ def cache(model: Model, variant: Variant, clock: Callable[[], float]) -> tuple[N
 
 
 def _decode(model: Model, cache_LMW: Tensor, context: int, clock: Callable[[], float]) -> float:
-    """Seconds of one step at the end of full contexts, attention without expanding the cache."""
+    """Seconds of one decoding step at the end of full contexts, with absorbed attention."""
     device = cache_LMW.device
     slots_BT = torch.arange(_SEQUENCES * context, device=device).view(_SEQUENCES, context)
     positions_BS = torch.full((_SEQUENCES, 1), context - 1, device=device)
@@ -177,7 +177,7 @@ def _decode(model: Model, cache_LMW: Tensor, context: int, clock: Callable[[], f
 
 
 def clock_of(device: torch.device) -> Callable[[], float]:
-    """Processor time of this process on a CPU; on a GPU the wall clock once it has finished."""
+    """Processor time of this process on a CPU; on a GPU the wall clock after synchronising."""
     if device.type == "cpu":
         return time.process_time
 

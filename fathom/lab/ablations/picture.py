@@ -1,4 +1,4 @@
-"""The studies' pictures, drawn by matplotlib from their summaries."""
+"""The plots of the ablations, drawn by matplotlib from their summaries."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,16 +11,16 @@ if TYPE_CHECKING:
 
 _STROKES = ("-", "--", "-.", ":")
 _COLOURS = ("#0072b2", "#c44e00", "#008f68", "#57616c", "#a8548a", "#b58900", "#1b2026")
-"""Okabe and Ito's, darkened for white paper; strokes differ too, so that nothing rests on colour alone."""
+"""Okabe and Ito's, darkened for white paper; strokes differ too, so that no meaning rests on colour alone."""
 
 
 def draw(summary: Summary, path: Path) -> None:
-    """Write the picture as PNG. Raises ImportError without matplotlib."""
+    """Write the plot as PNG. Raises ImportError without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("the studies need scipy and matplotlib: pip install 'fathom-lm[study]'") from error
+        raise ImportError("the ablations need scipy and matplotlib: pip install 'fathom-lm[ablations]'") from error
     rows = len(summary["rows"])
     width = 9.2 if summary["figure"]["kind"] == "curves" else 7.2
     height = 3.6 if summary["figure"]["kind"] == "curves" else 1.3 + 0.34 * rows
@@ -41,9 +41,9 @@ def _bars(axes: "Axes", summary: Summary) -> None:
     """Every variant's paired difference from the first one, with its interval."""
     metric = summary["figure"]["metric"]
     first, *others = summary["rows"]
-    baseline = {int(seed): number for seed, number in first["metrics"][metric]["values"].items()}
+    baseline = {int(seed): value for seed, value in first["metrics"][metric]["values"].items()}
     for place, row in enumerate(others):
-        values = {int(seed): number for seed, number in row["metrics"][metric]["values"].items()}
+        values = {int(seed): value for seed, value in row["metrics"][metric]["values"].items()}
         difference = paired_difference(values, baseline)
         colour = _COLOURS[1] if row["timed"] else _COLOURS[0]
         axes.plot([difference.mean], [place], "o", color=colour)

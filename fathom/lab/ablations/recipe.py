@@ -1,4 +1,4 @@
-"""The recipe as the studies vary it: changes to a variant, and the variants that several claims start from."""
+"""The recipe as the ablations vary it: changes to a variant, and variants that several ablations start from."""
 
 from dataclasses import replace
 from typing import Any
@@ -20,12 +20,12 @@ def with_train(variant: Variant, **changes: Any) -> Variant:
     return replace(variant, run=replace(variant.run, train=replace(variant.run.train, **changes)))
 
 
-def with_rate(variant: Variant, rate: float) -> Variant:
+def with_learning_rate(variant: Variant, rate: float) -> Variant:
     return replace(variant, run=replace(variant.run, optimizer=replace(variant.run.optimizer, learning_rate=rate)))
 
 
 def without_mtp(scale: Scale, data: DataConfig) -> Variant:
-    """The recipe without MTP, which claims 2 to 4 share: measured in all their ways, it is trained once."""
+    """The recipe without MTP, which ablations 2 to 4 share: with all their measurements, so that it is trained once."""
     return replace(base(scale, data), measures=("denial", "drafting"))
 
 

@@ -1,12 +1,13 @@
-"""How large a study is: the shape of its models, what they read, and how many seeds.
+"""The sizes of an ablation: the shape of its models, how much text they are trained on, and how many seeds.
 
-`minutes` is every claim in under twenty minutes on two cores: 144 runs took 23 minutes of processor time on an AMD EPYC
-(Zen 5), measuring included. `hours` has models of twice the parameters that read three times as much, at about four
-times the seconds a run: its 110 runs trained for 62 minutes there. `gpu` is about the shape of the bench-small preset,
-for one accelerator, and wants more text than the standard library (--corpus); it has not been run yet.
+`minutes` runs every ablation in under twenty minutes on two cores: 144 runs took 23 minutes of processor time on an AMD
+EPYC (Zen 5), measurements included. `hours` has models of twice the parameters trained on three times the tokens, a run
+taking about four times as long: its 110 runs trained for 62 minutes there. `gpu` is about the shape of the bench-small
+preset, for one accelerator, and needs more text than the standard library (--corpus); it has not been run yet.
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from fathom.data.corpus import DataConfig
 from fathom.lab.ablations.variants import Variant
@@ -16,7 +17,7 @@ from fathom.train.run import OptimizerConfig, Run, ScheduleConfig, TrainConfig
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes that all studies share."""
+    """Sizes that all ablations share."""
 
     name: str
     hidden: int
@@ -29,8 +30,8 @@ class Scale:
     query_rank: int
     experts: int
     """Fine-grained experts, the shared one among them."""
-    taken: int
-    """Of which a token takes so many, the shared one among them."""
+    experts_per_token: int
+    """Experts per token, the shared one among them."""
     expert_width: int
     vocabulary: int
     length: int
@@ -39,12 +40,12 @@ class Scale:
     steps: int
     seeds: int
     held_out_rows: int
-    rate: float
-    """Everybody's learning rate, but for claim 6."""
-    rates: tuple[float, ...]
-    """Learning rates that both sides of claim 6 try."""
-    compute: str
-    compiled: bool
+    learning_rate: float
+    """Of all variants, but for ablation 6."""
+    learning_rates: tuple[float, ...]
+    """Those that both sides of ablation 6 are tuned over."""
+    compute_dtype: Literal["float32", "bfloat16"]
+    compile: bool
 
 
 MINUTES = Scale(
@@ -57,7 +58,7 @@ MINUTES = Scale(
     latent=32,
     query_rank=32,
     experts=32,
-    taken=8,
+    experts_per_token=8,
     expert_width=24,
     vocabulary=1024,
     length=128,
@@ -66,10 +67,10 @@ MINUTES = Scale(
     steps=120,
     seeds=4,
     held_out_rows=384,
-    rate=0.02,
-    rates=(0.005, 0.01, 0.02, 0.04),
-    compute="float32",
-    compiled=False,
+    learning_rate=0.02,
+    learning_rates=(0.005, 0.01, 0.02, 0.04),
+    compute_dtype="float32",
+    compile=False,
 )
 
 HOURS = replace(
@@ -104,21 +105,21 @@ GPU = replace(
     steps=3000,
     seeds=3,
     held_out_rows=1024,
-    rate=0.01,
-    rates=(0.0025, 0.005, 0.01, 0.02),
-    compute="bfloat16",
-    compiled=True,
+    learning_rate=0.01,
+    learning_rates=(0.0025, 0.005, 0.01, 0.02),
+    compute_dtype="bfloat16",
+    compile=True,
 )
 
 ALL = {scale.name: scale for scale in (MINUTES, HOURS, GPU)}
 
 
 def base(scale: Scale, data: DataConfig) -> Variant:
-    """The recipe that studies vary: MLA, fine-grained experts with one shared, biases, Muon; no MTP module."""
+    """The recipe that ablations vary: MLA, fine-grained experts with one shared, biases, Muon; no MTP module."""
     model = ModelConfig(
         vocab_size=scale.vocabulary,
         hidden_size=scale.hidden,
-        intermediate_size=scale.taken * scale.expert_width,
+        intermediate_size=scale.experts_per_token * scale.expert_width,
         moe_intermediate_size=scale.expert_width,
         num_hidden_layers=scale.layers,
         first_k_dense_replace=1,
@@ -130,7 +131,7 @@ def base(scale: Scale, data: DataConfig) -> Variant:
         v_head_dim=scale.head_width,
         n_routed_experts=scale.experts - 1,
         n_shared_experts=1,
-        num_experts_per_tok=scale.taken - 1,
+        num_experts_per_tok=scale.experts_per_token - 1,
         n_group=1,
         topk_group=1,
         routed_scaling_factor=1.0,
@@ -143,10 +144,10 @@ def base(scale: Scale, data: DataConfig) -> Variant:
         batch_size=scale.batch,
         micro_batch_size=scale.micro_batch,
         sequence_length=scale.length,
-        compute_dtype="bfloat16" if scale.compute == "bfloat16" else "float32",
-        compile="on" if scale.compiled else "off",
+        compute_dtype=scale.compute_dtype,
+        compile="on" if scale.compile else "off",
         eval_sequences=scale.held_out_rows,
     )
-    optimizer = OptimizerConfig(name="muon", learning_rate=scale.rate)
+    optimizer = OptimizerConfig(name="muon", learning_rate=scale.learning_rate)
     schedule = ScheduleConfig(warmup_steps=max(5, scale.steps // 50), decay_fraction=0.6, bias_update_speed=0.01)
     return Variant(Run(model, data, train, optimizer, schedule))

@@ -1,8 +1,8 @@
-"""What several seeds say: means, paired differences with 95 % intervals, and the rule that turns them into a verdict.
+"""Statistics over seeds: means, paired differences with 95 % intervals, and the rule that turns them into a verdict.
 
 Runs are paired by seed (same data order and, where shapes allow, same initial weights), so the noise that two variants
 share cancels in their difference. Intervals are Student's t on those differences; they cover the choice of the seed,
-not of the held-out text, which all runs share. Several comparisons are made on a page and none is corrected for it.
+not of the held-out text, which all runs share. There is no correction for multiple comparisons.
 """
 
 import math
@@ -26,7 +26,7 @@ RULE = (
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its 95 % confidence interval; infinite bounds where one value is all there is."""
+    """A mean and its 95 % confidence interval; infinite bounds for a single value."""
 
     mean: float
     low: float
@@ -57,12 +57,12 @@ def t_quantile(degrees: int) -> float:
     try:
         from scipy.stats import t
     except ImportError as error:
-        raise ImportError("the studies need scipy and matplotlib: pip install 'fathom-lm[study]'") from error
+        raise ImportError("the ablations need scipy and matplotlib: pip install 'fathom-lm[ablations]'") from error
     return float(t.ppf(0.975, degrees))
 
 
 def judge(difference: Interval, expectation: Expectation, margin: float = 0.0) -> Verdict:
-    """The rule for one comparison; `margin` counts for «close» alone."""
+    """The verdict on one comparison; `margin` applies to «close» only."""
     low, high = difference.low, difference.high
     if expectation == "higher":
         low, high = -high, -low
@@ -72,8 +72,8 @@ def judge(difference: Interval, expectation: Expectation, margin: float = 0.0) -
     return "does not hold at this scale" if low > bound else "undecided"
 
 
-def together(verdicts: Sequence[Verdict]) -> Verdict:
-    """The rule for a claim. Raises ValueError for one without comparisons."""
+def overall(verdicts: Sequence[Verdict]) -> Verdict:
+    """The verdict on a claim from those on its comparisons. Raises ValueError if there are none."""
     if not verdicts:
         raise ValueError("a claim needs at least one comparison")
     if all(verdict == "holds" for verdict in verdicts):

@@ -1,6 +1,7 @@
-"""A finished study as plain JSON: what the page is generated from and what is committed beside it."""
+"""A finished ablation as plain JSON, from which its page is generated and which is committed beside it."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -8,29 +9,29 @@ from statistics import fmean
 from typing import Any
 
 from fathom.data.tokenize import TokenizedCorpus
-from fathom.lab.ablations.design import Comparison, Entry, Found, Study, value
+from fathom.lab.ablations.design import Ablation, Comparison, Entry, Found, value
 from fathom.lab.ablations.scales import Scale
-from fathom.lab.ablations.statistics import Interval, interval, judge, paired_difference, together
+from fathom.lab.ablations.statistics import Interval, interval, judge, overall, paired_difference
 
 Summary = dict[str, Any]
 
 
 def summarize(
-    study: Study, scale: Scale, entries: Sequence[Entry], found: Found, prepared: TokenizedCorpus, command: str
+    ablation: Ablation, scale: Scale, entries: Sequence[Entry], found: Found, prepared: TokenizedCorpus, command: str
 ) -> Summary:
-    """Means, intervals, differences and verdicts; every single value too."""
+    """Means, intervals, differences and verdicts, and the individual values."""
     shown = [entry for entry in entries if not entry.tuning]
     records = [record for name in found for record in found[name].values()]
     timed = {entry.name for entry in shown if entry.timed}
-    comparisons = [_compared(comparison, study, timed, found) for comparison in study.comparisons]
+    comparisons = [_compared(comparison, ablation, timed, found) for comparison in ablation.comparisons]
     deciding = [c["verdict"] for c in comparisons if c["decides"]]
     return {
-        "name": study.name,
-        "claim": study.claim,
-        "verdict": together(deciding),
-        "equal": study.equal,
-        "papers": study.papers,
-        "facts": study.facts(found),
+        "name": ablation.name,
+        "claim": ablation.claim,
+        "verdict": overall(deciding),
+        "equal": ablation.equal,
+        "papers": ablation.papers,
+        "facts": ablation.facts(found),
         "scale": asdict(scale),
         "seeds": sorted(found[shown[0].name]),
         "command": command,
@@ -39,32 +40,32 @@ def summarize(
         "runs": len(records),
         "train_seconds": sum(value(record, "train_seconds") for record in records),
         "busy": [extreme(value(record, "busy") for record in records) for extreme in (min, max)],
-        "columns": list(study.columns),
-        "timings": list(study.timings),
-        "figure": asdict(study.figure),
-        "rows": [_row(entry, study, found) for entry in shown],
+        "columns": list(ablation.columns),
+        "timings": list(ablation.timings),
+        "figure": asdict(ablation.figure),
+        "rows": [_row(entry, ablation, found) for entry in shown],
         "comparisons": comparisons,
     }
 
 
-def _row(entry: Entry, study: Study, found: Found) -> dict[str, Any]:
+def _row(entry: Entry, ablation: Ablation, found: Found) -> dict[str, Any]:
     records = found[entry.name]
-    metrics = dict.fromkeys((*study.columns, *study.timings, *(c.metric for c in study.comparisons)))
-    numbers = {}
+    metrics = dict.fromkeys((*ablation.columns, *ablation.timings, *(c.metric for c in ablation.comparisons)))
+    summaries = {}
     for metric in metrics:
         values = {seed: value(record, metric) for seed, record in records.items()}
         if not any(map(math.isnan, values.values())):
-            numbers[metric] = {**_finite(interval(list(values.values()))), "values": _by_seed(values)}
+            summaries[metric] = {**_finite(interval(list(values.values()))), "values": _by_seed(values)}
     variant = next(iter(records.values()))["variant"]
-    row = {"name": entry.name, "timed": entry.timed, "metrics": numbers, "variant": variant}
-    if study.figure.kind == "curves":
+    row = {"name": entry.name, "timed": entry.timed, "metrics": summaries, "variant": variant}
+    if ablation.figure.kind == "curves":
         curves = [record["curve"] for record in records.values()]
-        points = zip(*(curve[study.figure.metric] for curve in curves), strict=True)
+        points = zip(*(curve[ablation.figure.metric] for curve in curves), strict=True)
         row["curve"] = {"step": curves[0]["step"], "mean": [fmean(point) for point in points]}
     return row
 
 
-def _compared(comparison: Comparison, study: Study, timed: set[str], found: Found) -> dict[str, Any]:
+def _compared(comparison: Comparison, ablation: Ablation, timed: set[str], found: Found) -> dict[str, Any]:
     metric = comparison.metric
     variant, baseline = (
         {seed: value(record, metric) for seed, record in found[name].items()}
@@ -77,13 +78,13 @@ def _compared(comparison: Comparison, study: Study, timed: set[str], found: Foun
         **_finite(difference),
         "margin": margin,
         "share": comparison.margin,
-        "timed": metric in study.timings or not timed.isdisjoint((comparison.variant, comparison.baseline)),
+        "timed": metric in ablation.timings or not timed.isdisjoint((comparison.variant, comparison.baseline)),
         "verdict": judge(difference, comparison.expectation, margin),
     }
 
 
 def _finite(found: Interval) -> dict[str, float | None]:
-    """JSON knows no infinity: a bound that one seed alone leaves open is null."""
+    """JSON has no infinity: the open bounds of a single seed become null."""
     return {key: bound if math.isfinite(bound) else None for key, bound in asdict(found).items()}
 
 
@@ -92,5 +93,14 @@ def _by_seed(values: dict[int, float]) -> dict[str, float]:
 
 
 def path_of(docs: Path, scale: str, name: str) -> Path:
-    """Where a study's summary lies among the documents."""
-    return docs / "claims" / scale / f"{name}.json"
+    """The file of an ablation's summary below the documents."""
+    return docs / "ablations" / scale / f"{name}.json"
+
+
+def found_path(docs: Path, scale: str, name: str) -> Path | None:
+    """The file of a summary that exists; those that an earlier release wrote are in `docs`/claims."""
+    path, earlier = path_of(docs, scale, name), docs / "claims" / scale / f"{name}.json"
+    if not path.exists() and earlier.exists():
+        warnings.warn(f"{earlier}: results are in {path.parent} now; move it there", DeprecationWarning, stacklevel=2)
+        return earlier
+    return path if path.exists() else None

@@ -1,7 +1,7 @@
-"""One run of a study: train a variant with the training loop's own steps, measure it, return plain JSON.
+"""One run of an ablation: train a variant with the training loop's own steps, measure it, return plain JSON.
 
-A study's models cannot be saved as checkpoints that others open (their attention may be no DeepSeek-V3's), so a run
-keeps its figures alone. It is short, and begins anew when interrupted; what is finished is kept (runner.py).
+The models are not saved: with another attention they are no DeepSeek-V3 checkpoint. Only the metrics are kept. A run is
+short and starts again when interrupted; finished runs are kept (runner.py).
 """
 
 import platform
@@ -29,13 +29,13 @@ from fathom.train.step import StepMetrics, TrainState
 
 _CURVE_POINTS = 50
 _LAST_SHARE = 0.1
-"""Share of the run, at its end, that «last» figures are means over."""
+"""Fraction of the run, at its end, over which the «last» metrics are averaged."""
 
 Record = dict[str, Any]
 
 
 def run_trial(variant: Variant, data: Path) -> Record:
-    """Train and measure; raises TrainingError where the loss does not stay finite."""
+    """Train and measure. Raises TrainingError if the loss does not stay finite."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -59,7 +59,7 @@ def run_trial(variant: Variant, data: Path) -> Record:
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """What the figures were measured on."""
+    """The hardware and software of a measurement."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {"device": name, "torch": torch.__version__, "python": platform.python_version()}
 
@@ -72,7 +72,7 @@ def _processor() -> str:
 
 def _train(
     state: TrainState, variant: Variant, prepared: TokenizedCorpus, ranks: Ranks
-) -> tuple[measure.Numbers, dict[str, list[float]], measure.Numbers]:
+) -> tuple[measure.Metrics, dict[str, list[float]], measure.Metrics]:
     run, clock = variant.run, measure.clock_of(ranks.device)
     rows = open_rows(prepared, run, "train")
     size, steps = run.train.batch_size, run.train.steps
@@ -90,16 +90,16 @@ def _train(
     seconds, wall = clock() - began, time.perf_counter() - began_wall
     last = history[-max(1, round(_LAST_SHARE * steps)) :]
     results = {
-        "last_loss": sum(facts.loss for facts in last) / len(last),
-        "last_max_vio": sum(facts.max_vio for facts in last) / len(last),
+        "last_loss": sum(metrics.loss for metrics in last) / len(last),
+        "last_max_vio": sum(metrics.max_vio for metrics in last) / len(last),
         "skipped": float(state.skipped),
     }
     every = max(1, steps // _CURVE_POINTS)
     seen = [(step + 1, history[step]) for step in range(every - 1, steps, every)]
     curve = {
         "step": [float(step) for step, _ in seen],
-        "loss": [facts.loss for _, facts in seen],
-        "max_vio": [facts.max_vio for _, facts in seen],
+        "loss": [metrics.loss for _, metrics in seen],
+        "max_vio": [metrics.max_vio for _, metrics in seen],
     }
     timing = {
         "train_seconds": seconds,
@@ -111,10 +111,10 @@ def _train(
 
 
 def _time_in(optimizers: Sequence[Optimizer], clock: Callable[[], float]) -> list[float]:
-    """Seconds of each optimizer's every step from now on, a list that grows."""
+    """Seconds of every optimizer step from now on; the list is filled as they run."""
     spent: list[float] = []
     for optimizer in optimizers:
-        # Optimizers step one after another: what the one adds before is completed by its own afterwards.
+        # Optimizers step one after another, so each pair of hooks adds one duration.
         optimizer.register_step_pre_hook(lambda *_: spent.append(-clock()))
         optimizer.register_step_post_hook(lambda *_: spent.append(clock()))
     return spent
@@ -122,11 +122,11 @@ def _time_in(optimizers: Sequence[Optimizer], clock: Callable[[], float]) -> lis
 
 def _measure(
     state: TrainState, variant: Variant, prepared: TokenizedCorpus, device: torch.device
-) -> tuple[measure.Numbers, measure.Numbers]:
+) -> tuple[measure.Metrics, measure.Metrics]:
     run, model, clock = variant.run, state.model.eval(), measure.clock_of(device)
     rows = open_rows(prepared, run, "valid")
     held_out = measure.HeldOut(rows, prepared, run.train, compute_dtype(run))
-    timing: measure.Numbers = {}
+    timing: measure.Metrics = {}
     with torch.compiler.set_stance("force_eager"):
         results = measure.quality(model, held_out)
         if "denial" in variant.measures:

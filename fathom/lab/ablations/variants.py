@@ -1,7 +1,7 @@
-"""What is trained in a study: a run's configuration, with those parts swapped that a configuration cannot say.
+"""What an ablation trains: a run's configuration, and replaced modules that a configuration cannot express.
 
-Weights are drawn parameter by parameter from (seed, name), so two variants start from the same numbers wherever they
-have a parameter of one name and shape. What a model costs is counted on the model itself, by one rule for all.
+Each parameter is initialised from (seed, name), so two variants start from the same values wherever they have a
+parameter of the same name and shape. Costs are counted on the modules, by the same rule for every variant.
 """
 
 import zlib
@@ -25,23 +25,23 @@ from fathom.model.transformer import Model
 from fathom.train.run import Run
 
 Measure = Literal["cache", "denial", "groups", "drafting"]
-"""What is measured on the trained model beside its held-out text (fathom/lab/ablations/measure.py)."""
+"""Measurements beside bits per byte (fathom/lab/ablations/measure.py)."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One thing to train and measure. Its JSON, with the seed, is what a finished run is known by."""
+    """One model to train and measure. Its JSON, seed included, identifies a finished run."""
 
     run: Run
-    """The configuration; `train.seed` is replaced by each seed of the study."""
+    """The configuration; `train.seed` is replaced by each seed of the ablation."""
     kv_heads: int | None = None
-    """Key/value heads of the attention in MLA's place; none: MLA."""
+    """Key/value heads of the grouped-query attention that replaces MLA; none: MLA."""
     shared_experts: bool = True
-    """False: no shared experts, whatever the configuration says."""
+    """False: no shared experts, whatever `n_shared_experts` is."""
     shared_ends: bool = True
-    """False: MTP modules have embeddings and heads of their own."""
+    """False: every MTP module has its own embedding and head."""
     measures: tuple[Measure, ...] = ()
-    """What is measured beside the held-out text."""
+    """Measurements beside bits per byte."""
 
     def with_seed(self, seed: int) -> "Variant":
         return replace(self, run=replace(self.run, train=replace(self.run.train, seed=seed)))
@@ -49,27 +49,27 @@ class Variant:
 
 @dataclass(frozen=True)
 class Costs:
-    """What a model takes, counted on its modules; MTP modules apart."""
+    """The costs of a model, counted on its modules; MTP modules are counted separately."""
 
     parameters: int
     """Of the main model."""
     mtp_parameters: int
     """Of the MTP modules."""
     flops_per_token: int
-    """To train on one token, MTP modules included: 6 per active matrix weight, and causal attention's products."""
-    cache_numbers: int
-    """Cached per token, all layers of the main model."""
+    """Per training token, MTP modules included: 6 per active matrix weight, and causal attention's matmuls."""
+    cache_elements: int
+    """Cached per token over all layers of the main model."""
 
 
 def build_model(variant: Variant) -> Model:
-    """The variant's model with the initial weights of its seed."""
-    model = _shape(variant)
-    _draw_weights(model, variant.run.train.seed)
+    """The variant's model, initialised from its seed."""
+    model = _blank_model(variant)
+    _initialize(model, variant.run.train.seed)
     return model
 
 
-def _shape(variant: Variant) -> Model:
-    """The model with its parts swapped, before its weights are drawn."""
+def _blank_model(variant: Variant) -> Model:
+    """The model with its modules replaced, before initialisation."""
     config = variant.run.model
     model = Model(config) if variant.shared_ends else ApartModel(config)
     for block in cast(list[Block], [*model.layers, *model.mtp]):
@@ -81,34 +81,34 @@ def _shape(variant: Variant) -> Model:
 
 
 @torch.no_grad()
-def _draw_weights(model: Model, seed: int) -> None:
-    """Normal(0, initializer_range) for whatever `initialize` draws (matrices, stacks, embedding), each by its name."""
+def _initialize(model: Model, seed: int) -> None:
+    """Normal(0, initializer_range) for matrices, expert stacks and embeddings, each seeded by its name."""
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
-            # The generator looks at 32 bits of its seed alone.
+            # The generator uses 32 bits of its seed only.
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             drawn = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(drawn * model.config.initializer_range)
 
 
 def costs(variant: Variant) -> Costs:
-    """Counted without making any weights."""
+    """Counted on the meta device."""
     with torch.device("meta"):
-        model = _shape(variant)
+        model = _blank_model(variant)
     config, length = variant.run.model, variant.run.train.sequence_length
     layers, modules = (cast(list[Block], list(blocks)) for blocks in (model.layers, model.mtp))
     weights = sum(_active(part, config) for part in (*layers, *modules))
     weights += model.lm_head.weight.numel() * (1 + len(modules))
-    products = sum(3 * _score_width(block) * length for block in (*layers, *modules))
+    attention = sum(3 * _score_width(block) * length for block in (*layers, *modules))
     mtp = _count(model.mtp)
-    cached = sum(_cache_numbers(block) for block in layers)
-    return Costs(_count(model) - mtp, mtp, 6 * weights + products, cached)
+    cached = sum(_cache_elements(block) for block in layers)
+    return Costs(_count(model) - mtp, mtp, 6 * weights + attention, cached)
 
 
 def fitted(variant: Variant, cost: Callable[[Costs], int], target: int) -> Variant:
     """`variant` with the dense feed-forward width that brings one of its costs closest to `target`.
 
-    Costs are straight lines in that width, so two points tell.
+    Costs are linear in that width, so two points determine it.
     """
 
     def at(width: int) -> Variant:
@@ -116,12 +116,12 @@ def fitted(variant: Variant, cost: Callable[[Costs], int], target: int) -> Varia
 
     first, slope = cost(costs(at(1))), cost(costs(at(2))) - cost(costs(at(1)))
     if slope <= 0 or first > target:
-        raise ValueError(f"target is {target}; without its dense feed-forward the variant takes {first} already")
+        raise ValueError(f"target is {target}; with a dense feed-forward of width 1 the variant already costs {first}")
     return at(1 + round((target - first) / slope))
 
 
 def _count(module: nn.Module) -> int:
-    """Parameters, each once, and correction biases, as `ModelConfig.parameter_counts` counts them."""
+    """Parameters, shared ones once, and correction biases, as `ModelConfig.parameter_counts` counts them."""
     biases = sum(m.e_score_correction_bias.numel() for m in module.modules() if isinstance(m, Router))
     return sum(p.numel() for p in module.parameters()) + biases
 
@@ -139,7 +139,7 @@ def _active(block: Block, config: ModelConfig) -> int:
 
 
 def _score_width(block: Block) -> int:
-    """Numbers that meet per query and key, in scores and values, over all heads."""
+    """Multiply-adds per query and key, for scores and values, over all heads."""
     attention = cast(nn.Module, block.self_attn)
     if isinstance(attention, GroupedQueryAttention):
         return attention.heads * 2 * attention.width
@@ -147,7 +147,7 @@ def _score_width(block: Block) -> int:
     return config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
 
 
-def _cache_numbers(block: Block) -> int:
+def _cache_elements(block: Block) -> int:
     attention = cast(nn.Module, block.self_attn)
     if isinstance(attention, GroupedQueryAttention):
         return attention.cache_width

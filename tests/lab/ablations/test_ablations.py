@@ -1,4 +1,4 @@
-"""The studies: statistics with known answers, baselines against other programs, runs that repeat and are kept."""
+"""The ablations: statistics with known answers, baselines against other programs, runs that repeat and are kept."""
 
 import io
 import json
@@ -22,16 +22,16 @@ from fathom.data.batch import next_token_batch
 from fathom.data.corpus import DataConfig
 from fathom.data.tokenize import TokenizedCorpus
 from fathom.lab.ablations.attention import GroupedQueryAttention
-from fathom.lab.ablations.command import StudyCommand, run_studies
+from fathom.lab.ablations.command import AblationsCommand, run_ablations
+from fathom.lab.ablations.definitions import ABLATIONS
 from fathom.lab.ablations.design import Comparison, Entry, Found
 from fathom.lab.ablations.document import write_document
 from fathom.lab.ablations.experts import without_best_experts
 from fathom.lab.ablations.prediction import ApartLoss, ApartModel
 from fathom.lab.ablations.runner import Runner, Task
 from fathom.lab.ablations.scales import ALL, MINUTES, Scale, base
-from fathom.lab.ablations.statistics import Expectation, Interval, interval, judge, paired_difference, together
-from fathom.lab.ablations.studies import STUDIES
-from fathom.lab.ablations.summary import path_of, summarize
+from fathom.lab.ablations.statistics import Expectation, Interval, interval, judge, overall, paired_difference
+from fathom.lab.ablations.summary import found_path, path_of, summarize
 from fathom.lab.ablations.trial import run_trial
 from fathom.lab.ablations.variants import Variant, build_model, costs, fitted
 from fathom.model.config import ModelConfig
@@ -88,7 +88,7 @@ def test_the_rule(mean: float, half: float, margin: float) -> None:
     close = judge(found, "close", margin)
     assert (close == "holds") == (found.high < margin)
     assert (close == "does not hold at this scale") == (found.low > margin)
-    assert together(["holds", close]) == close
+    assert overall(["holds", close]) == close
 
 
 @pytest.mark.oracle
@@ -221,16 +221,16 @@ def _vocabulary(variant: Variant, size: int) -> Variant:
 
 @pytest.mark.parametrize("scale", ALL.values(), ids=ALL)
 def test_what_is_called_equal_is_equal(scale: Scale) -> None:
-    """Parameters of the attentions, and FLOPs of the feed-forwards and of claim 6's two sides, within 2 %."""
+    """Parameters of the attentions, and FLOPs of the feed-forwards and of ablation 6's two sides, within 2 %."""
     data = DataConfig(corpus=str(CORPUS))
 
     def spread(name: str, metric: str) -> float:
-        counts = [getattr(costs(entry.variant), metric) for entry in STUDIES[name].stages[0](scale, data, {})]
+        counts = [getattr(costs(entry.variant), metric) for entry in ABLATIONS[name].stages[0](scale, data, {})]
         return max(counts) / min(counts)
 
     assert spread("attention", "parameters") < 1.02
     assert spread("experts", "flops_per_token") < 1.02
-    trials = STUDIES["together"].stages[0](scale, data, {})
+    trials = ABLATIONS["together"].stages[0](scale, data, {})
     plain = [replace(t.variant.run, model=replace(t.variant.run.model, num_nextn_predict_layers=0)) for t in trials]
     flops = [costs(replace(t.variant, run=run)).flops_per_token for t, run in zip(trials, plain, strict=True)]
     assert max(flops) / min(flops) < 1.02
@@ -273,32 +273,32 @@ def test_a_planted_effect_comes_out(
 ) -> None:
     """The whole way from records to verdict, where the seeds' own spread is far larger than the effect."""
     comparison = Comparison("new", "old", "quality", expected, margin)
-    study = replace(STUDIES["routing"], columns=("quality",), timings=(), comparisons=(comparison,), stages=())
+    ablation = replace(ABLATIONS["routing"], columns=("quality",), timings=(), comparisons=(comparison,), stages=())
     entries = [Entry(name, base(MINUTES, DataConfig())) for name in ("old", "new")]
     prepared = SimpleNamespace(config=DataConfig(), corpus_hash="0" * 64)
     found = planted({"old": 0.0, "new": effect}, noise)
-    summary = summarize(study, MINUTES, entries, found, cast(TokenizedCorpus, prepared), "")
+    summary = summarize(ablation, MINUTES, entries, found, cast(TokenizedCorpus, prepared), "")
     assert summary["verdict"] == verdict
     compared = summary["comparisons"][0]
     assert compared["low"] < effect < compared["high"] and (compared["high"] - compared["low"]) < 12 * noise
 
 
 def test_every_study_names_what_it_compares() -> None:
-    assert len(STUDIES) == 6
-    for study in STUDIES.values():
-        assert any(comparison.decides for comparison in study.comparisons), study.name
+    assert len(ABLATIONS) == 6
+    for ablation in ABLATIONS.values():
+        assert any(comparison.decides for comparison in ablation.comparisons), ablation.name
 
 
 @pytest.mark.slow
 def test_a_study_repeated_gives_the_same_table(tmp_path: Path) -> None:
     """Every number that no clock had a part in, every interval and every verdict."""
     tiny_scale = replace(MINUTES, steps=3, batch=2, micro_batch=2, length=32, vocabulary=320, held_out_rows=4)
-    study, data = STUDIES["routing"], DataConfig(corpus=str(CORPUS))
+    ablation, data = ABLATIONS["routing"], DataConfig(corpus=str(CORPUS))
     summaries = []
     for attempt in ("first", "second"):
         runner = Runner(tmp_path / attempt, 1, Console(file=io.StringIO()), run_trial)
-        entries, found = runner.studies([study], tiny_scale, data, [0, 1])[study.name]
-        summaries.append(summarize(study, tiny_scale, entries, found, runner.prepare(tiny_scale, data), ""))
+        entries, found = runner.run([ablation], tiny_scale, data, [0, 1])[ablation.name]
+        summaries.append(summarize(ablation, tiny_scale, entries, found, runner.prepare(tiny_scale, data), ""))
         for row in summaries[-1]["rows"]:
             assert row["metrics"].pop("seconds_per_step")["mean"] > 0
         del summaries[-1]["busy"], summaries[-1]["train_seconds"]
@@ -310,11 +310,23 @@ def test_the_committed_pages_are_those_the_figures_make(tmp_path: Path) -> None:
     """They were not edited by hand, and they hold every claim."""
     pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
     docs = Path(__file__).parents[3] / "docs"
-    shutil.copytree(docs / "claims", tmp_path / "claims")
+    shutil.copytree(docs / "ablations", tmp_path / "ablations")
     pages = write_document(tmp_path)
-    assert [page.name for page in pages] == ["claims-minutes.md", "claims.md"]
+    assert [page.name for page in pages] == ["ablations-minutes.md", "ablations.md"]
     for page in pages:
         assert page.read_text() == (docs / page.name).read_text()
+
+
+def test_results_of_an_earlier_release_are_found_in_claims(tmp_path: Path) -> None:
+    new, old = path_of(tmp_path, "minutes", "routing"), tmp_path / "claims" / "minutes" / "routing.json"
+    assert found_path(tmp_path, "minutes", "routing") is None
+    old.parent.mkdir(parents=True)
+    old.touch()
+    with pytest.warns(DeprecationWarning, match="move it there"):
+        assert found_path(tmp_path, "minutes", "routing") == old
+    new.parent.mkdir(parents=True)
+    new.touch()
+    assert found_path(tmp_path, "minutes", "routing") == new
 
 
 @pytest.mark.parametrize("scale", ["minutes", "hours"])
@@ -323,7 +335,7 @@ def test_the_committed_verdicts_follow_from_the_committed_values(scale: str) -> 
     from scipy.stats import ttest_rel
 
     docs = Path(__file__).parents[3] / "docs"
-    committed = [name for name in STUDIES if path_of(docs, scale, name).exists()]
+    committed = [name for name in ABLATIONS if path_of(docs, scale, name).exists()]
     assert committed
     for name in committed:
         summary = json.loads(path_of(docs, scale, name).read_text())
@@ -394,11 +406,11 @@ def test_the_loss_of_modules_with_their_own_ends_goes_through_their_heads() -> N
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        (StudyCommand(claims=("magic",)), "no claim 'magic'"),
-        (StudyCommand(scale="eons"), "--scale is 'eons'"),
-        (StudyCommand(seeds=0), "--seeds is 0"),
+        (AblationsCommand(names=("magic",)), "no ablation 'magic'"),
+        (AblationsCommand(scale="eons"), "--scale is 'eons'"),
+        (AblationsCommand(seeds=0), "--seeds is 0"),
     ],
 )
-def test_wrong_names_are_named(command: StudyCommand, said: str) -> None:
+def test_wrong_names_are_named(command: AblationsCommand, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        run_studies(command)
+        run_ablations(command)

@@ -1,12 +1,12 @@
-"""The claims: what is varied, what is kept equal, what is measured, and what decides.
+"""The ablations: for each claim what is varied, what is held fixed, what is measured, and what decides the verdict.
 
-A study's variants differ in one thing alone. The last claim, on all parts together, has a file of its own (whole.py).
+The variants of an ablation differ in one thing only. The last ablation, of the whole recipe, is in whole_recipe.py.
 """
 
 from dataclasses import replace
 
 from fathom.data.corpus import DataConfig
-from fathom.lab.ablations.design import Comparison, Entry, Figure, Found, Study, as_long, mean_of
+from fathom.lab.ablations.design import Ablation, Comparison, Entry, Figure, Found, mean_of, time_matched
 from fathom.lab.ablations.recipe import (
     all_dense,
     parameters_of,
@@ -19,11 +19,11 @@ from fathom.lab.ablations.recipe import (
 )
 from fathom.lab.ablations.scales import Scale, base
 from fathom.lab.ablations.variants import costs, fitted
-from fathom.lab.ablations.whole import TOGETHER
+from fathom.lab.ablations.whole_recipe import TOGETHER
 
 _NO_COST = 0.005
 _LITTLE = 0.01
-"""«Costs nothing» and «costs little», as shares of the baseline's bits per byte; fixed before anything was run."""
+"""Margins for «no cost» and «little cost», as fractions of the baseline's bits per byte; fixed before any run."""
 
 # ------------------------------------------------------------------------------------------------ 1: attention
 
@@ -42,11 +42,11 @@ def _attention(scale: Scale, data: DataConfig, found: Found) -> list[Entry]:
     return [Entry(name, fitted(variant, parameters_of, target)) for name, variant in variants.items()]
 
 
-ATTENTION = Study(
+ATTENTION = Ablation(
     name="attention",
     claim="Multi-head latent attention costs no quality against multi-head attention while caching far less.",
-    equal="parameters (the dense feed-forward's width makes up for what attention saves), depth, heads and their value "
-    "width, tokens and their order, optimizer; every layer dense",
+    equal="parameters (a wider dense feed-forward compensates for smaller attention), depth, number and value width of "
+    "the heads, tokens and their order, optimizer; every layer dense",
     papers="DeepSeek-V2 (arXiv 2405.04434) compares the attentions in its appendix D: MHA above GQA above MQA on four "
     "benchmarks with dense 7B models (Table 8), and MLA above MHA on most benchmarks of two MoE sizes with 14 % and "
     "4 % of MHA's cache (Table 9). The 671B model caches 70,272 bytes per token, 1.8 % of what multi-head attention "
@@ -70,12 +70,14 @@ ATTENTION = Study(
 def _experts(scale: Scale, data: DataConfig, found: Found) -> list[Entry]:
     recipe = without_mtp(scale, data)
     fine = replace(recipe, measures=("denial",))
-    none = with_model(fine, n_routed_experts=scale.experts, num_experts_per_tok=scale.taken)
-    two = with_model(fine, n_routed_experts=scale.experts - 2, num_experts_per_tok=scale.taken - 2, n_shared_experts=2)
+    none = with_model(fine, n_routed_experts=scale.experts, num_experts_per_tok=scale.experts_per_token)
+    two = with_model(
+        fine, n_routed_experts=scale.experts - 2, num_experts_per_tok=scale.experts_per_token - 2, n_shared_experts=2
+    )
     coarse = with_model(
         fine,
         n_routed_experts=scale.experts // 4,
-        num_experts_per_tok=scale.taken // 4,
+        num_experts_per_tok=scale.experts_per_token // 4,
         moe_intermediate_size=4 * scale.expert_width,
     )
     return [
@@ -87,16 +89,16 @@ def _experts(scale: Scale, data: DataConfig, found: Found) -> list[Entry]:
     ]
 
 
-def _experts_by_the_clock(scale: Scale, data: DataConfig, found: Found) -> list[Entry]:
-    """The dense and the coarse model with as many steps as take the fine-grained one's seconds."""
+def _experts_time_matched(scale: Scale, data: DataConfig, found: Found) -> list[Entry]:
+    """The dense and the coarse-grained model, trained for as long as the fine-grained one took."""
     entries = _experts(scale, data, found)[:2]
-    return [as_long(entry, "fine-grained, 1 shared", "equal seconds", found) for entry in entries]
+    return [time_matched(entry, "fine-grained, 1 shared", "equal seconds", found) for entry in entries]
 
 
-EXPERTS = Study(
+EXPERTS = Ablation(
     name="experts",
     claim="Fine-grained and shared experts beat coarse ones and a dense feed-forward at the same compute.",
-    equal="active FLOPs per token; among the mixtures also all parameters; tokens and their order, optimizer, "
+    equal="active FLOPs per token; among the MoE models also total parameters; tokens and their order, optimizer, "
     "balancing",
     papers="DeepSeekMoE (arXiv 2401.06066), Table 1, 2B parameters and 100B tokens of the Pile: loss 2.060 dense, "
     "1.867 GShard's top-2 of 16, 1.808 DeepSeekMoE with 7 of 63 fine-grained experts and one shared. Its Figure 4 "
@@ -114,7 +116,7 @@ EXPERTS = Study(
         Comparison("fine-grained, 1 shared", "top-2 of 8 wide, equal seconds", "bits_per_byte", "lower", decides=False),
     ),
     figure=Figure("bars", "bits_per_byte", "bits per byte, minus the dense model's"),
-    stages=(_experts, _experts_by_the_clock),
+    stages=(_experts, _experts_time_matched),
 )
 
 # ------------------------------------------------------------------------------------------------ 3: balancing
@@ -134,14 +136,14 @@ def _balancing(scale: Scale, data: DataConfig, found: Found) -> list[Entry]:
     ]
 
 
-BALANCING = Study(
+BALANCING = Ablation(
     name="balancing",
     claim="The bias balances the experts without hurting; the auxiliary loss hurts.",
     equal="the model and its parameters, tokens and their order, optimizer; the auxiliary loss is the sequence-wise "
-    "one, with 10 and 100 times the weight that it has beside the bias",
+    "one, with 10 and 100 times its weight in the full recipe",
     papers="Loss-Free Balancing (arXiv 2408.15664), Table 2: validation perplexity 9.50 and 7.92 with the bias at 1B "
     "and 3B parameters, 9.56 and 7.97 with an auxiliary loss of 0.001; global MaxVio 0.04 and 0.04 against 0.72 and "
-    "0.52. It finds the bias speed 0.001 best, for runs of far more steps: a bias moves by at most its speed a step. "
+    "0.52. It finds the update speed 0.001 best, in runs of far more steps: a bias moves by at most its speed a step. "
     "The DeepSeek-V3 report (arXiv 2412.19437), Table 5, finds the bias better on most benchmarks at 15.7B and 228.7B "
     "parameters.",
     columns=("bits_per_byte", "max_vio_global", "max_vio_batch", "last_max_vio"),
@@ -175,30 +177,30 @@ def _mtp(scale: Scale, data: DataConfig, found: Found) -> list[Entry]:
     ]
 
 
-def _mtp_by_the_clock(scale: Scale, data: DataConfig, found: Found) -> list[Entry]:
-    """The model without modules with as many steps as take the others' seconds."""
+def _mtp_time_matched(scale: Scale, data: DataConfig, found: Found) -> list[Entry]:
+    """The model without MTP modules, trained for as long as the models with modules took."""
     none = Entry("no module", without_mtp(scale, data))
     lengths = {"as long as with 1": "1 module, λ 0.3 then 0.1", "as long as with 2": "2 modules, λ 0.3 then 0.1"}
-    return [as_long(none, model, label, found) for label, model in lengths.items()]
+    return [time_matched(none, model, label, found) for label, model in lengths.items()]
 
 
-def _cost_of_drafts(found: Found) -> list[str]:
-    """Why drafts that are accepted need not make decoding faster."""
+def _cost_of_a_draft(found: Found) -> list[str]:
+    """Why accepted drafts need not make decoding faster."""
     name = "1 module, λ 0.3 then 0.1"
     tokens, speedup = (mean_of(found, name, metric) for metric in ("tokens_per_forward", "speedup"))
     layers = next(iter(found[name].values()))["variant"]["run"]["model"]["num_hidden_layers"]
     return [
-        f"One text at a time, a forward pass with a draft decides {tokens:.2f} tokens and takes about "
-        f"{tokens / speedup:.1f} times as long as one without: it verifies two tokens, then runs the module and the "
-        f"head once more, beside a main model of {layers} layers (61 in DeepSeek-V3)."
+        f"At batch size 1, a forward pass with a draft yields {tokens:.2f} tokens and takes about "
+        f"{tokens / speedup:.1f} times as long as one without: it verifies two tokens, then runs the MTP module and "
+        f"the head once more, beside a main model of {layers} layers (61 in DeepSeek-V3)."
     ]
 
 
-PREDICTION = Study(
+PREDICTION = Ablation(
     name="prediction",
     claim="Multi-token prediction gives a better model and faster decoding.",
-    equal="the main model and its parameters, tokens and their order, optimizer; the modules' training time comes on "
-    "top, or (by the clock) the model without modules reads more in the same time",
+    equal="the main model and its parameters, tokens and their order, optimizer; the modules' training time is extra, "
+    "except in the time-matched rows, where the model without modules trains on more tokens instead",
     papers="The DeepSeek-V3 report, Table 4: with one module better on most benchmarks at 15.7B and 228.7B parameters "
     "(1.33T and 540B tokens). Section 5.4.3: 85 to 90 % of second tokens accepted, 1.8 times the tokens per second.",
     columns=(
@@ -229,8 +231,8 @@ PREDICTION = Study(
         ),
     ),
     figure=Figure("bars", "bits_per_byte", "bits per byte of the main head, minus no module's"),
-    stages=(_mtp, _mtp_by_the_clock),
-    facts=_cost_of_drafts,
+    stages=(_mtp, _mtp_time_matched),
+    facts=_cost_of_a_draft,
 )
 
 # -------------------------------------------------------------------------------------------------- 5: routing
@@ -249,7 +251,7 @@ def _routing(scale: Scale, data: DataConfig, found: Found) -> list[Entry]:
     ]
 
 
-ROUTING = Study(
+ROUTING = Ablation(
     name="routing",
     claim="Limiting each token to half of the expert groups, and scaling the routed experts' weights, cost little.",
     equal="the model and its parameters, tokens and their order, optimizer, balancing",
@@ -268,4 +270,4 @@ ROUTING = Study(
     stages=(_routing,),
 )
 
-STUDIES = {study.name: study for study in (ATTENTION, EXPERTS, BALANCING, PREDICTION, ROUTING, TOGETHER)}
+ABLATIONS = {ablation.name: ablation for ablation in (ATTENTION, EXPERTS, BALANCING, PREDICTION, ROUTING, TOGETHER)}

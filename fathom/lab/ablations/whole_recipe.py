@@ -1,16 +1,26 @@
-"""Claim 6: the whole recipe against a dense transformer, both with tuned learning rates."""
+"""Ablation 6: the whole recipe against a dense transformer, both with tuned learning rates."""
 
 from dataclasses import replace
 
 from fathom.data.corpus import DataConfig
-from fathom.lab.ablations.design import TUNING_SEED, Comparison, Entry, Figure, Found, Study, as_long, mean_of, value
+from fathom.lab.ablations.design import (
+    TUNING_SEED,
+    Ablation,
+    Comparison,
+    Entry,
+    Figure,
+    Found,
+    mean_of,
+    time_matched,
+    value,
+)
 from fathom.lab.ablations.recipe import (
     all_dense,
     flops_of,
     plain_attention,
+    with_learning_rate,
     with_model,
     with_mtp,
-    with_rate,
     with_train,
     without_mtp,
 )
@@ -28,15 +38,20 @@ def _sides(scale: Scale, data: DataConfig) -> dict[str, Variant]:
 def _trials(scale: Scale, data: DataConfig, found: Found) -> list[Entry]:
     sides = _sides(scale, data).items()
     return [
-        Entry(f"{name}, rate {rate:g}", with_rate(v, rate), tuning=True) for name, v in sides for rate in scale.rates
+        Entry(f"{name}, rate {rate:g}", with_learning_rate(v, rate), tuning=True)
+        for name, v in sides
+        for rate in scale.learning_rates
     ]
 
 
 def _tuned(scale: Scale, data: DataConfig, found: Found) -> dict[str, Variant]:
-    """Each side at the rate whose trial ended with the lowest training loss."""
+    """Each side with the learning rate whose trial reached the lowest training loss."""
     return {
-        name: with_rate(
-            v, min(scale.rates, key=lambda rate: value(found[f"{name}, rate {rate:g}"][TUNING_SEED], "last_loss"))
+        name: with_learning_rate(
+            v,
+            min(
+                scale.learning_rates, key=lambda rate: value(found[f"{name}, rate {rate:g}"][TUNING_SEED], "last_loss")
+            ),
         )
         for name, v in _sides(scale, data).items()
     }
@@ -55,13 +70,13 @@ def _together(scale: Scale, data: DataConfig, found: Found) -> list[Entry]:
     ]
 
 
-def _together_by_the_clock(scale: Scale, data: DataConfig, found: Found) -> list[Entry]:
+def _together_time_matched(scale: Scale, data: DataConfig, found: Found) -> list[Entry]:
     dense = Entry("dense", _tuned(scale, data, found)["dense"])
-    return [as_long(dense, "whole recipe", "equal seconds", found)]
+    return [time_matched(dense, "whole recipe", "equal seconds", found)]
 
 
 def _same_quality(found: Found, name: str) -> list[str]:
-    """What the dense model spends to get as far as another, between (or beyond) its two lengths."""
+    """What the dense model needs to match another's quality, from its two training lengths."""
     quality = mean_of(found, name, "bits_per_byte")
     once, twice = "dense", "dense, twice the tokens"
     first, second = (mean_of(found, length, "bits_per_byte") for length in (once, twice))
@@ -72,13 +87,13 @@ def _same_quality(found: Found, name: str) -> list[str]:
         ratios.append(low * (high / low) ** share / mean_of(found, name, metric))
     where = "between" if 0 <= share <= 1 else "extrapolated beyond"
     return [
-        f"To reach the {quality:.3f} bits per byte of «{name}» the dense transformer takes {ratios[0]:.2f} times its "
-        f"FLOPs and {ratios[1]:.2f} times its seconds ({where} the dense model's two lengths, on a logarithmic scale)."
+        f"To reach the {quality:.3f} bits per byte of «{name}» the dense transformer needs {ratios[0]:.2f} times the "
+        f"FLOPs and {ratios[1]:.2f} times the training time ({where} its two training lengths, on a log scale)."
     ]
 
 
 def _part_by_part(found: Found) -> list[str]:
-    """What each part of the recipe adds, to a step's seconds and to quality at the same tokens."""
+    """What each part of the recipe adds to the duration of a step, and to quality after the same tokens."""
     rows = ("dense", "dense with MLA", "MLA and experts", "whole recipe")
     parts = []
     for before, after, part in zip(rows, rows[1:], ("MLA", "the experts", "the MTP module"), strict=False):
@@ -88,9 +103,9 @@ def _part_by_part(found: Found) -> list[str]:
     speeds = [mean_of(found, n, "flops") / mean_of(found, n, "train_seconds") / 1e9 for n in (rows[0], rows[2])]
     optimizers = [mean_of(found, n, "optimizer_per_step") / mean_of(found, n, "seconds_per_step") for n in rows[::3]]
     return [
-        "What each part adds to the seconds of a step, and to bits per byte after the same tokens: "
+        "What each part adds to the duration of a step, and to bits per byte after the same tokens: "
         f"{', '.join(parts)} (the first with the recipe's learning rate).",
-        f"At equal FLOPs per token the dense transformer computes {speeds[0]:.0f} GFLOP/s and MLA with experts "
+        f"At equal FLOPs per token the dense transformer reaches {speeds[0]:.0f} GFLOP/s and MLA with experts "
         f"{speeds[1]:.0f}; the optimizer takes {optimizers[0]:.0%} of a dense step and {optimizers[1]:.0%} of the "
         "whole recipe's.",
     ]
@@ -100,7 +115,7 @@ def _costs_of_quality(found: Found) -> list[str]:
     return _same_quality(found, "whole recipe") + _same_quality(found, "MLA and experts") + _part_by_part(found)
 
 
-TOGETHER = Study(
+TOGETHER = Ablation(
     name="together",
     claim="All together the recipe reaches a dense transformer's quality at a fraction of the cost.",
     equal="tokenizer, text, layers and their width, FLOPs per token of the main model, optimizer (Muon); the dense "
@@ -118,6 +133,6 @@ TOGETHER = Study(
         Comparison("whole recipe", "dense, equal seconds", "bits_per_byte", "lower"),
     ),
     figure=Figure("bars", "bits_per_byte", "bits per byte, minus the dense transformer's"),
-    stages=(_trials, _together, _together_by_the_clock),
+    stages=(_trials, _together, _together_time_matched),
     facts=_costs_of_quality,
 )
