@@ -1,7 +1,7 @@
-"""`fathom demo`: train the nano preset on this machine's own source code, then show what the four mechanisms did.
+"""`fathom demo`: train the nano preset on Python's standard library, then report what the four mechanisms did.
 
-The first steps are timed on throw-away weights, the number of steps that fits the time is then frozen into the run's
-configuration: what is trained stays a function of that configuration alone.
+A few steps are timed first, on weights that are then discarded, and the number of steps that fits into the time becomes
+part of the run's configuration, so that training is still a function of the configuration alone.
 """
 
 import json
@@ -29,7 +29,8 @@ from fathom.engine.engine import Engine
 from fathom.engine.outputs import Generation
 from fathom.engine.sampling.sampler import SamplingParams
 from fathom.eval.compression import compressed_bits_per_byte
-from fathom.lab.demo.report import Continuation, DemoReport, Piece, print_report, write_html
+from fathom.lab.demo.page import write_html
+from fathom.lab.demo.report import Continuation, DemoReport, GeneratedToken, print_report
 from fathom.metrics import read_metrics
 from fathom.model.transformer import Model
 from fathom.runtime.hardware import install_allocator
@@ -40,27 +41,27 @@ from fathom.train.setup import resolve, tokenize_once
 from fathom.train.timing import seconds_per_step
 
 _SLOWER = 1.06
-"""Steps of the run take so much longer than timed ones: evaluations between them, and a machine that warms up."""
+"""How much longer steps of the run take than timed ones: evaluations between them, and a CPU that heats up."""
 _TIMED_STEPS = 40
 _EVALUATIONS = 4
 _FINAL_SECONDS = 32.0
-"""Kept back for the evaluations, the last of which reads every held-out token."""
+"""Reserved for the evaluations, the last of which covers all held-out text."""
 _MARKER = ".fathom-demo"
 _PROMPT_TOKENS, _NEW_TOKENS = 96, 160
 
 
 @dataclass(frozen=True)
 class DemoCommand:
-    """Train a small model on the Python standard library's source, then report what the four mechanisms did."""
+    """Train a small model on the source of Python's standard library, then report what the four mechanisms did."""
 
     out: Path = Path("runs/demo")
-    """Where everything goes; an earlier demo there is replaced."""
+    """Output directory; an earlier demo there is replaced."""
     minutes: float = 5.75
     """Training time, compilation and evaluations included."""
 
 
 def run_demo(command: DemoCommand) -> None:
-    """Train, measure, report. Raises ConfigError for a directory that is not a demo's, or too little time."""
+    """Train, measure, report. Raises ConfigError for a directory with other content, or too little time."""
     console = Console()
     _clear(command.out)
     with data_parallel() as ranks:
@@ -80,20 +81,20 @@ def run_demo(command: DemoCommand) -> None:
 
 
 def _clear(directory: Path) -> None:
-    """Make an empty directory; only an earlier demo's is deleted."""
+    """Make an empty directory; only an earlier demo is deleted."""
     if directory.exists() and any(directory.iterdir()):
         if not (directory / _MARKER).exists():
-            raise ConfigError(f"{directory} holds something that is not an earlier demo; choose another --out")
+            raise ConfigError(f"{directory} is not empty and not an earlier demo; choose another --out")
         shutil.rmtree(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / _MARKER).touch()
 
 
 def _frozen_run(command: DemoCommand, ranks: Ranks, console: Console) -> tuple[Run, float]:
-    """The nano run with as many steps as fit, and the seconds that finding out took."""
+    """The nano run with the number of steps that fits, and the seconds spent timing."""
     install_allocator()
     run = presets.nano()
-    console.print("reading the Python standard library, training a tokenizer …", style="dim")
+    console.print("tokenising the Python standard library …", style="dim")
     prepared = tokenize_once(run, command.out / "data", ranks)
     began = time.perf_counter()
     run = resolve(run, prepared, ranks)
@@ -105,7 +106,7 @@ def _frozen_run(command: DemoCommand, ranks: Ranks, console: Console) -> tuple[R
     steps = int(left / (step * _SLOWER))
     if steps < _TIMED_STEPS:
         raise ConfigError(
-            f"--minutes is {command.minutes}; a step takes {step:.2f} s and getting ready took {duration(spent)}, so "
+            f"--minutes is {command.minutes}; a step takes {step:.2f} s and preparation took {duration(spent)}, so "
             f"it must be at least {(spent + _FINAL_SECONDS + _TIMED_STEPS * step) / 60 + 0.1:.1f}"
         )
     every = -(-steps // _EVALUATIONS)
@@ -117,7 +118,7 @@ def _frozen_run(command: DemoCommand, ranks: Ranks, console: Console) -> tuple[R
 
 
 def _report(directory: Path, seconds: float) -> DemoReport:
-    """Everything the report shows, read back from the run's own files and measured on its saved model."""
+    """Everything the report shows, from the files of the run and measured on its saved model."""
     prepared = open_tokenized(directory / "data")
     evaluation = json.loads((directory / "evaluation.json").read_text())
     recorded = json.loads((directory / "run.json").read_text())["train"]
@@ -183,7 +184,7 @@ def _continue(engine: Engine, prompt: Sequence[int]) -> Generation:
 
 
 def _decoding_speeds(model: Model, prompt: Sequence[int]) -> tuple[float, float]:
-    """Tokens per second of greedy decoding, plain and with drafts: medians, once the engine knows what drafts cost."""
+    """Median tokens per second of greedy decoding, without and with drafts, after the adaptive draft length settled."""
     rates: dict[bool, list[float]] = {False: [], True: []}
     engines = {speculative: Engine(model, speculative=speculative, max_batch=1) for speculative in rates}
     for turn in range(12):
@@ -196,10 +197,10 @@ def _decoding_speeds(model: Model, prompt: Sequence[int]) -> tuple[float, float]
 
 
 def _continuation(name: str, prompt: list[int], generation: Generation, tokenizer: Tokenizer) -> Continuation:
-    """Split the decoded text into its tokens' pieces; a character of several tokens goes to its last one."""
-    pieces, shown = [], 0
+    """Split the decoded text by token; a character of several tokens belongs to the last one."""
+    tokens, shown = [], 0
     for count, accepted in enumerate(generation.accepted_mask, start=1):
         whole = tokenizer.decode(generation.token_ids[:count]).removesuffix("\ufffd")
-        pieces.append(Piece(whole[shown:], accepted))
+        tokens.append(GeneratedToken(whole[shown:], accepted))
         shown = max(shown, len(whole))
-    return Continuation(name, tokenizer.decode(prompt), tuple(pieces), generation.tokens_per_forward)
+    return Continuation(name, tokenizer.decode(prompt), tuple(tokens), generation.tokens_per_forward)

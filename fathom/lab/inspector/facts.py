@@ -21,6 +21,7 @@ from fathom.lab.inspector.reading import KEYS_KEPT, Reading
 from fathom.lab.inspector.spectrum import ranks
 from fathom.lab.inspector.statistics import Telling, class_lift, co_firing, taken, telling_tokens
 from fathom.lab.inspector.text import Source, Tokens, spelling
+from fathom.lab.routers import router_names
 from fathom.model.balance import max_violation
 from fathom.model.config import ModelConfig
 from fathom.model.router import Router
@@ -154,12 +155,6 @@ def gather(name: str, model: Model, tokenizer: Tokenizer, source: Source, tokens
         ),
         excerpts=[excerpt_facts(excerpt, tokens, reading, tokenizer) for excerpt in reading.excerpts],
     )
-
-
-def router_names(config: ModelConfig) -> list[str]:
-    """MoE layers by their place in the model, then the MTP modules."""
-    layers = [f"layer {layer}" for layer in range(config.first_k_dense_replace, config.num_hidden_layers)]
-    return layers + [f"MTP module {k + 1}" for k in range(config.num_nextn_predict_layers)]
 
 
 def _model_facts(name: str, config: ModelConfig) -> ModelFacts:

@@ -1,4 +1,4 @@
-"""`fathom plan`: read what is asked for, plan it, show it."""
+"""`fathom plan`: parse the flags, make the plan, print it."""
 
 import json
 from dataclasses import dataclass, field, replace
@@ -38,22 +38,22 @@ class PlanCommand:
     gpus: int = 8
     gpus_per_node: int = 8
     link: float | None = None
-    """GB/s to a neighbour in the node, one direction, instead of the data sheet's."""
+    """GB/s to other GPUs of the node, one direction, instead of the data sheet's."""
     network: float | None = None
-    """GB/s of each GPU to other nodes, one direction, instead of the usual."""
+    """GB/s of each GPU to other nodes, one direction, instead of the common value."""
     tokens: float = 1e12
-    """Budget to cost, in tokens."""
+    """Budget of tokens whose cost is computed."""
     price: float = 2.0
-    """Of a GPU-hour (the report reckons with 2 dollars)."""
+    """Of a GPU-hour (2 dollars in the report)."""
     context: int = 4096
-    """Tokens of a request, to serve."""
+    """Serving: tokens of a request."""
     requests: int = 64
-    """Requests at once, to serve."""
+    """Serving: concurrent requests."""
     assume: Assumptions = field(default_factory=Assumptions)
     search: tyro.conf.FlagCreatePairsOff[bool] = False
     """Find the fastest layout that fits; batch, length, precision, moments and ZeRO stage stay as given."""
     sensitivity: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Also show what each assumption is worth."""
+    """Also show how much each assumption matters."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print JSON instead of tables."""
 
@@ -67,7 +67,7 @@ class PlanCommand:
 
     @property
     def cluster(self) -> Cluster:
-        """The GPUs asked for."""
+        """The GPUs that the flags describe."""
         check(self.gpu in GPUS, "gpu", self.gpu, f"one of {', '.join((*GPUS, *_LOCAL))}")
         gpu: Gpu = GPUS[self.gpu]
         link = gpu.link if self.link is None else self.link * 1e9
@@ -122,7 +122,7 @@ def _local(command: PlanCommand, run: Run) -> None:
 
 
 def _layout(run: Run) -> Layout:
-    """The recipe's own batch."""
+    """The batch of the run."""
     train = run.train
     return Layout(
         micro_batch=train.micro_batch_size,
@@ -133,7 +133,7 @@ def _layout(run: Run) -> Layout:
 
 
 def _run(model: str) -> Run:
-    """A preset, or a default recipe around the architecture that lies there."""
+    """A preset, or a default run with the architecture found at `model`."""
     if model in presets.ALL:
         return presets.ALL[model]()
     path = Path(model)

@@ -7,22 +7,22 @@ from fathom.config import ConfigError
 
 @dataclass(frozen=True)
 class Gpu:
-    """One accelerator: what its maker's data sheet promises, dense (no structured sparsity)."""
+    """One accelerator by its data sheet, dense (no structured sparsity)."""
 
     bf16: float
-    """FLOP/s of bfloat16 matrix products."""
+    """FLOP/s of bfloat16 matmuls."""
     fp8: float | None
-    """FLOP/s of FP8 matrix products; None where there are none."""
+    """FLOP/s of FP8 matmuls; None without FP8."""
     memory: float
     """Bytes."""
     bandwidth: float
-    """Bytes a second from that memory."""
+    """Memory bandwidth, bytes per second."""
     link: float
-    """Bytes a second to its neighbours in the node, in one direction: NVLink, or PCIe where there is none."""
+    """Bytes per second to other GPUs of the node, in one direction: NVLink, or PCIe where there is none."""
     network: float
-    """Bytes a second to other nodes, in one direction, as such nodes are commonly built."""
+    """Bytes per second to other nodes, in one direction, as such nodes are commonly built."""
     multiprocessors: int
-    """Among which computing and communicating kernels share the chip."""
+    """SMs, which compute and communication kernels share."""
 
 
 GPUS = {
@@ -33,12 +33,12 @@ GPUS = {
     "a100": Gpu(312e12, None, 80e9, 2.039e12, 300e9, 25e9, 108),
     "l40s": Gpu(362e12, 733e12, 48e9, 0.864e12, 32e9, 25e9, 142),  # PCIe 4.0 x16
 }
-"""By the names of the command line: SXM modules but for the L40S."""
+"""By their names on the command line: SXM modules but for the L40S."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Equal nodes of equal GPUs."""
+    """Identical nodes of identical GPUs."""
 
     gpu: Gpu
     gpus: int

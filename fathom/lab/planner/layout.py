@@ -12,20 +12,20 @@ Recompute = Literal["none", "selective", "full"]
 
 @dataclass(frozen=True)
 class Layout:
-    """The choices; what is left of the GPUs is data parallel."""
+    """The parallelism; the remaining dimension of the GPUs is data parallel."""
 
     pipeline: int = 1
-    """Stages the layers are cut into."""
+    """Pipeline stages."""
     tensor: int = 1
-    """GPUs that share every layer's matrices."""
+    """GPUs that every layer's matrices are sharded over."""
     expert: int = 1
-    """GPUs the routed experts of a layer are spread over, out of the data and tensor parallel ones."""
+    """GPUs that the routed experts of a layer are sharded over, out of the data and tensor parallel ones."""
     schedule: Schedule = "1f1b"
     """Order of the pipeline's chunks; zb1p and dualpipe postpone weight gradients to fill the bubble."""
     chunks: int = 1
-    """Pieces of a stage under the interleaved schedule."""
+    """Virtual stages per GPU under the interleaved schedule."""
     zero: Literal[0, 1, 2, 3] = 1
-    """ZeRO: what is shared out among data parallel ranks. 1: moments and masters; 2: gradients too; 3: weights too."""
+    """ZeRO: what data parallel ranks shard. 1: moments and master weights; 2: gradients too; 3: weights too."""
     micro_batch: int = 1
     """Sequences that pass through the pipeline together."""
     global_batch: int = 1024
@@ -33,11 +33,11 @@ class Layout:
     length: int = 4096
     """Tokens of a sequence."""
     recompute: Recompute = "selective"
-    """What the backward pass makes again. selective: norms, MLA's up-projections, SwiGLU (the report). full: layers."""
+    """What the backward pass recomputes. selective: norms, MLA's up-projections, SwiGLU (the report). full: layers."""
     precision: Literal["bf16", "fp8"] = "bf16"
-    """Of the layers' products; attention, router, embedding and head are bfloat16 or wider either way."""
+    """Of the layers' matmuls; attention, router, embedding and head are bfloat16 or float32 either way."""
     moments: Literal["fp32", "bf16"] = "fp32"
-    """Type of AdamW's two moments (the report: bf16); masters and gradients are float32."""
+    """Type of AdamW's two moments (the report: bf16); master weights and gradients are float32."""
 
     def __post_init__(self) -> None:
         for name in ("pipeline", "tensor", "expert", "chunks", "micro_batch", "global_batch", "length"):
@@ -54,11 +54,11 @@ class Layout:
         return cluster.gpus // (self.pipeline * self.tensor)
 
     def micro_batches(self, cluster: Cluster) -> int:
-        """Micro-batches that each pipeline sees in a step."""
+        """Micro-batches of each pipeline in a step."""
         return self.global_batch // (self.data(cluster) * self.micro_batch)
 
     def check(self, config: ModelConfig, cluster: Cluster) -> None:
-        """Raise ConfigError for a layout that this model and cluster cannot have."""
+        """Raise ConfigError for a layout that is impossible with this model and cluster."""
         ways = self.pipeline * self.tensor
         check(cluster.gpus % ways == 0, "gpus", cluster.gpus, f"a multiple of pipeline x tensor ({ways})")
         check(
@@ -75,7 +75,7 @@ class Layout:
             self.pipeline <= most,
             "pipeline",
             self.pipeline,
-            f"at most {most}: {layers} layers in pieces of {self.chunks}",
+            f"at most {most}: {layers} layers, {self.chunks} or more in a stage",
         )
         ranks, experts = self.data(cluster) * self.tensor, config.n_routed_experts
         check(ranks % self.expert == 0, "expert", self.expert, f"a divisor of data x tensor ({ranks})")
@@ -105,4 +105,4 @@ class Layout:
                 f"a multiple of {share * self.pipeline} under the interleaved schedule",
             )
         if self.precision == "fp8":
-            check(cluster.gpu.fp8 is not None, "precision", "fp8", "bf16: this GPU has no FP8 products")
+            check(cluster.gpu.fp8 is not None, "precision", "fp8", "bf16: this GPU has no FP8 matmuls")

@@ -1,7 +1,7 @@
-"""Bytes on each GPU: weights, gradients, optimizer, what waits for the backward pass; and to serve, weights and cache.
+"""Bytes on each GPU: weights, gradients, optimizer state and activations in training; weights and cache in serving.
 
-Weights are held in bfloat16 for computing (their FP8 form is cast as it is needed), gradients in float32; float32
-masters belong to the optimizer. ZeRO shares out over the ranks that hold the same parameters.
+Weights are bfloat16 (cast to FP8 as needed), gradients float32; float32 master weights belong to the optimizer. ZeRO
+shards over the ranks that hold the same parameters.
 """
 
 from dataclasses import dataclass, replace
@@ -26,11 +26,11 @@ class Memory:
     weights: float
     gradients: float
     optimizer: float
-    """float32 masters and two moments."""
+    """float32 master weights and two moments."""
     activations: float
-    """What waits for the backward pass."""
+    """Saved for the backward pass."""
     logits: float
-    """A chunk of them, in bfloat16 and float32."""
+    """A chunk of logits, in bfloat16 and float32."""
     reserved: float
 
     @property
@@ -47,11 +47,11 @@ class Serving:
     cache_per_token: int
     cache: int
     gpus: int
-    """How many GPUs hold that, at 90 % of their memory."""
+    """The fewest GPUs that hold this in 90 % of their memory."""
 
 
 def parameters_held(rank: Rank, layout: Layout) -> tuple[float, float]:
-    """(shared, experts') parameters on one GPU of the rank."""
+    """(shared, routed experts') parameters on one GPU of the rank."""
     shared = sum(layer.shared_parameters for layer in rank.layers) / layout.tensor
     return shared, sum(layer.expert_parameters for layer in rank.layers) / layout.expert
 
@@ -59,7 +59,7 @@ def parameters_held(rank: Rank, layout: Layout) -> tuple[float, float]:
 def training_memory(
     config: ModelConfig, layout: Layout, cluster: Cluster, assumed: Assumptions, everyone: list[Rank]
 ) -> Memory:
-    """The fullest pipeline rank's."""
+    """Memory of the fullest pipeline rank."""
     candidates = [_rank_memory(config, layout, cluster, assumed, rank) for rank in everyone]
     return max(candidates, key=lambda memory: memory.total)
 
@@ -70,7 +70,7 @@ def _rank_memory(config: ModelConfig, layout: Layout, cluster: Cluster, assumed:
 
     def held(bytes_: float, from_stage: int) -> float:
         parts = zip(parameters_held(rank, layout), replicas, strict=True)
-        return sum(bytes_ * numbers / (count if layout.zero >= from_stage else 1) for numbers, count in parts)
+        return sum(bytes_ * parameters / (count if layout.zero >= from_stage else 1) for parameters, count in parts)
 
     tokens = layout.micro_batch * layout.length
     has_head = any("head" in layer.name for layer in rank.layers)
@@ -86,26 +86,26 @@ def _rank_memory(config: ModelConfig, layout: Layout, cluster: Cluster, assumed:
 
 
 def _activations(config: ModelConfig, layout: Layout, rank: Rank, tokens: int) -> float:
-    """Kept bytes of the micro-batches in flight, and under full recomputation one layer's in full."""
+    """Activations of the micro-batches in flight; under full recomputation also all of one layer's."""
     kept = sum(_layer_bytes(config, layout, layer.name) for layer in rank.layers) * rank.share
-    waiting = kept * in_flight(layout)
+    activations = kept * in_flight(layout)
     if layout.recompute == "full":
         whole = replace(layout, recompute="none")
-        waiting += max((_layer_bytes(config, whole, layer.name) for layer in rank.layers), default=0)
-    return waiting * tokens / layout.tensor
+        activations += max((_layer_bytes(config, whole, layer.name) for layer in rank.layers), default=0)
+    return activations * tokens / layout.tensor
 
 
 def _layer_bytes(config: ModelConfig, layout: Layout, name: str) -> int:
     if name in ("moe", "dense"):
         return kept_bytes(config, layout, moe=name == "moe")
-    # Embedding: its tokens. Heads: states and their gradients. An MTP module's input: both norms' inputs, the joined.
+    # Embedding: the tokens. Heads: hidden states and gradients. MTP input: both norms' inputs and their concatenation.
     return {"embedding": 8, "mtp input": 8 * config.hidden_size}.get(name, 4 * config.hidden_size)
 
 
 def serving_memory(config: ModelConfig, cluster: Cluster, precision: str, context: int, batch: int) -> Serving:
     """Weights (MTP modules included) and the latent cache in bfloat16 of `batch` requests of `context` tokens."""
     weights = weight_bytes(config)["fp8 blocks" if precision == "fp8" else "bf16"]
-    assert weights is not None  # of these two precisions there always are
+    assert weights is not None  # these two precisions always exist
     per_token = cache_bytes(config, mtp=True)
     cache = per_token * context * batch
     return Serving(weights, per_token, cache, -int(-(weights + cache) // (0.9 * cluster.gpu.memory)))

@@ -1,4 +1,4 @@
-"""Which layers a GPU holds: the model cut into stages of about equal time, and the stages given to pipeline ranks."""
+"""The layers of each GPU: the model is split into stages of about equal time, which are assigned to pipeline ranks."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,30 +14,30 @@ from fathom.model.config import ModelConfig
 
 @dataclass(frozen=True)
 class Rank:
-    """A pipeline rank's layers. Under DualPipe, where each micro-batch passes one half of them, `share` is a half."""
+    """A pipeline rank's layers. Under DualPipe each micro-batch passes through half of them, so `share` is a half."""
 
     layers: tuple[Layer, ...]
     times: tuple[LayerTime, ...]
     """Of every layer, per token."""
     share: float = 1.0
-    """Of the rank's layers, how many a micro-batch passes on average."""
+    """Fraction of the rank's layers that a micro-batch passes through on average."""
 
     @property
     def routed(self) -> int:
-        """How many of its layers have routed experts."""
+        """Number of its layers with routed experts."""
         return sum(layer.routed for layer in self.layers)
 
     @property
     def seconds(self) -> float:
-        """Of a token, forward and backward."""
+        """Per token, forward and backward."""
         return self.share * sum(time.total for time in self.times)
 
 
 def ranks(config: ModelConfig, layout: Layout, cluster: Cluster, assumed: Assumptions) -> list[Rank]:
     """Every pipeline rank's layers.
 
-    1F1B and zb1p: one run of layers each. Interleaved: `chunks` runs, one from each round. DualPipe: a run from the
-    front and one from the back, so that two directions meet.
+    1F1B and zb1p: one stage each. Interleaved: `chunks` stages, one from each round. DualPipe: a stage from the front
+    and one from the back, as micro-batches enter from both ends.
     """
     all_layers = tuple(layers(config, layout))
     times = tuple(layer_time(layer, layout, cluster, assumed) for layer in all_layers)

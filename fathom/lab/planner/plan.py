@@ -1,4 +1,4 @@
-"""A model on a cluster in a layout: what it takes, how long a step is, what a budget of tokens costs."""
+"""The plan of a model on a cluster in a layout: memory, communication, step time, cost of a budget of tokens."""
 
 from dataclasses import dataclass
 
@@ -18,19 +18,19 @@ from fathom.lab.planner.schedule import Chunks, bubble, busy
 from fathom.model.config import ModelConfig
 
 _OPTIMIZER_BYTES = {"fp32": 28, "bf16": 20}
-"""Read and written per parameter by AdamW: master, gradient and two moments read, all but the gradient written."""
+"""Read and written per parameter by AdamW: master weight, gradient, two moments read; all but the gradient written."""
 
 
 @dataclass(frozen=True)
 class Communication:
-    """What a GPU of the rank that sends most sends in a step, by kind."""
+    """Traffic sent in a step by a GPU of the busiest rank, by kind."""
 
     dispatch: Traffic
     combine: Traffic
     pipeline: Traffic
     tensor: Traffic
     gradients: Traffic
-    """Gradients reduced and weights gathered among data parallel ranks."""
+    """Reduction of gradients and all-gather of weights among data parallel ranks."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class StepTime:
     """Seconds of a step; they add up to `total`."""
 
     computing: float
-    """Of the busiest pipeline rank, all-to-all that is hidden behind it included."""
+    """Of the slowest pipeline rank; hidden all-to-all is within it."""
     exposed: float
-    """All-to-all and other exchange that nothing hides."""
+    """All-to-all and other communication that is not hidden."""
     bubble: float
     gradients: float
     optimizer: float
@@ -80,26 +80,26 @@ class Plan:
         return self.tokens / self.time.total * (1 - self.assumed.lost)
 
     def mfu(self, mtp: bool = True) -> float:
-        """Model FLOPs over the bfloat16 peak, whatever the precision, as reports give it."""
+        """Model FLOPs over the bfloat16 peak, whatever the precision, as reports do."""
         flops = self.config.flops_per_token(self.layout.length, mtp=mtp)
         return self.tokens_per_second * flops / (self.cluster.gpus * self.cluster.gpu.bf16)
 
     def gpu_hours(self, tokens: float) -> float:
-        """To train on so many tokens."""
+        """GPU-hours to train on `tokens` tokens."""
         return tokens / self.tokens_per_second * self.cluster.gpus / 3600
 
     @property
     def fits(self) -> bool:
-        """Whether the fullest GPU holds its part."""
+        """Whether the fullest GPU's part fits into its memory."""
         return self.memory.total <= self.cluster.gpu.memory
 
 
 def make_plan(config: ModelConfig, layout: Layout, cluster: Cluster, assumed: Assumptions) -> Plan:
-    """Raises ConfigError for a layout that this model and cluster cannot have; whether it fits is `Plan.fits`."""
+    """Raises ConfigError for a layout that is impossible here; whether its memory suffices is `Plan.fits`."""
     layout.check(config, cluster)
     everyone = ranks(config, layout, cluster, assumed)
     micro_batches = layout.micro_batches(cluster)
-    # All wait for the rank whose chunks take longest.
+    # All ranks wait for the one whose chunks take longest.
     paced = [(_chunks(config, layout, cluster, assumed, rank), rank) for rank in everyone]
     chunks, busiest = max(paced, key=lambda pace: _pace(layout, pace[0]))
     communication = _communication(config, layout, cluster, everyone)
@@ -123,7 +123,7 @@ def _pace(layout: Layout, chunks: Chunks) -> float:
 
 
 def _chunks(config: ModelConfig, layout: Layout, cluster: Cluster, assumed: Assumptions, rank: Rank) -> Chunks:
-    """A rank's chunk of a micro-batch, with the exchange that nothing hides."""
+    """A rank's chunks of a micro-batch, communication that is not hidden included."""
     tokens = layout.micro_batch * layout.length * rank.share
     forward = tokens * sum(time.forward for time in rank.times)
     weights = tokens * sum(time.weights for time in rank.times)
@@ -134,21 +134,21 @@ def _chunks(config: ModelConfig, layout: Layout, cluster: Cluster, assumed: Assu
     blocks = sum(layer.name in ("moe", "dense") for layer in rank.layers)
     tensor = tokens * blocks * tensor_traffic(config, layout).seconds(cluster, assumed)
     states = stage_traffic(config, layout, cluster).seconds(cluster, assumed)
-    seen = experts * (1 - assumed.overlap_alone) + tensor + (0.0 if layout.schedule == "dualpipe" else states)
+    visible = experts * (1 - assumed.overlap_alone) + tensor + (0.0 if layout.schedule == "dualpipe" else states)
     computed = forward + backward
-    # Hidden exchange takes no time while computing takes longer; what is not hidden comes on top.
+    # Overlapped communication takes no time while computing takes longer; the rest is added.
     hidden = 2 * experts * assumed.overlap
     pair = max(computed, hidden) + 2 * experts * (1 - assumed.overlap) + 2 * tensor
-    return Chunks(forward + seen, backward + seen, weights, pair)
+    return Chunks(forward + visible, backward + visible, weights, pair)
 
 
 def _communication(config: ModelConfig, layout: Layout, cluster: Cluster, everyone: list[Rank]) -> Communication:
-    """Of each kind that of the rank which sends most."""
+    """By kind, of the rank that sends most."""
     rank = max(everyone, key=lambda each: each.routed)
     micro_batches = layout.micro_batches(cluster)
     tokens = micro_batches * layout.micro_batch * layout.length * rank.share
     out, back = dispatch_and_combine(config, layout, cluster)
-    # Every layer both ways: once forward, once backward.
+    # Once forward and once backward through every layer.
     passes = 2 * tokens * rank.routed / layout.tensor
     blocks = sum(layer.name in ("moe", "dense") for layer in rank.layers)
     held = [parameters_held(each, layout) for each in everyone]
@@ -163,9 +163,9 @@ def _communication(config: ModelConfig, layout: Layout, cluster: Cluster, everyo
 
 
 def _optimizer(layout: Layout, cluster: Cluster, assumed: Assumptions, everyone: list[Rank]) -> float:
-    """AdamW's pass over the masters, shared out or not."""
+    """AdamW's pass over the master weights, sharded under ZeRO."""
     data = layout.data(cluster)
     copies = (data, data * layout.tensor // layout.expert) if layout.zero else (1, 1)
     held = (parameters_held(rank, layout) for rank in everyone)
-    numbers = max(shared / copies[0] + experts / copies[1] for shared, experts in held)
-    return _OPTIMIZER_BYTES[layout.moments] * numbers / (cluster.gpu.bandwidth * assumed.memory)
+    parameters = max(shared / copies[0] + experts / copies[1] for shared, experts in held)
+    return _OPTIMIZER_BYTES[layout.moments] * parameters / (cluster.gpu.bandwidth * assumed.memory)

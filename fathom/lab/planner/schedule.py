@@ -1,7 +1,7 @@
-"""Pipeline schedules: how long a step takes when every stage needs the same time for a chunk, and what waits idle.
+"""Pipeline schedules: the duration of a step when every stage takes the same time for a chunk, and its bubble.
 
-f and b are the seconds of a micro-batch's forward and whole backward chunk, w the part of b that makes weight
-gradients, pair those of a forward and a backward chunk that DualPipe runs as one. Bubbles are those of the report
+f and b are the seconds of a micro-batch's forward and whole backward chunk, w the part of b that computes weight
+gradients, pair those of a forward and a backward chunk that DualPipe overlaps. Bubbles are those of the report
 (section 3.2.1, table 2); tests/lab/planner/test_schedule.py runs the schedules event by event.
 """
 
@@ -16,15 +16,15 @@ class Chunks:
 
     forward: float
     backward: float
-    """Both halves: inputs' and weights' gradients."""
+    """Gradients of inputs and of weights."""
     weights: float
-    """Of the backward, what may be postponed."""
+    """The part of backward that may be postponed."""
     pair: float
     """A forward and a backward chunk overlapped."""
 
 
 def bubble(layout: Layout, chunks: Chunks) -> float:
-    """Seconds a GPU waits in a step."""
+    """Idle seconds of a GPU in a step."""
     stages = layout.pipeline
     both = chunks.forward + chunks.backward
     if layout.schedule == "1f1b":
@@ -37,7 +37,7 @@ def bubble(layout: Layout, chunks: Chunks) -> float:
 
 
 def busy(layout: Layout, chunks: Chunks, micro_batches: int) -> float:
-    """Seconds a GPU works in a step."""
+    """Busy seconds of a GPU in a step."""
     if layout.schedule != "dualpipe":
         return micro_batches * (chunks.forward + chunks.backward)
     paired = pairs(layout, micro_batches)
@@ -45,12 +45,12 @@ def busy(layout: Layout, chunks: Chunks, micro_batches: int) -> float:
 
 
 def pairs(layout: Layout, micro_batches: int) -> int:
-    """Forward chunks that DualPipe runs together with a backward one, on the first rank, which has the fewest."""
+    """Forward chunks that DualPipe overlaps with a backward one on the first rank, which has the fewest."""
     return micro_batches - 3 * layout.pipeline // 2 + 1
 
 
 def in_flight(layout: Layout) -> float:
-    """Micro-batches' worth of a stage's activations that the worst rank holds at once (report, table 2)."""
+    """Micro-batches whose activations the fullest rank holds at once, per stage (report, table 2)."""
     if layout.schedule == "dualpipe":
         return layout.pipeline + 1
     if layout.schedule == "interleaved":
@@ -59,7 +59,7 @@ def in_flight(layout: Layout) -> float:
 
 
 def stages(costs: tuple[float, ...], count: int) -> list[range]:
-    """Cut layers into `count` runs of neighbours so that the dearest run is as cheap as can be."""
+    """Split the layers into `count` contiguous stages so that the most expensive stage costs the least."""
     sums = [0.0]
     for cost in costs:
         sums.append(sums[-1] + cost)

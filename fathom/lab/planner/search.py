@@ -1,4 +1,4 @@
-"""The best layout that fits: every one that makes sense is planned, the fastest that the memory holds is returned."""
+"""Exhaustive search for the fastest layout that fits into memory."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -52,7 +52,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def search(config: ModelConfig, given: Layout, cluster: Cluster, assumed: Assumptions) -> Plan:
-    """The fastest plan that fits; of equally fast ones the one with the most memory to spare.
+    """The fastest plan that fits; of equally fast ones the one with the most free memory.
 
     Raises ConfigError when nothing fits, with the closest miss.
     """

@@ -107,7 +107,7 @@ def _step(plan: Plan) -> Table:
 
 
 def _assumptions(assumed: Assumptions) -> Table:
-    table = _table("Assumed (each is a flag, --assume.NAME; --help gives the sources)", "name", "value")
+    table = _table("Assumed (each is a flag, --assume.NAME; --help names the sources)", "name", "value")
     for name, value in asdict(assumed).items():
         table.add_row(name.replace("_", "-"), f"{value:g}")
     return table
@@ -130,12 +130,12 @@ def _worse(name: str, value: float) -> float:
     if name == "communication_multiprocessors":
         return round(value * 1.1)
     if name in ("overlap_alone", "gradient_overlap") and value == 0:
-        return 0.1  # better: it cannot get worse
+        return 0.1  # better: it cannot get any worse
     return value + 0.1 if name in ("imbalance", "lost") else value * 0.9
 
 
 def show_sensitivity(console: Console, plan: Plan) -> None:
-    """What a change of each assumption does to the time."""
+    """The effect of each assumption on the time."""
     table = _table("GPU-hours if an assumption is off", "assumption", "assumed", "instead", "GPU-hours")
     for name, value, changed, effect in sensitivity(plan):
         table.add_row(name.replace("_", "-"), f"{value:g}", f"{changed:g}", f"{effect:+.1%}")

@@ -1,7 +1,7 @@
-"""What each layer multiplies, moves and keeps, per token: the raw material of time and memory.
+"""FLOPs, memory traffic and saved activations of each layer per token, from which time and memory are computed.
 
-FLOPs follow `ModelConfig.flops_per_token` (docs: spec of model FLOPs); bytes of the passes between products are counted
-read by read and write by write, as separate kernels would make them.
+FLOPs follow `ModelConfig.flops_per_token` (docs: spec of model FLOPs); bytes between matmuls are counted read by
+read and write by write, as separate kernels would move them.
 
 Letters: D hidden, H heads, X = P+R, P and R key widths, V value, C latent, Q query rank, K experts per token, F expert
 width.
@@ -15,29 +15,29 @@ from fathom.model.config import ModelConfig
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer, an MTP module's input or the head; all numbers per token but the parameters."""
+    """A layer, an MTP module's input projection or the head; everything per token but the parameters."""
 
     name: str
     weights: int
-    """Matrix weights a token meets whose products are quantised under FP8."""
+    """Active matrix weights whose matmuls are quantised under FP8."""
     exact: int
-    """Matrix weights whose products never are: router, head, eh_proj."""
+    """Active matrix weights whose matmuls are never quantised: router, head, eh_proj."""
     remade: int
-    """Of `weights`, those whose forward product the backward pass of selective recomputation repeats."""
+    """Of `weights`, those whose forward matmul selective recomputation repeats."""
     scores: int
     """Forward FLOPs of causal attention at the layout's length."""
     scores_backward: int
-    """The same backward, five products for two."""
+    """The same for backward, five matmuls instead of two."""
     forward_bytes: int
-    """Read and written between products, forward."""
+    """Read and written between matmuls, forward."""
     backward_bytes: int
-    """The same backward."""
+    """The same for backward."""
     shared_parameters: int
     """Parameters that every data parallel rank holds."""
     expert_parameters: int
     """Parameters of the routed experts."""
     routed_weights: int = 0
-    """Of `weights`, those of the routed experts a token takes."""
+    """Of `weights`, those of a token's routed experts."""
 
     @property
     def routed(self) -> bool:
@@ -72,9 +72,11 @@ def _layer(config: ModelConfig, layout: Layout, moe: bool) -> Layer:
     attention = sum(inputs * outputs for inputs, outputs in attention_matrices(config))
     norms = 2 * d + (config.q_lora_rank or 0) + config.kv_lora_rank
     expert = 3 * d * f
-    met = (config.num_experts_per_tok + config.n_shared_experts) * expert if moe else 3 * d * config.intermediate_size
+    active = (
+        (config.num_experts_per_tok + config.n_shared_experts) * expert if moe else 3 * d * config.intermediate_size
+    )
     gate = config.n_routed_experts * d if moe else 0
-    kept = (config.n_shared_experts * expert + gate) if moe else met
+    kept = (config.n_shared_experts * expert + gate) if moe else active
     scores = heads * layout.length * (config.qk_head_dim + config.v_head_dim)
     backward = heads * layout.length * (3 * config.qk_head_dim + 2 * config.v_head_dim)
     forward_bytes, backward_bytes = _passes(config, moe)
@@ -82,7 +84,7 @@ def _layer(config: ModelConfig, layout: Layout, moe: bool) -> Layer:
     up_query = 0 if rank is None else rank * heads * config.qk_head_dim
     return Layer(
         name="moe" if moe else "dense",
-        weights=attention + met,
+        weights=attention + active,
         exact=gate,
         remade=up_query + config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim),
         scores=scores,
@@ -105,18 +107,18 @@ def attention_matrices(config: ModelConfig) -> list[tuple[int, int]]:
 
 
 def _passes(config: ModelConfig, moe: bool) -> tuple[int, int]:
-    """Bytes per token read and written between products, forward and backward: bfloat16, and its casts to FP8."""
+    """Bytes per token read and written between matmuls, forward and backward: bfloat16, and its casts to FP8."""
     d, heads, k = config.hidden_size, config.num_attention_heads, config.num_experts_per_tok
     x, v, pv = config.qk_head_dim, config.v_head_dim, config.qk_nope_head_dim + config.v_head_dim
     wide = (k + config.n_shared_experts) * config.moe_intermediate_size if moe else config.intermediate_size
     latents = (config.q_lora_rank or 0) + config.kv_lora_rank
     norms = 7 * (2 * d + latents)  # read, written, read again and written in FP8
-    turned = heads * (4 * x + 2 * pv + 2 * x + 2 * v)  # queries in place; keys and values taken apart
+    rotary = heads * (4 * x + 2 * pv + 2 * x + 2 * v)  # queries in place; keys and values taken apart
     outputs = 3 * heads * v + 2 * 6 * d  # heads' output cast; two residual sums
     active = 5 * wide  # gate and up read, the product written in FP8
     moved = (4 * d + 2 * k * d + 2 * (k + 1) * d) if moe else 0  # router; rows laid out by expert; added up again
-    forward = norms + turned + outputs + active + moved
-    # Weights' gradients want inputs and outputs once more, cast and transposed: two bytes read, one written.
+    forward = norms + rotary + outputs + active + moved
+    # Weight gradients need inputs and outputs again, cast and transposed: two bytes read, one written.
     matrices = attention_matrices(config)
     transposed = 3 * (sum(i + o for i, o in matrices) + 2 * d * (k + config.n_shared_experts if moe else 1) + 3 * wide)
     remade = norms + active
@@ -124,11 +126,11 @@ def _passes(config: ModelConfig, moe: bool) -> tuple[int, int]:
 
 
 def kept_bytes(config: ModelConfig, layout: Layout, moe: bool) -> int:
-    """Bytes per token and layer that wait for the backward pass, tensor parallelism aside."""
+    """Bytes of activations per token and layer saved for the backward pass, before tensor parallelism."""
     d, heads, k = config.hidden_size, config.num_attention_heads, config.num_experts_per_tok
     if layout.recompute == "full":
         return 2 * d
-    a = 1 if layout.precision == "fp8" else 2  # inputs of products wait in the products' type
+    a = 1 if layout.precision == "fp8" else 2  # inputs of matmuls are saved in the matmuls' type
     latents = (config.q_lora_rank or 0) + config.cache_width
     kept = 2 * 2 * d + 2 * latents  # both norms' inputs, the latents before their norms
     kept += 2 * heads * config.v_head_dim + 4 * heads  # attention's output and its softmax's logarithms
@@ -136,7 +138,7 @@ def kept_bytes(config: ModelConfig, layout: Layout, moe: bool) -> int:
     kept += 2 * a * wide  # gate and up
     kept += k * a * d + 4 * config.n_routed_experts + 12 * k if moe else 0  # rows received, scores, choices
     if layout.recompute == "none":
-        kept += a * (2 * d + (config.q_lora_rank or 0) + config.kv_lora_rank)  # what the norms gave
+        kept += a * (2 * d + (config.q_lora_rank or 0) + config.kv_lora_rank)  # outputs of the norms
         kept += 2 * heads * (2 * config.qk_head_dim + config.v_head_dim)  # queries, keys, values
-        kept += a * wide  # SwiGLU's product
+        kept += a * wide  # output of SwiGLU
     return kept

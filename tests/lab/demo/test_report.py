@@ -1,4 +1,4 @@
-"""The page is strict XHTML whatever the data says, holds every number, and says so where there is none."""
+"""The page is strict XHTML whatever the data is, contains every figure, and says where one is missing."""
 
 import io
 from dataclasses import replace
@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from fathom import presets
-from fathom.lab.demo.report import Continuation, DemoReport, Piece, _text, print_report, write_html
+from fathom.lab.demo.page import _text, write_html
+from fathom.lab.demo.report import Continuation, DemoReport, GeneratedToken, print_report
 
 HOSTILE = '<script>alert("1")</script> & \'\x00\x1b[31m\ud800]]>'
 XHTML = "{http://www.w3.org/1999/xhtml}"
@@ -42,7 +43,7 @@ def example() -> DemoReport:
     )
     routers = config.num_moe_layers + config.num_nextn_predict_layers
     skewed, level = [4 * [400] + 12 * [100]] * routers, [[175] * 16] * routers
-    pieces = (Piece("    return", False), Piece(" self", True), Piece(HOSTILE, True))
+    tokens = (GeneratedToken("    return", False), GeneratedToken(" self", True), GeneratedToken(HOSTILE, True))
     return DemoReport(
         config=config,
         corpus="python-stdlib, 9.5 MB",
@@ -60,7 +61,7 @@ def example() -> DemoReport:
         seconds=331.0,
         tokens=2_506_752,
         machine="2 CPU cores, torch 2.13.0, bfloat16",
-        continuations=(Continuation(f"Lib/{HOSTILE}.py", f"def f():\n{HOSTILE}", pieces, 1.53),),
+        continuations=(Continuation(f"Lib/{HOSTILE}.py", f"def f():\n{HOSTILE}", tokens, 1.53),),
     )
 
 
@@ -81,7 +82,7 @@ def printed(report: DemoReport, width: int = 80) -> str:
     return out.getvalue()
 
 
-def test_the_page_holds_every_number(tmp_path: Path) -> None:
+def test_the_page_contains_every_figure(tmp_path: Path) -> None:
     text = words(page(example(), tmp_path))
     expected = ["1.354", "2.219", "1.998", "5m31s", "2,506,752", "58.4%", "55.1%", "1.58", "143.2", "188.9", "1.32×"]
     expected += ["1,344 bytes", "6,144", "21.9%", "70,272 bytes", "4,997,120"]  # caches: this model's, the 671B one's
@@ -91,7 +92,7 @@ def test_the_page_holds_every_number(tmp_path: Path) -> None:
     assert [number for number in expected if number not in text] == []
 
 
-def test_a_model_worse_than_the_compressors_is_not_praised(tmp_path: Path) -> None:
+def test_a_model_worse_than_the_compressors_is_reported_as_worse(tmp_path: Path) -> None:
     text = words(page(replace(example(), bits_per_byte=4.438), tmp_path))
     assert "100% more bits than gzip" in text and "fewer bits" not in text
 
@@ -110,7 +111,7 @@ def test_the_page_is_self_contained_and_its_figures_are_labelled(tmp_path: Path)
     assert all(int(after) <= int(before) + 1 for before, after in pairwise(headings))
 
 
-def test_hostile_text_is_shown_not_obeyed(tmp_path: Path) -> None:
+def test_hostile_text_is_shown_as_text(tmp_path: Path) -> None:
     root = page(replace(example(), corpus=HOSTILE, machine=HOSTILE, model_directory=HOSTILE), tmp_path)
     assert root.find(f".//{XHTML}script") is None
     harmless = '<script>alert("1")</script> & \'\ufffd\ufffd[31m\ufffd]]>'
@@ -133,7 +134,7 @@ def test_one_step_is_enough(tmp_path: Path) -> None:
     assert "Nothing was recorded" not in words(root)
 
 
-def test_an_empty_run_says_so(tmp_path: Path) -> None:
+def test_an_empty_run_is_reported_as_such(tmp_path: Path) -> None:
     report = replace(example(), metrics=[], loads=[], max_vio_global=[], continuations=())
     text = words(page(report, tmp_path))
     assert text.count("Nothing was recorded") == 3 + 6 + 1  # the charts, each router's strip, the table of MaxVio
@@ -162,7 +163,7 @@ def without_experts() -> DemoReport:
     return replace(report, config=config, loads=[(1, []), (8, [])], max_vio_global=[])
 
 
-def test_without_mtp_modules_the_page_speaks_of_no_drafts(tmp_path: Path) -> None:
+def test_without_mtp_modules_the_page_mentions_no_drafts(tmp_path: Path) -> None:
     text = words(page(without_mtp(), tmp_path))
     assert "This model has no MTP module" in text
     assert "58.4%" not in text and "accepted draft" not in text and "(MTP)" not in text
