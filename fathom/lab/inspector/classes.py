@@ -1,8 +1,8 @@
-"""What kind of thing each token is: a keyword, a name, a number, a stretch of indentation.
+"""Classes of tokens: keyword, name, number, indentation, ….
 
-Every character first gets a class by a plain lexical rule that serves any text; where the text is Python, Python's own
-tokenizer then says what is a keyword, a string or a comment. A token of the model takes the class of most of its bytes,
-blanks counting only where there is nothing else: « def» is a keyword, «.join» a name.
+Every character first gets a class by a lexical rule that works for any text; in Python, Python's own tokenizer then
+identifies keywords, strings and comments. A token of the model has the class of most of its bytes, where blanks count
+only if there is nothing else: « def» is a keyword, «.join» a name.
 """
 
 import ast
@@ -35,11 +35,11 @@ class ByteClasses:
 
     names: tuple[str, ...]
     of_bytes: NDArray[np.uint8]
-    """Places in `names`."""
+    """Indices into `names`."""
 
 
 def is_python(text: str) -> bool:
-    """Whether the text parses as Python and is more than a lone word. It is parsed, never run."""
+    """Whether the text parses as Python and is more than a single name. It is parsed, never run."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -50,7 +50,7 @@ def is_python(text: str) -> bool:
 
 
 def byte_classes(text: str, python: bool) -> ByteClasses:
-    """The class of every byte. Python that its tokenizer refuses is classed by the plain rule from there on."""
+    """The class of every byte. Where Python's tokenizer fails, the lexical rule applies from there on."""
     names = PYTHON if python else PLAIN
     of_characters = np.zeros(len(text), np.uint8)
     for start, end, name in _lexical(text, python):
@@ -64,7 +64,7 @@ def byte_classes(text: str, python: bool) -> ByteClasses:
 
 
 def token_classes(classes: ByteClasses, sizes: Sequence[int]) -> NDArray[np.uint8]:
-    """The class of every token, `sizes` being the tokens' numbers of bytes, which add up to the text's."""
+    """The class of every token; `sizes` are the tokens' lengths in bytes, which add up to the text's."""
     if sum(sizes) != len(classes.of_bytes):
         raise ValueError(f"the tokens have {sum(sizes)} bytes, the text {len(classes.of_bytes)}")
     blank = [classes.names.index(BREAKS), classes.names.index(BLANKS)]
@@ -79,7 +79,7 @@ def token_classes(classes: ByteClasses, sizes: Sequence[int]) -> NDArray[np.uint
 
 
 def _lexical(text: str, python: bool) -> Iterator[tuple[int, int, str]]:
-    """(start, end, class) of stretches that cover the whole text."""
+    """(start, end, class) of spans that cover the whole text."""
     for match in _LEXICAL.finditer(text):
         kind = match.lastgroup
         if kind == "words":
@@ -93,7 +93,7 @@ def _lexical(text: str, python: bool) -> Iterator[tuple[int, int, str]]:
 
 
 def _tokenized(text: str) -> Iterator[tuple[int, int, str]]:
-    """The same by Python's tokenizer, of what it has a class for, as far as it gets."""
+    """The same by Python's tokenizer, for the kinds that have a class, up to the first error."""
     starts = np.cumsum([0, *map(len, io.StringIO(text))])
     try:
         for token in tokenize.generate_tokens(io.StringIO(text).readline):

@@ -1,4 +1,4 @@
-"""`fathom inspect`: read a text with a model, and write what was seen as a page and as JSON."""
+"""`fathom inspect`: run a model over a text and write a page, and JSON, on what its parts did."""
 
 import json
 import time
@@ -16,36 +16,36 @@ from fathom.config import ConfigError, atomic_write
 from fathom.data.tokenizer import load_tokenizer
 from fathom.lab.inspector.facts import Facts, gather
 from fathom.lab.inspector.page import page_of
-from fathom.lab.inspector.reading import plan_reading, read_text
 from fathom.lab.inspector.text import Source, default_text, file_text, given_text, tokenized
+from fathom.lab.inspector.trace import plan_windows, trace_text
 
 
 @dataclass(frozen=True)
 class InspectCommand:
-    """Show what a model's experts, heads, latents and drafts do with a text, as one HTML page."""
+    """Write one HTML page on what a model's experts, heads, latents and drafts do with a text."""
 
     path: tyro.conf.Positional[str]
     """A Hugging Face model directory, or a name on the hub."""
     text: str | None = None
-    """The text to read; neither this nor --file: a file of the standard library that training holds out."""
+    """The text; without --text and --file: a file of the standard library that is held out of training."""
     file: Path | None = None
-    """A UTF-8 file to read; names in .py are classed as Python."""
+    """A UTF-8 file with the text; *.py is classified as Python."""
     out: Path = Path("inspect.html")
-    """The page: one file that needs nothing else."""
+    """The page, a single self-contained file."""
     json: Path | None = None
-    """Also write the page's figures here, as JSON."""
+    """Also write the figures of the page here, as JSON."""
     tokens: int = 32768
-    """Read at most so many tokens; statistics cover all of them."""
+    """Process at most this many tokens; statistics cover all of them."""
     shown: int = 512
-    """Show about so many of them one by one, in excerpts spread over the text."""
+    """Show about this many tokens individually, in excerpts spread over the text."""
     window: int = 512
-    """Tokens that are read together; at most the model's context."""
+    """Tokens per forward pass; at most the model's context."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Numbers the model computes in."""
+    """Compute type."""
 
 
 def run_inspect(command: InspectCommand) -> None:
-    """Load, read, write. Raises ConfigError, ValueError or OSError for what cannot be read."""
+    """Load, trace, write. Raises ConfigError, ValueError or OSError for unusable input."""
     _check(command)
     console = Console(highlight=False)
     directory = model_directory(command.path)
@@ -55,9 +55,9 @@ def run_inspect(command: InspectCommand) -> None:
     model = load_model(directory, torch.float32 if command.dtype == "float32" else torch.bfloat16, device)
     tokens = tokenized(source, tokenizer, model.config.vocab_size, command.tokens)
     began = time.perf_counter()
-    plan = plan_reading(model.config, len(tokens.ids), command.window, command.shown)
-    reading = read_text(model, tokens.ids, tokenizer.bos_id, plan)
-    facts = gather(command.path, model, tokenizer, source, tokens, reading)
+    plan = plan_windows(model.config, len(tokens.ids), command.window, command.shown)
+    trace = trace_text(model, tokens.ids, tokenizer.bos_id, plan)
+    facts = gather(command.path, model, tokenizer, source, tokens, trace)
     _print(facts, time.perf_counter() - began, console)
     atomic_write(command.out, page_of(facts))
     console.print(f"page       {command.out}", soft_wrap=True)
@@ -68,7 +68,7 @@ def run_inspect(command: InspectCommand) -> None:
 
 def _check(command: InspectCommand) -> None:
     if command.text is not None and command.file is not None:
-        raise ConfigError("--text and --file are both given; it must be one of them")
+        raise ConfigError("--text and --file are both given; give one of them")
     for name in ("tokens", "shown", "window"):
         if getattr(command, name) < 1:
             raise ConfigError(f"--{name} is {getattr(command, name)}; it must be at least 1")
@@ -87,8 +87,8 @@ def _source(command: InspectCommand) -> Source:
 def _print(facts: Facts, seconds: float, console: Console) -> None:
     """The headline figures."""
     text = facts["text"]
-    cut = ", its beginning" if text["cut"] else ""
-    console.print(f"text       {text['name']}: {text['tokens']:,} tokens{cut}, read in {seconds:.1f} s", soft_wrap=True)
+    cut = ", truncated" if text["cut"] else ""
+    console.print(f"text       {text['name']}: {text['tokens']:,} tokens{cut}, in {seconds:.1f} s", soft_wrap=True)
     console.print(f"predicted  {text['bits_per_byte']:.3f} bits per byte, {text['bits_per_token']:.3f} per token")
     if facts["routers"]:
         worst = max(facts["routers"], key=lambda router: router["max_violation"])

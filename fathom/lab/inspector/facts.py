@@ -1,8 +1,7 @@
-"""What the inspector found, in the words of its JSON: the page is drawn from these keys, and `--json` writes them.
+"""The schema of the inspector's JSON, from which the page is drawn, and its computation from a trace.
 
-`read_text` notes what the model did; here it becomes figures that a person, or another program, can read.
-Probabilities and weights are rounded to four digits. Lists of experts, layers and classes are in their order; places in
-the text count from 0.
+Probabilities and weights are rounded to four digits. Lists of experts, layers and classes are in their order; positions
+in the text count from 0.
 """
 
 import math
@@ -17,18 +16,18 @@ from fathom.data.tokenizer import Tokenizer
 from fathom.lab.inspector.attention import LEAST_WEIGHT
 from fathom.lab.inspector.excerpts import ExcerptFacts, attention_kept, excerpt_facts
 from fathom.lab.inspector.prediction import DraftFacts, draft_facts
-from fathom.lab.inspector.reading import KEYS_KEPT, Reading
 from fathom.lab.inspector.spectrum import ranks
-from fathom.lab.inspector.statistics import Telling, class_lift, co_firing, taken, telling_tokens
-from fathom.lab.inspector.text import Source, Tokens, spelling
+from fathom.lab.inspector.statistics import Characteristic, characteristic_tokens, class_lift, co_firing, taken
+from fathom.lab.inspector.text import Source, Tokens, readable
+from fathom.lab.inspector.trace import KEYS_KEPT, Trace
 from fathom.lab.routers import router_names
 from fathom.model.balance import max_violation
 from fathom.model.config import ModelConfig
 from fathom.model.router import Router
 from fathom.model.transformer import Model
 
-_TELLING = 8
-"""Tokens named for each expert."""
+_CHARACTERISTIC = 8
+"""Characteristic tokens listed per expert."""
 
 
 class ModelFacts(TypedDict):
@@ -48,17 +47,17 @@ class ModelFacts(TypedDict):
 
 
 class TextFacts(TypedDict):
-    """What was read, and how well it was predicted."""
+    """The text, and how well it was predicted."""
 
     name: str
     rule: str
-    """How tokens were classed: "python" or "plain"."""
+    """How tokens were classified: "python" or "plain"."""
     bytes: int
     tokens: int
     cut: bool
-    """Whether the text goes on beyond what was read."""
+    """Whether the text was truncated."""
     window: int
-    """Tokens of the longest window; each is read on its own, after a begin token."""
+    """Tokens of the longest window; each is a separate forward pass that starts with BOS."""
     windows: int
     bits_per_byte: float
     bits_per_token: float
@@ -72,8 +71,8 @@ class ClassFacts(TypedDict):
     bits_per_token: float | None
 
 
-class TellingFacts(TypedDict):
-    """A token that takes an expert more often than the average token does."""
+class CharacteristicToken(TypedDict):
+    """A token that is routed to an expert more often than the average token."""
 
     text: str
     seen: int
@@ -86,21 +85,21 @@ class RouterFacts(TypedDict):
 
     name: str
     load: list[int]
-    """Tokens of the text that each expert received."""
+    """Tokens routed to each expert."""
     max_violation: float
     """MaxVio of that load."""
     bias: list[float | None] | None
     """The correction biases; null where the router has none."""
     class_lift: list[list[float | None]]
-    """Experts × classes: times the average that a class's tokens take an expert."""
-    telling: list[list[TellingFacts]]
-    """For each expert the tokens that say most about it."""
+    """Experts × classes: how often a class's tokens are routed to the expert, relative to all tokens."""
+    telling: list[list[CharacteristicToken]]
+    """For each expert its most characteristic tokens."""
     co_firing: list[list[float | None]]
-    """Row i: experts 0 … i−1; how often they fire together with expert i, in times of what chance would give."""
+    """Row i: experts 0 … i−1; how often they are selected together with expert i, relative to chance."""
 
 
 class LatentFacts(TypedDict):
-    """What one layer's cached latents use of their width."""
+    """The dimensions that one layer's cached latents use."""
 
     layer: int
     singular_values: list[float | None]
@@ -110,20 +109,20 @@ class LatentFacts(TypedDict):
     """The fewest dimensions that hold 99 % of the energy (squared singular values)."""
     centred_participation: float
     centred_dimensions_99: int
-    """The same of the latents less their mean."""
+    """The same after subtracting the mean latent."""
 
 
 class AttentionFacts(TypedDict):
-    """What was kept of the attention weights."""
+    """Which attention weights were kept."""
 
     keys: int
-    """At most so many keys per token and head."""
+    """The most keys per token and head."""
     least: float
-    """None that weighs less."""
+    """The smallest weight kept."""
     every: int
-    """Of every so-many-th token of an excerpt."""
+    """Kept for every `every`-th token of an excerpt."""
     share: float | None
-    """The share of all weight that this kept."""
+    """The share of all weight that was kept."""
 
 
 class Facts(TypedDict):
@@ -140,20 +139,20 @@ class Facts(TypedDict):
     excerpts: list[ExcerptFacts]
 
 
-def gather(name: str, model: Model, tokenizer: Tokenizer, source: Source, tokens: Tokens, reading: Reading) -> Facts:
-    """Turn what was noted into figures."""
+def gather(name: str, model: Model, tokenizer: Tokenizer, source: Source, tokens: Tokens, trace: Trace) -> Facts:
+    """Compute all figures from a trace."""
     config = model.config
     return Facts(
         model=_model_facts(name, config),
-        text=_text_facts(source, tokens, reading),
-        classes=_class_facts(tokens, reading),
-        routers=_router_facts(model, tokenizer, tokens, reading),
-        latents=_latent_facts(reading),
-        drafts=[draft_facts(k, tokens, reading, tokenizer) for k in range(len(reading.drafts))],
+        text=_text_facts(source, tokens, trace),
+        classes=_class_facts(tokens, trace),
+        routers=_router_facts(model, tokenizer, tokens, trace),
+        latents=_latent_facts(trace),
+        drafts=[draft_facts(k, tokens, trace, tokenizer) for k in range(len(trace.drafts))],
         attention=AttentionFacts(
-            keys=KEYS_KEPT, least=LEAST_WEIGHT, every=reading.plan.every, share=attention_kept(reading)
+            keys=KEYS_KEPT, least=LEAST_WEIGHT, every=trace.plan.every, share=attention_kept(trace)
         ),
-        excerpts=[excerpt_facts(excerpt, tokens, reading, tokenizer) for excerpt in reading.excerpts],
+        excerpts=[excerpt_facts(excerpt, tokens, trace, tokenizer) for excerpt in trace.excerpts],
     )
 
 
@@ -173,32 +172,32 @@ def _model_facts(name: str, config: ModelConfig) -> ModelFacts:
     )
 
 
-def _text_facts(source: Source, tokens: Tokens, reading: Reading) -> TextFacts:
-    bits = float(reading.said.nats_N.sum(dtype=np.float64) / np.log(2))
+def _text_facts(source: Source, tokens: Tokens, trace: Trace) -> TextFacts:
+    bits = float(trace.main.nats_N.sum(dtype=np.float64) / np.log(2))
     return TextFacts(
         name=source.name,
         rule="python" if source.python else "plain",
         bytes=tokens.bytes,
         tokens=len(tokens.ids),
         cut=tokens.cut,
-        window=max(end - start for start, end in reading.plan.windows),
-        windows=len(reading.plan.windows),
+        window=max(end - start for start, end in trace.plan.windows),
+        windows=len(trace.plan.windows),
         bits_per_byte=round(bits / tokens.bytes, 4),
         bits_per_token=round(bits / len(tokens.ids), 4),
     )
 
 
-def _class_facts(tokens: Tokens, reading: Reading) -> list[ClassFacts]:
+def _class_facts(tokens: Tokens, trace: Trace) -> list[ClassFacts]:
     facts = []
     for place, name in enumerate(tokens.class_names):
-        nats = reading.said.nats_N[tokens.classes_N == place]
+        nats = trace.main.nats_N[tokens.classes_N == place]
         bits = round(float(nats.mean(dtype=np.float64) / np.log(2)), 4) if len(nats) else None
         facts.append(ClassFacts(name=name, tokens=len(nats), bits_per_token=bits))
     return facts
 
 
-def _router_facts(model: Model, tokenizer: Tokenizer, tokens: Tokens, reading: Reading) -> list[RouterFacts]:
-    routers = zip(router_names(model.config), model.routers(), reading.experts_LNK, strict=True)
+def _router_facts(model: Model, tokenizer: Tokenizer, tokens: Tokens, trace: Trace) -> list[RouterFacts]:
+    routers = zip(router_names(model.config), model.routers(), trace.experts_LNK, strict=True)
     return [_one_router(name, router, experts_NK, tokenizer, tokens) for name, router, experts_NK in routers]
 
 
@@ -209,7 +208,7 @@ def _one_router(
     took_NE = taken(experts_NK[passed_N], router.config.n_routed_experts)
     tokens_per_expert_E = took_NE.sum(0).astype(np.int64)
     lift_EG = class_lift(took_NE, tokens.classes_N[passed_N], len(tokens.class_names))
-    telling = telling_tokens(took_NE, np.asarray(tokens.ids)[passed_N], _TELLING)
+    telling = characteristic_tokens(took_NE, np.asarray(tokens.ids)[passed_N], _CHARACTERISTIC)
     return RouterFacts(
         name=name,
         load=tokens_per_expert_E.tolist(),
@@ -218,19 +217,19 @@ def _one_router(
         else 0.0,
         bias=None if router.config.is_v2 else _rounded(router.e_score_correction_bias.tolist(), 5),
         class_lift=[_rounded(row, 3) for row in lift_EG.tolist()],
-        telling=[[_telling(one, tokenizer) for one in expert] for expert in telling],
+        telling=[[_characteristic(one, tokenizer) for one in expert] for expert in telling],
         co_firing=[_rounded(row[:expert], 2) for expert, row in enumerate(co_firing(took_NE).tolist())],
     )
 
 
-def _telling(one: Telling, tokenizer: Tokenizer) -> TellingFacts:
-    text = spelling(tokenizer.token_bytes(one.token))
-    return TellingFacts(text=text, seen=one.seen, taken=one.taken, lift=round(one.lift, 2))
+def _characteristic(one: Characteristic, tokenizer: Tokenizer) -> CharacteristicToken:
+    text = readable(tokenizer.token_bytes(one.token))
+    return CharacteristicToken(text=text, seen=one.seen, taken=one.taken, lift=round(one.lift, 2))
 
 
-def _latent_facts(reading: Reading) -> list[LatentFacts]:
+def _latent_facts(trace: Trace) -> list[LatentFacts]:
     facts = []
-    for layer, spectrum in enumerate(reading.spectra):
+    for layer, spectrum in enumerate(trace.spectra):
         values, centred = spectrum.singular_values(), ranks(spectrum.singular_values(centred=True))
         used = ranks(values)
         facts.append(
@@ -247,6 +246,6 @@ def _latent_facts(reading: Reading) -> list[LatentFacts]:
     return facts
 
 
-def _rounded(numbers: Sequence[float], digits: int) -> list[float | None]:
-    """NaN, for which JSON has no number, becomes null."""
-    return [None if math.isnan(number) else round(number, digits) for number in numbers]
+def _rounded(values: Sequence[float], digits: int) -> list[float | None]:
+    """NaN, which JSON does not have, becomes null."""
+    return [None if math.isnan(value) else round(value, digits) for value in values]

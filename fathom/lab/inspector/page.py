@@ -1,8 +1,7 @@
-"""The inspector's page: one HTML file that asks nothing of the network.
+"""The inspector's page: one HTML file without network access.
 
-What needs no choosing is written as text, tables and SVG (`sections.py`); the parts in which a reader picks a token, a
-layer or an expert are drawn by the scripts in `page/` from the same figures, which lie in the file as JSON. Every word
-that a text or a tokenizer brings is escaped, or goes into the page as a text node.
+Static parts are text, tables and SVG (`sections.py`); interactive parts are drawn by the scripts in `page/` from the
+same figures, which are embedded as JSON. All text from data is escaped or inserted as a text node.
 """
 
 import json
@@ -16,7 +15,7 @@ from fathom.lab.inspector.sections import percent
 
 _SCRIPTS = ("elements.js", "token.js", "excerpt.js", "experts.js", "together.js", "main.js")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-"""Whatever the page's data may be, it can load nothing and send nothing."""
+"""Whatever data the page contains, it can load nothing and send nothing."""
 
 
 def page_of(facts: Facts) -> str:
@@ -24,12 +23,12 @@ def page_of(facts: Facts) -> str:
     title = f"Fathom inspects {facts['model']['name']}"
     parts = [
         ("tokens", "Token by token", sections.tokens),
-        ("experts", "Experts and what they take", sections.experts),
+        ("experts", "Experts and their tokens", sections.experts),
         ("load", "Load and bias", sections.load),
-        ("together", "Experts that fire together", sections.together),
+        ("together", "Experts selected together", sections.together),
         ("latents", "How much of the latent is used", sections.latents),
         ("drafts", "Where drafts fail", sections.drafts),
-        ("reading", "How this was read", sections.reading),
+        ("method", "How this was measured", sections.method),
     ]
     links = "".join(f'<li><a href="#{name}">{heading}</a></li>' for name, heading, _ in parts)
     body = "".join(_section(name, heading, draw(facts)) for name, heading, draw in parts)
@@ -55,7 +54,7 @@ def _part(name: str) -> str:
 
 
 def _embedded(facts: Facts) -> str:
-    """JSON in which nothing can end the element it lies in."""
+    """JSON that cannot end the element that contains it."""
     return json.dumps(facts, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
@@ -64,20 +63,22 @@ def _headline(title: str, facts: Facts) -> str:
     cards = [
         ("bits per byte", f"{text['bits_per_byte']:.3f}"),
         ("bits per token", f"{text['bits_per_token']:.2f}"),
-        ("tokens read", f"{text['tokens']:,}"),
+        ("tokens", f"{text['tokens']:,}"),
     ]
     if facts["routers"]:
         cards.append(("MaxVio, worst router", f"{max(router['max_violation'] for router in facts['routers']):.2f}"))
     used = sorted(layer["dimensions_99"] for layer in facts["latents"])
     cards.append((f"of {model['latent_rank']} latent dimensions hold 99 %", _span(used[0], used[-1])))
-    cards += [(f"of module {draft['module']}'s drafts agree", percent(draft["agree"])) for draft in facts["drafts"]]
+    cards += [
+        (f"of the drafts of MTP module {draft['module']} agree", percent(draft["agree"])) for draft in facts["drafts"]
+    ]
     figures = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in cards)
-    cut = ", its beginning alone" if text["cut"] else ""
+    cut = ", truncated" if text["cut"] else ""
     return (
-        f"<h1>{escape(title)}</h1><p>What its experts, heads, latents and drafts do while it reads "
+        f"<h1>{escape(title)}</h1><p>What its experts, heads, latents and drafts do with "
         f"<strong>{escape(text['name'])}</strong>{cut}: {text['bytes']:,} bytes.</p>"
         f'<dl class="cards">{figures}</dl>'
-        "<noscript><p>Without JavaScript the page shows what needs no choosing; all of it is in this "
+        "<noscript><p>Without JavaScript the page shows its static parts only; everything is in this "
         "file.</p></noscript>"
     )
 

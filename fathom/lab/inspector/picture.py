@@ -1,4 +1,4 @@
-"""The inspector's own pictures, as inline SVG in the look of `fathom.lab.figures`."""
+"""The inspector's figures, as inline SVG in the look of `fathom.lab.figures`."""
 
 from collections.abc import Sequence
 
@@ -33,7 +33,7 @@ def load_and_bias(router: RouterFacts) -> str:
 
 
 def spectrum(singular_values: Sequence[float | None]) -> str:
-    """A small curve of a layer's singular values, against the largest; a decoration of numbers that stand beside it."""
+    """A small curve of a layer's singular values, against the largest; decorative, as the figures are beside it."""
     values = [value or 0.0 for value in singular_values]
     top, step = values[0] or 1.0, 100 / max(1, len(values))
     tops = "".join(f"L{step * (i + 0.5):.1f} {29 - 28 * value / top:.1f}" for i, value in enumerate(values))
@@ -44,7 +44,7 @@ def spectrum(singular_values: Sequence[float | None]) -> str:
 
 
 def _bars(heights: Sequence[float], ground: float) -> str:
-    """Bars of the picture's width side by side, from the ground up (or down, below zero)."""
+    """Bars side by side over the whole width, from the ground up (or down, below zero)."""
     each = _WIDTH / len(heights)
     wide = each * (0.8 if each > 4 else 1.0)
     return "".join(f"M{i * each:.1f} {ground:g}v{-tall:.1f}h{wide:.1f}V{ground:g}z" for i, tall in enumerate(heights))

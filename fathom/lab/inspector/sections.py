@@ -1,4 +1,4 @@
-"""The sections of the inspector's page, each from the figures as HTML; what is chosen in them is the scripts' work."""
+"""The sections of the inspector's page as HTML; their interactive parts are added by the scripts."""
 
 import re
 from html import escape
@@ -9,13 +9,13 @@ from fathom.lab.inspector.prediction import DraftFacts, FailedDraft
 
 
 def tokens(facts: Facts) -> str:
-    """Where the excerpts and the panel go."""
+    """Containers of the excerpts and the panel."""
     shown = sum(len(excerpt["tokens"]) - 1 for excerpt in facts["excerpts"])
     return (
         f"<p>{shown:,} of the {facts['text']['tokens']:,} tokens, in {len(facts['excerpts'])} "
         f"{'excerpts' if len(facts['excerpts']) > 1 else 'excerpt'} spread over the text. Select a token, by "
-        "pointer or with the arrow keys, to see how likely it was, which experts it took in each layer, and what "
-        "each head attended to while it was read.</p>"
+        "pointer or with the arrow keys, to see its probability, its experts in each layer, and what each head "
+        "attended to.</p>"
         '<div id="workbench"><div><div id="tint"></div><div id="excerpts"></div></div>'
         '<aside id="panel" aria-label="The selected token"></aside></div>'
     )
@@ -24,17 +24,17 @@ def tokens(facts: Facts) -> str:
 def experts(facts: Facts) -> str:
     """Classes and experts; the table of experts is drawn by script."""
     if not facts["routers"]:
-        return "<p>This model has no MoE layers, so there are no experts to tell apart.</p>"
-    rule = "Python’s own tokenizer" if facts["text"]["rule"] == "python" else "a plain lexical rule"
+        return "<p>This model has no MoE layers, so there are no experts to compare.</p>"
+    rule = "Python’s own tokenizer" if facts["text"]["rule"] == "python" else "a lexical rule"
     rows = "".join(
         f'<tr><th scope="row">{one["name"]}</th><td>{one["tokens"]:,}</td>'
         f"<td>{_number(one['bits_per_token'])}</td></tr>"
         for one in facts["classes"]
     )
     return (
-        f"<p>Tokens are classed by {rule}. A cell says how many times as often as the average token those of a "
-        "class take the expert: 1 tells nothing, 2 is twice as often. Telling tokens are those of the highest such "
-        "factor, smoothed so that a chance of three makes no specialist, among those seen three times.</p>"
+        f"<p>Tokens are classified by {rule}. A cell is the lift: how often tokens of the class are routed to the "
+        "expert, relative to all tokens; 1 is average, 2 is twice as often. Characteristic tokens have the highest "
+        "lift, smoothed, among those that occur at least three times.</p>"
         '<div id="expert-table"></div>'
         f'<details><summary>The classes, and how well each is predicted</summary><table class="numbers"><thead><tr>'
         f'<th scope="col">class</th><th scope="col">tokens</th><th scope="col">bits per token</th></tr></thead>'
@@ -47,23 +47,23 @@ def load(facts: Facts) -> str:
     if not facts["routers"]:
         return "<p>There is nothing to balance: the model has no MoE layers.</p>"
     return (
-        "<p>Blue bars: how many of the text’s tokens each expert received, the dotted line being the mean. Orange "
-        "bars: the correction bias by which training holds the loads even; it decides who is chosen, never how "
-        "much a choice weighs (DeepSeek-V3 report, 2.1.2). MaxVio is how much more than the mean the busiest "
-        "expert gets. One text asks for some experts more than others: 0 is not to be expected.</p>"
+        "<p>Blue bars: tokens routed to each expert; the dotted line is the mean. Orange bars: the correction bias "
+        "that balances the loads in training; it affects which experts are selected, never their weights (DeepSeek-V3 "
+        "report, 2.1.2). MaxVio is the load of the busiest expert over the mean, minus 1. A single text uses some "
+        "experts more than others, so 0 is not to be expected.</p>"
         f'<div class="strips">{"".join(map(load_and_bias, facts["routers"]))}</div>'
     )
 
 
 def together(facts: Facts) -> str:
-    """Where the matrix goes."""
+    """Container of the matrix."""
     if not facts["routers"]:
         return "<p>No experts, no pairs.</p>"
     if facts["model"]["experts_per_token"] == 1:
-        return "<p>A token takes one expert alone, so none fire together.</p>"
+        return "<p>Each token is routed to one expert, so there are no pairs.</p>"
     return (
-        "<p>How often two experts are taken by the same token, in times of what chance would give were as many pairs "
-        "drawn in proportion to both experts’ loads. Orange: more often; blue: less often.</p>"
+        "<p>How often two experts are selected for the same token, relative to as many pairs drawn in "
+        "proportion to both experts’ loads. Orange: more often; blue: less often.</p>"
         '<div id="together-map"></div>'
     )
 
@@ -83,11 +83,10 @@ def latents(facts: Facts) -> str:
     )
     head = "".join(f'<th scope="col">{column}</th>' for column in columns)
     return (
-        f"<p>Of every token each layer caches a normalised latent of {rank} numbers (and {rope} of a rotated key). "
-        "The singular values of all these latents, one token a row, tell how many of the dimensions carry "
-        "something: how many hold 99 % of the energy (squared singular values), and two softer counts, (Σe)²/Σe² "
-        "and the exponential of the entropy of their shares. «Centred» is the same after the mean latent is taken "
-        "away.</p>"
+        f"<p>Each layer caches a normalised latent of {rank} elements per token (and a rotary key of {rope}). "
+        "The singular values of the matrix of all these latents show how many dimensions are used: how many hold 99 % "
+        "of the energy (squared singular values), and two softer counts, (Σe)²/Σe² and the exponential of the entropy "
+        "of their shares. «Centred» is the same after subtracting the mean latent.</p>"
         '<div class="scroll" tabindex="0" role="region" aria-label="Table of the latents">'
         f'<table class="numbers latents">'
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
@@ -109,11 +108,11 @@ def _latent_row(layer: LatentFacts) -> str:
 def drafts(facts: Facts) -> str:
     """Two tables per MTP module."""
     if not facts["drafts"]:
-        return "<p>This model has no multi-token-prediction module, so nothing is drafted.</p>"
+        return "<p>This model has no multi-token-prediction module, so there are no drafts.</p>"
     introduction = (
-        "<p>The prediction module guesses each token one step before the model can. Greedy decoding accepts the "
-        "guess where it is the model’s own first choice; whether it is also what the text says is another matter. "
-        "Both are counted here on the text itself, whose tokens are read whatever was guessed.</p>"
+        "<p>An MTP module predicts each token one step before the main head. Greedy decoding accepts this draft where "
+        "it is the model’s most likely token; whether it is also the text’s token is counted separately. Both are "
+        "measured with teacher forcing on the text itself.</p>"
     )
     return introduction + "".join(map(_module, facts["drafts"]))
 
@@ -132,9 +131,9 @@ def _module(draft: DraftFacts) -> str:
         f'<table class="numbers drafts"><caption>Module {draft["module"]}, by class of the drafted token</caption>'
         '<thead><tr><th scope="col">class</th><th scope="col">drafts</th><th scope="col">agree with the model</th>'
         f'<th scope="col">are the text’s token</th></tr></thead><tbody>{body}</tbody></table>'
-        "<p>The refused drafts that cost most: where the model was sure and the module far from it (the model’s "
-        "probability times the bits by which the module missed its choice).</p>"
-        '<div class="scroll" tabindex="0" role="region" aria-label="Refused drafts"><table class="failed">'
+        "<p>The costliest rejected drafts: the model was confident and the module far off (the model’s probability "
+        "of its token times −log2 of the module’s).</p>"
+        '<div class="scroll" tabindex="0" role="region" aria-label="Rejected drafts"><table class="failed">'
         f"<thead><tr>{head}</tr></thead><tbody>{failed}</tbody></table></div>"
     )
 
@@ -148,8 +147,8 @@ def _failed(one: FailedDraft) -> str:
     )
 
 
-def reading(facts: Facts) -> str:
-    """What was read and kept, and what was not."""
+def method(facts: Facts) -> str:
+    """How the figures were measured, and what was kept."""
     text, attention = facts["text"], facts["attention"]
     kept = (
         f"Of each head’s attention the {attention['keys']} strongest weights were kept, if at least "
@@ -158,15 +157,19 @@ def reading(facts: Facts) -> str:
     if attention["every"] > 1:
         kept += f" To keep the page small this was done for every {attention['every']}th token."
     sentences = [
-        f"The text was read in {text['windows']:,} windows of at most {text['window']:,} tokens, each on its own "
-        "after a begin token. Begin tokens are shown but not counted in any statistic.",
-        f"Statistics cover all {text['tokens']:,} tokens that were read"
-        + ("; the text goes on, and <code>--tokens</code> reads more of it." if text["cut"] else ": the whole text."),
-        "Tokens are shown one by one in excerpts, each the beginning of a window, so that all it could attend to "
-        "is shown too; <code>--shown</code> asks for more.",
+        f"The text was processed in {text['windows']:,} windows of at most {text['window']:,} tokens, each a separate "
+        "forward pass that starts with BOS. BOS is shown but not counted in any statistic.",
+        f"Statistics cover all {text['tokens']:,} tokens"
+        + (
+            "; the text was truncated, and <code>--tokens</code> raises the limit."
+            if text["cut"]
+            else ": the whole text."
+        ),
+        "Tokens are shown individually in excerpts, each the beginning of a window, so that everything they attend to "
+        "is shown too; <code>--shown</code> sets how many.",
         kept,
-        "Attention weights are computed in the absorbed form: the key half of the up-projection folded into the query, "
-        "against the latents as they are cached.",
+        "Attention weights are computed in the absorbed form: the key part of the up-projection is absorbed into the "
+        "query, and keys are the cached latents.",
     ]
     return "<ul>" + "".join(f"<li>{sentence}</li>" for sentence in sentences) + "</ul>"
 
@@ -190,7 +193,7 @@ def _number(number: float | None) -> str:
 
 
 def _code(text: str) -> str:
-    """A stretch of text with its blanks made visible, as `visible` in page/elements.js has it."""
+    """Text with its blanks made visible, as `visible` in page/elements.js has it."""
     shown = "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
     shown = re.sub(" +", lambda run: "␣" * len(run[0]) if len(run[0]) < 4 else f"␣×{len(run[0])}·", shown)
     return f"<code>{escape(shown.replace(chr(10), '↵').replace(chr(9), '⇥').removesuffix('·'))}</code>"

@@ -1,7 +1,7 @@
-"""How much of the latent's width is used: the singular values of all cached latents, gathered as they stream by.
+"""How much of the latent's width is used: the singular values of all cached latents, computed incrementally.
 
-Of the N latents of a layer only their sum and their C × C products are kept, in float64: the singular values of the
-N × C matrix are the roots of its products' eigenvalues.
+Only the sum and the C × C Gram matrix of a layer's N latents are kept, in float64: the singular values of the N × C
+matrix are the square roots of the Gram matrix's eigenvalues.
 
 Shapes: N latents, C latent rank.
 """
@@ -15,32 +15,32 @@ from torch import Tensor
 
 
 class Spectrum:
-    """Products of one layer's latents."""
+    """The Gram matrix of one layer's latents."""
 
     def __init__(self, rank: int) -> None:
-        self._products_CC = np.zeros((rank, rank))
+        self._gram_CC = np.zeros((rank, rank))
         self._sum_C = np.zeros(rank)
         self._count = 0
 
     def add(self, c_NC: Tensor) -> None:
-        """Take in N latents."""
+        """Add N latents."""
         wide_NC = c_NC.to("cpu", torch.float64).numpy()
-        self._products_CC += wide_NC.T @ wide_NC
+        self._gram_CC += wide_NC.T @ wide_NC
         self._sum_C += wide_NC.sum(0)
         self._count += len(wide_NC)
 
     def singular_values(self, centred: bool = False) -> NDArray[np.float64]:
-        """All C of them, largest first; `centred`: of the latents less their mean."""
-        products_CC = self._products_CC
+        """All C of them, largest first; `centred`: after subtracting the mean latent."""
+        gram_CC = self._gram_CC
         if centred and self._count:
-            products_CC = products_CC - np.outer(self._sum_C, self._sum_C) / self._count
+            gram_CC = gram_CC - np.outer(self._sum_C, self._sum_C) / self._count
         # Rounding can make an eigenvalue that is zero a little negative.
-        return np.sqrt(np.linalg.eigvalsh(products_CC).clip(0))[::-1]
+        return np.sqrt(np.linalg.eigvalsh(gram_CC).clip(0))[::-1]
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """How many dimensions a spectrum amounts to, by three measures; energy is the square of a singular value."""
+    """The effective number of dimensions of a spectrum, by three measures; energy is the square of a singular value."""
 
     participation: float
     """(Σ energy)² / Σ energy²: equal energies in n dimensions give n."""
@@ -51,7 +51,7 @@ class Ranks:
 
 
 def ranks(singular_values: NDArray[np.float64]) -> Ranks:
-    """Of a spectrum, largest value first. No energy at all is no dimension."""
+    """Of a spectrum, largest value first; 0 without any energy."""
     energies = np.square(singular_values)
     if not energies.sum():
         return Ranks(0.0, 0.0, 0)
@@ -60,6 +60,6 @@ def ranks(singular_values: NDArray[np.float64]) -> Ranks:
     return Ranks(
         participation=float(1 / np.square(shares).sum()),
         entropy=float(np.exp(-(present * np.log(present)).sum())),
-        # Just below 0.99, so that a sum that rounds down to it does not ask for one dimension more.
+        # Just below 0.99, so that a sum that rounds down to it does not need one dimension more.
         dimensions_99=int(np.searchsorted(np.cumsum(shares), 0.99 - 1e-12)) + 1,
     )

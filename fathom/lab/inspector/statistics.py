@@ -1,7 +1,7 @@
-"""What experts have in common: which classes and tokens each takes more than its share of, and which fire together.
+"""Statistics of routing: the classes and tokens that are routed to each expert, and experts selected together.
 
-Pure functions of the choices that a router made. «Times the average» is a lift: how often an expert is taken by these
-tokens, over how often it is taken by all. 1 says nothing, 2 twice as often.
+Pure functions of a router's top-k ids. The lift of an expert for some tokens is how often these are routed to it, over
+how often all tokens are: 1 is average, 2 twice as often.
 
 Shapes: N tokens, K experts per token, E experts, G classes, V distinct tokens.
 """
@@ -14,30 +14,30 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 PSEUDO_TOKENS = 8.0
-"""Average tokens that are added to what was seen of a token, so that a chance of three does not make a specialist."""
+"""Pseudocount: average tokens added to the occurrences of a token, so that rare tokens have no large lift by chance."""
 
 
-class Telling(NamedTuple):
-    """A token that takes an expert more often than the average token does."""
+class Characteristic(NamedTuple):
+    """A token that is routed to an expert more often than the average token."""
 
     token: int
     seen: int
     """How often it occurs in the text."""
     taken: int
-    """How often it took the expert."""
+    """How often it was routed to the expert."""
     lift: float
-    """Smoothed times the average."""
+    """Smoothed."""
 
 
 def taken(experts_NK: NDArray[np.int16], experts: int) -> NDArray[np.float32]:
-    """1 where a token took an expert, (N, E)."""
+    """1 where a token was routed to an expert, (N, E)."""
     took_NE = np.zeros((len(experts_NK), experts), np.float32)
     np.put_along_axis(took_NE, experts_NK.astype(np.int64), 1.0, axis=1)
     return took_NE
 
 
 def class_lift(took_NE: NDArray[np.float32], classes_N: NDArray[np.uint8], classes: int) -> Floats:
-    """(E, G): how much more often than the average token those of a class take an expert; NaN for nothing seen."""
+    """(E, G): the lift of each expert for each class; NaN for a class or an expert without tokens."""
     rate_E = _rates(took_NE)
     lifts_EG = np.full((took_NE.shape[1], classes), np.nan)
     for kind in np.unique(classes_N):
@@ -46,13 +46,13 @@ def class_lift(took_NE: NDArray[np.float32], classes_N: NDArray[np.uint8], class
     return lifts_EG
 
 
-def telling_tokens(
+def characteristic_tokens(
     took_NE: NDArray[np.float32], tokens_N: NDArray[np.int64], most: int, least_seen: int = 3
-) -> list[list[Telling]]:
+) -> list[list[Characteristic]]:
     """For each expert the tokens of highest lift above 1, at most `most`, among those seen `least_seen` times.
 
-    A token seen n times that took expert e m times has the lift (m + a·r) / ((n + a)·r), r being the expert's rate over
-    all tokens and a = `PSEUDO_TOKENS`.
+    A token seen n times and routed m times to expert e has the lift (m + a·r) / ((n + a)·r), r being the expert's
+    rate over all tokens and a = `PSEUDO_TOKENS`.
     """
     if not len(tokens_N):
         return [[] for _ in range(took_NE.shape[1])]
@@ -60,7 +60,7 @@ def telling_tokens(
     ids_V, firsts_V, seen_V = np.unique(tokens_N[order_N], return_index=True, return_counts=True)
     taken_VE = np.add.reduceat(took_NE[order_N], firsts_V, axis=0)
     rate_E = _rates(took_NE)
-    found: list[list[Telling]] = []
+    found: list[list[Characteristic]] = []
     for expert, rate in enumerate(rate_E):
         if rate == 0:
             found.append([])
@@ -70,7 +70,7 @@ def telling_tokens(
         best = np.argsort(-lift_V, kind="stable")[:most]
         found.append(
             [
-                Telling(int(ids_V[v]), int(seen_V[v]), int(taken_VE[v, expert]), float(lift_V[v]))
+                Characteristic(int(ids_V[v]), int(seen_V[v]), int(taken_VE[v, expert]), float(lift_V[v]))
                 for v in best
                 if lift_V[v] > 1
             ]
@@ -79,10 +79,10 @@ def telling_tokens(
 
 
 def co_firing(took_NE: NDArray[np.float32]) -> Floats:
-    """(E, E): how often two experts are taken by the same token, over what chance would give; NaN on the diagonal.
+    """(E, E): how often two experts are selected for the same token, relative to chance; NaN on the diagonal.
 
-    Chance draws as many pairs as there were, each in proportion to the product of both experts' loads. NaN also where
-    an expert was never taken, and everywhere where a token takes one expert alone.
+    Chance draws the same number of pairs in proportion to the product of both experts' loads. NaN also where an expert
+    was never selected, and everywhere for one expert per token.
     """
     together_EE = (took_NE.T @ took_NE).astype(np.float64)
     tokens_per_expert_E = together_EE.diagonal().copy()
@@ -97,5 +97,5 @@ def co_firing(took_NE: NDArray[np.float32]) -> Floats:
 
 
 def _rates(took_NE: NDArray[np.float32]) -> Floats:
-    """The share of the tokens that took each expert; of no tokens, 0."""
+    """The share of the tokens routed to each expert; 0 without tokens."""
     return took_NE.sum(0, dtype=np.float64) / max(1, len(took_NE))

@@ -1,4 +1,4 @@
-"""The text to inspect: where it comes from, its tokens, and what class each of them has."""
+"""The text to inspect: its source, its tokens and their classes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,39 +13,39 @@ from fathom.data.tokenizer import Tokenizer
 from fathom.lab.inspector.classes import byte_classes, is_python, token_classes
 
 _BYTES_PER_TOKEN = 16
-"""More than tokens have on average: what is read of a file so as to fill the tokens that are wanted."""
+"""An upper bound on the average, which decides how much of a file is read."""
 _DEFAULT_BYTES = 60_000
-"""About the size of the standard library's file that is taken where no text is given."""
+"""Approximate size of the default text, a file of the standard library."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A text and where it is from."""
+    """A text and its source."""
 
     name: str
     text: str
     python: bool
-    """Whether Python's tokenizer classes it."""
+    """Whether it is classified by Python's tokenizer."""
     whole: bool = True
-    """False where only a beginning was read."""
+    """False if only the beginning was read."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens that are read."""
+    """The tokens of the text."""
 
     ids: tuple[int, ...]
-    spelled: tuple[bytes, ...]
-    """What each stands for; joined, they are the text."""
+    token_bytes: tuple[bytes, ...]
+    """The bytes of each; joined, they are the text."""
     class_names: tuple[str, ...]
     classes_N: NDArray[np.uint8]
     cut: bool
-    """Whether the text goes on beyond them."""
+    """Whether the text was truncated."""
 
     @property
     def bytes(self) -> int:
         """UTF-8 bytes of the text."""
-        return sum(map(len, self.spelled))
+        return sum(map(len, self.token_bytes))
 
 
 def given_text(text: str) -> Source:
@@ -87,30 +87,30 @@ def tokenized(source: Source, tokenizer: Tokenizer, vocabulary: int, most: int) 
     Raises ConfigError for a text without tokens, or with one beyond the model's `vocabulary`.
     """
     every = tokenizer.encode(source.text, bos=False)
-    ids, spelled = _whole_characters(every[:most], tokenizer)
+    ids, token_bytes = _whole_characters(every[:most], tokenizer)
     if not ids:
         raise ConfigError(f"{source.name} holds no text")
     if max(ids) >= vocabulary:
         raise ConfigError(
-            f"the tokenizer knows token {max(ids)}, the model only {vocabulary}: they do not belong together"
+            f"the tokenizer produces token {max(ids)}, but vocab_size is {vocabulary}: it is not this model's tokenizer"
         )
-    classes = byte_classes(b"".join(spelled).decode(), source.python)
-    classes_N = token_classes(classes, [len(piece) for piece in spelled])
-    return Tokens(ids, spelled, classes.names, classes_N, cut=len(ids) < len(every) or not source.whole)
+    classes = byte_classes(b"".join(token_bytes).decode(), source.python)
+    classes_N = token_classes(classes, [len(piece) for piece in token_bytes])
+    return Tokens(ids, token_bytes, classes.names, classes_N, cut=len(ids) < len(every) or not source.whole)
 
 
-def spelling(piece: bytes) -> str:
+def readable(piece: bytes) -> str:
     """A token's bytes as text; bytes that are but a part of a character as \\xNN."""
     return piece.decode(errors="backslashreplace")
 
 
 def _whole_characters(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[bytes, ...]]:
-    """Without the last tokens, where they end inside a character."""
-    spelled = [tokenizer.token_bytes(token) for token in ids]
+    """Without the last tokens if they end inside a character."""
+    token_bytes = [tokenizer.token_bytes(token) for token in ids]
     try:
-        b"".join(spelled).decode()
-        return tuple(ids), tuple(spelled)
+        b"".join(token_bytes).decode()
+        return tuple(ids), tuple(token_bytes)
     except UnicodeDecodeError as error:
-        ends = np.cumsum([len(piece) for piece in spelled])
+        ends = np.cumsum([len(piece) for piece in token_bytes])
         complete = int((ends <= error.start).sum())
-        return tuple(ids[:complete]), tuple(spelled[:complete])
+        return tuple(ids[:complete]), tuple(token_bytes[:complete])

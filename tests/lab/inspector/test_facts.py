@@ -62,8 +62,8 @@ def test_the_figures_add_up(model: Path, tmp_path: Path, capsys: pytest.CaptureF
             assert token["weights"][layer] == sorted(token["weights"][layer], reverse=True)
         assert all(sum(head[1::2]) <= 1004 for layer in token["attention"] for head in layer)
         assert all(max(head[::2]) <= place for layer in token["attention"] for head in layer)
-    begin = excerpt["tokens"][0]
-    assert begin["kind"] is None and begin["bits"] is None and begin["experts"][-1] is None
+    bos = excerpt["tokens"][0]
+    assert bos["kind"] is None and bos["bits"] is None and bos["experts"][-1] is None
 
 
 def test_agreement_is_counted_by_class(model: Path, tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_any_model_and_any_text(model: Path, tmp_path: Path, config: ModelConfig
     assert len(facts["drafts"]) == config.num_nextn_predict_layers
     assert ("no multi-token-prediction module" in page) == (config.num_nextn_predict_layers == 0)
     assert ("no MoE layers" in page) == (config.num_moe_layers == 0)
-    assert ("so none fire together" in page) == (config.num_experts_per_tok == 1)
+    assert ("so there are no pairs" in page) == (config.num_experts_per_tok == 1)
     assert all(router["bias"] is None for router in facts["routers"]) == (config.is_v2 or not facts["routers"])
 
 

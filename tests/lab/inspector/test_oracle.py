@@ -1,4 +1,4 @@
-"""`transformers`' eager attention weights as judge of those read through the latent."""
+"""`transformers`' eager attention weights against those computed from the latents."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fathom.checkpoint.hf.model import save_model
-from fathom.lab.inspector.window import read_window
+from fathom.lab.inspector.window import trace_window
 from tests.model.configs import lively_model, random_tokens, tiny
 
 transformers = pytest.importorskip("transformers")
@@ -23,7 +23,7 @@ def test_attention_maps_are_those_of_transformers(rank: int | None, tmp_path: Pa
     theirs, _ = load_peer(tmp_path / "model", config.num_hidden_layers)
     with torch.no_grad(), quietly():
         expected = theirs(tokens_BS, use_cache=False, output_attentions=True).attentions
-    window = read_window(model, tokens_BS[0], range(11), keys=11)
+    window = trace_window(model, tokens_BS[0], range(11), keys=11)
     assert len(expected) == len(window.attention) == config.num_hidden_layers
     for their_BHST, kept in zip(expected, window.attention, strict=True):
         found_HST = torch.zeros_like(their_BHST[0]).scatter(2, kept.keys_HQM, kept.weights_HQM)

@@ -49,7 +49,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def open_page(browser: Any, made: Path) -> Iterator[Callable[..., Any]]:
-    """Opens the page; at the end nothing may have gone wrong in it, nor been asked of anybody."""
+    """Opens the page; at the end there may be no script error and no network request."""
     complaints: list[str] = []
     asked: list[str] = []
     contexts: list[Any] = []
@@ -110,7 +110,7 @@ def test_by_keyboard_alone(open_page: Callable[..., Any]) -> None:
     chosen = lambda: page.locator(".token[aria-selected=true]").get_attribute("id")  # noqa: E731
     page.keyboard.press("Home")
     assert chosen() == "t0-0"
-    assert "Only itself" not in page.locator("#panel .routes").text_content()
+    assert "Itself only" not in page.locator("#panel .routes").text_content()
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")
     assert chosen() == "t0-2"
@@ -127,7 +127,7 @@ def test_by_keyboard_alone(open_page: Callable[..., Any]) -> None:
     assert page.locator("#together-map output").text_content().startswith("Experts 0 and 1: ")
 
 
-def test_tables_say_what_the_figures_say(open_page: Callable[..., Any], facts: Any) -> None:
+def test_tables_show_the_figures(open_page: Callable[..., Any], facts: Any) -> None:
     page = open_page()
     router = facts["routers"][1]
     page.locator("#expert-table select").select_option("layer 2")

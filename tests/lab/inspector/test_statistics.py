@@ -1,11 +1,11 @@
-"""Lift, telling tokens and co-firing on cases that can be counted by hand, and by simulation."""
+"""Lift, characteristic tokens and experts selected together: cases counted by hand, and simulations."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fathom.lab.inspector.statistics import PSEUDO_TOKENS, class_lift, co_firing, taken, telling_tokens
+from fathom.lab.inspector.statistics import PSEUDO_TOKENS, characteristic_tokens, class_lift, co_firing, taken
 
 
 def took(rows: list[list[int]], experts: int) -> np.ndarray:
@@ -21,21 +21,21 @@ def test_lift_of_a_class() -> None:
     assert np.isnan(lifts_EG[:, 2]).all(), "a class without tokens"
 
 
-def test_telling_tokens_are_those_beyond_the_average() -> None:
+def test_characteristic_tokens_have_a_lift_above_1() -> None:
     # Token 7 always takes expert 0, token 8 never, token 9, seen twice, always.
     rows, tokens = [[0]] * 6 + [[1]] * 6 + [[0]] * 2, [7] * 6 + [8] * 6 + [9] * 2
-    found = telling_tokens(took(rows, 3), np.array(tokens), most=5)
+    found = characteristic_tokens(took(rows, 3), np.array(tokens), most=5)
     rate, a = 8 / 14, PSEUDO_TOKENS
     assert [(t.token, t.seen, t.taken) for t in found[0]] == [(7, 6, 6)]
     assert found[0][0].lift == pytest.approx((6 + a * rate) / ((6 + a) * rate))
     assert [t.token for t in found[1]] == [8]
     assert found[2] == []
-    assert [t.token for t in telling_tokens(took(rows, 3), np.array(tokens), most=5, least_seen=1)[0]] == [7, 9]
-    assert [t.token for t in telling_tokens(took(rows, 3), np.array(tokens), most=1, least_seen=1)[0]] == [7]
-    assert telling_tokens(np.zeros((0, 3), np.float32), np.array([], int), most=5) == [[], [], []]
+    assert [t.token for t in characteristic_tokens(took(rows, 3), np.array(tokens), most=5, least_seen=1)[0]] == [7, 9]
+    assert [t.token for t in characteristic_tokens(took(rows, 3), np.array(tokens), most=1, least_seen=1)[0]] == [7]
+    assert characteristic_tokens(np.zeros((0, 3), np.float32), np.array([], int), most=5) == [[], [], []]
 
 
-def test_experts_that_always_fire_together() -> None:
+def test_experts_that_are_always_selected_together() -> None:
     ratios_EE = co_firing(took([[0, 1], [2, 3]] * 5, 5))
     # Of the six pairs of four equally loaded experts two occur, each thrice as often as by chance.
     assert ratios_EE[0, 1] == ratios_EE[3, 2] == pytest.approx(3)
@@ -47,7 +47,7 @@ def test_one_expert_per_token_makes_no_pairs() -> None:
     assert np.isnan(co_firing(took([[0], [1], [1]], 2))).all()
 
 
-def test_random_choices_fire_together_as_chance_has_it() -> None:
+def test_random_routing_selects_pairs_as_often_as_chance() -> None:
     generator = np.random.default_rng(0)
     rows = np.argsort(generator.random((40_000, 8)), axis=1)[:, :3].astype(np.int16)
     ratios_EE = co_firing(taken(rows, 8))

@@ -1,4 +1,4 @@
-"""What a window's pass notes, against the model's own outputs, its cache, and attention written out by hand."""
+"""The record of a pass over a window, against the model's own outputs, its cache, and attention written out by hand."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fathom.lab.inspector.attention import LEAST_WEIGHT, attention_weights, strongest
-from fathom.lab.inspector.window import read_window
+from fathom.lab.inspector.window import trace_window
 from fathom.model.config import ModelConfig
 from fathom.model.rope import rope_table
 from fathom.model.transformer import Model
@@ -21,17 +21,17 @@ seeds = st.integers(0, 2**32 - 1)
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(model_configs(), st.integers(4, 12), seeds)
 @torch.no_grad()
-def test_it_notes_what_the_model_says(config: ModelConfig, length: int, seed: int) -> None:
+def test_it_records_what_the_model_returns(config: ModelConfig, length: int, seed: int) -> None:
     model, tokens_S = lively_model(config, seed), random_tokens(config, 1, length, seed)[0]
     out = model(tokens_S[None], mtp=True)
-    window = read_window(model, tokens_S)
+    window = trace_window(model, tokens_S)
     assert window.attention == ()
 
     logp_SO = out.logits_BSO[0].log_softmax(-1)
-    assert torch.equal(window.said.first_N, logp_SO[:-1].argmax(-1))
+    assert torch.equal(window.main.top_N, logp_SO[:-1].argmax(-1))
     expected_N = torch.nn.functional.cross_entropy(out.logits_BSO[0, :-1], tokens_S[1:], reduction="none")
-    torch.testing.assert_close(window.said.asked_nats_N, expected_N)
-    torch.testing.assert_close(window.said.first_p_N, logp_SO[:-1].exp().amax(-1))
+    torch.testing.assert_close(window.main.target_nats_N, expected_N)
+    torch.testing.assert_close(window.main.top_p_N, logp_SO[:-1].exp().amax(-1))
 
     assert len(window.choices) == len(out.router.topk_ids_LBSK)
     for router, (choice, ids_BSK) in enumerate(zip(window.choices, out.router.topk_ids_LBSK, strict=True)):
@@ -43,12 +43,12 @@ def test_it_notes_what_the_model_says(config: ModelConfig, length: int, seed: in
             torch.testing.assert_close(sums, torch.full_like(sums, config.routed_scaling_factor))
 
     for k, (draft, logits_BSO) in enumerate(zip(window.drafts, out.mtp_logits, strict=True), start=1):
-        # The module at position i and the main head at i+k speak of the same token.
+        # The module at position i and the main head at i+k predict the same token.
         logits_NO = logits_BSO[0, : length - k - 1]
-        assert torch.equal(draft.first_N, logits_NO.argmax(-1))
+        assert torch.equal(draft.top_N, logits_NO.argmax(-1))
         choice_N = out.logits_BSO[0, k : length - 1].argmax(-1)
         torch.testing.assert_close(
-            draft.asked_nats_N, torch.nn.functional.cross_entropy(logits_NO, choice_N, reduction="none")
+            draft.target_nats_N, torch.nn.functional.cross_entropy(logits_NO, choice_N, reduction="none")
         )
 
 
@@ -59,12 +59,12 @@ def test_latents_are_those_that_are_cached(config: ModelConfig, length: int, see
     model, tokens_BS = lively_model(config, seed), random_tokens(config, 1, length, seed)
     cache_LBTW = torch.zeros(config.num_hidden_layers, 1, length, config.cache_width)
     model.forward_with_cache(tokens_BS[0], rows_of_a_cache(torch.arange(length)[None], cache_LBTW))
-    for c_SC, cached_BTW in zip(read_window(model, tokens_BS[0]).latents, cache_LBTW, strict=True):
+    for c_SC, cached_BTW in zip(trace_window(model, tokens_BS[0]).latents, cache_LBTW, strict=True):
         assert relative_error(c_SC, cached_BTW[0, :, : config.kv_lora_rank]) < 1e-4
 
 
 def plain_weights(model: Model, x_TD: Tensor) -> Tensor:
-    """Layer 0's attention by the formulas: keys and queries of every head built and turned one by one; (H, T, T)."""
+    """Layer 0's attention by the formulas: keys and queries of every head built and rotated one by one; (H, T, T)."""
     config, attention = model.config, model.layers[0].self_attn
     nope, rope = config.qk_nope_head_dim, config.qk_rope_head_dim
     kv_TW = attention.kv_a_proj_with_mqa(x_TD)
@@ -125,7 +125,7 @@ def test_the_strongest_keys_are_kept() -> None:
 def test_attention_of_chosen_tokens_in_a_window() -> None:
     config = tiny(num_nextn_predict_layers=1)
     model, tokens_S = lively_model(config, seed=3), random_tokens(config, 1, 10)[0]
-    some, all_ = read_window(model, tokens_S, [2, 5], keys=4), read_window(model, tokens_S, range(10), keys=4)
+    some, all_ = trace_window(model, tokens_S, [2, 5], keys=4), trace_window(model, tokens_S, range(10), keys=4)
     assert len(some.attention) == config.num_hidden_layers
     for layer, whole in zip(some.attention, all_.attention, strict=True):
         assert layer.keys_HQM.shape == (config.num_attention_heads, 2, 4)
@@ -137,5 +137,5 @@ def test_attention_of_chosen_tokens_in_a_window() -> None:
 @pytest.mark.parametrize("length", [2, 3])
 def test_windows_too_short_for_every_module(length: int) -> None:
     config = replace(tiny(), num_nextn_predict_layers=2)
-    window = read_window(lively_model(config), random_tokens(config, 1, length)[0])
+    window = trace_window(lively_model(config), random_tokens(config, 1, length)[0])
     assert len(window.drafts) == length - 2

@@ -1,7 +1,7 @@
 // The excerpts: tokens that can be selected by pointer and by keyboard, tinted by what the reader wants to see.
 
 class Excerpts {
-  /** `selected(excerpt, at)` hears of a token. */
+  /** `selected(excerpt, at)` is called with the selected token. */
   constructor(root, selected) {
     this.selected = selected;
     this.excerpts = FACTS.excerpts.map((facts, number) => ({ facts, number, box: this.box(facts, number) }));
@@ -25,7 +25,7 @@ class Excerpts {
 
   span(token, number, at) {
     const span = element("span", { class: "token", role: "option", id: `t${number}-${at}`, "aria-selected": "false" });
-    if (at === 0) span.append(element("span", { class: "sign" }, "⟨begin⟩\n"));
+    if (at === 0) span.append(element("span", { class: "sign" }, "⟨BOS⟩\n"));
     // A line break is shown, so that it can be selected, and obeyed.
     else for (const part of token.text.split(/(\n)/)) span.append(part === "\n" ? element("span", { class: "sign" }, "↵\n") : printable(part));
     return span;

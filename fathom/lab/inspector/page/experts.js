@@ -1,4 +1,4 @@
-// A router's experts: load, bias, the classes each takes more or less of than its share, and its most telling tokens.
+// A router's experts: load, bias, its lift for each class, and its most characteristic tokens.
 
 class ExpertTable {
   /** `mark(router, expert)` tints the excerpts by an expert. */
@@ -13,7 +13,7 @@ class ExpertTable {
   draw(router) {
     const { load } = FACTS.routers[router];
     const mean = load.reduce((sum, one) => sum + one, 0) / load.length || 1;
-    const names = ["expert", "load ÷ mean", "bias", ...FACTS.classes.map(({ name }) => name), "telling tokens"];
+    const names = ["expert", "load ÷ mean", "bias", ...FACTS.classes.map(({ name }) => name), "characteristic tokens"];
     const head = element("tr", {}, ...names.map((name) => element("th", { scope: "col" }, name)));
     const rows = load.map((one, expert) => this.row(router, expert, one / mean));
     this.table.replaceChildren(element("table", { class: "expert-rows" }, element("thead", {}, head), element("tbody", {}, ...rows)));
@@ -27,7 +27,7 @@ class ExpertTable {
       return element("td", { class: `lift ${kind}`, style: `--amount: ${amount.toFixed(2)}` }, lift === null ? "–" : lift.toFixed(1));
     });
     const words = telling[expert].map((token) =>
-      element("span", { title: `taken by ${token.taken} of ${token.seen}` }, element("code", {}, visible(token.text)), ` ${token.lift.toFixed(1)}`));
+      element("span", { title: `${token.taken} of ${token.seen} occurrences` }, element("code", {}, visible(token.text)), ` ${token.lift.toFixed(1)}`));
     return element("tr", {},
       element("th", { scope: "row" }, button),
       element("td", { class: "number" }, ratio.toFixed(2)),

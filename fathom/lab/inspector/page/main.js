@@ -13,7 +13,7 @@ function tint() {
     key.textContent = "Blue: how much the chosen head attends to it, shaded by the root of the weight. ";
     excerpts.tint("attention", (_, at, number) => (number === excerpts.now.number ? Math.sqrt(tinted.attention.get(at) ?? 0) : 0));
   } else if (tinted.router !== null) {
-    key.textContent = `Blue: the token took expert ${tinted.expert} of ${FACTS.routers[tinted.router].name}. `;
+    key.textContent = `Blue: the token is routed to expert ${tinted.expert} of ${FACTS.routers[tinted.router].name}. `;
     excerpts.tint("expert", (token) => (token.experts[tinted.router]?.includes(tinted.expert) ? 1 : 0));
     key.append(element("button", { type: "button", onclick: () => { tinted.router = null; tint(); } }, "Show surprise again"));
   } else {

@@ -1,4 +1,4 @@
-// Which experts fire together: a matrix on a canvas, a pixel a pair, read out under the pointer and the arrow keys.
+// Experts selected together: a matrix on a canvas, a pixel a pair, read out under the pointer and the arrow keys.
 
 const STEPS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
 
@@ -32,7 +32,7 @@ class Together {
     const list = (title, some) => [element("h3", {}, title), element("ol", {}, ...some.map(({ names, ratio }) => element("li", {}, `experts ${names}: ${ratio.toFixed(2)} ×`)))];
     const few = known.slice(-Math.min(6, known.length)).reverse();
     this.lists.replaceChildren(...list("Most often together", known.slice(0, 6)), ...list("Least often together", few));
-    this.canvas.setAttribute("aria-label", `${FACTS.routers[router].name}: how often each pair of experts fires together; the extremes are listed beside`);
+    this.canvas.setAttribute("aria-label", `${FACTS.routers[router].name}: how often each pair of experts is selected together; the extremes are listed beside`);
     this.paint();
     this.look(this.cell);
   }
@@ -64,11 +64,11 @@ class Together {
   look(cell) {
     this.cell = cell;
     if (!cell) {
-      this.output.textContent = "Point at a pair, or walk with the arrow keys.";
+      this.output.textContent = "Point at a pair, or use the arrow keys.";
       return;
     }
     const ratio = this.ratio(...cell);
-    const words = cell[0] === cell[1] ? "the same expert" : ratio === null ? "never taken" : `${ratio.toFixed(2)} × chance`;
+    const words = cell[0] === cell[1] ? "the same expert" : ratio === null ? "never selected" : `${ratio.toFixed(2)} × chance`;
     this.output.textContent = `Experts ${cell[0]} and ${cell[1]}: ${words}`;
   }
 }

@@ -1,4 +1,4 @@
-// The panel: one token, the experts it took, what its heads attended to.
+// The panel: one token, its experts, what its heads attended to.
 
 class TokenPanel {
   /** `step(by)` selects a neighbour; `attend(weights)` tints the excerpt by place → weight. */
@@ -16,19 +16,19 @@ class TokenPanel {
 
   heading() {
     const button = (sign, name, by) => element("button", { type: "button", "aria-label": name, onclick: () => this.step(by) }, sign);
-    const name = this.at === 0 ? "begin token" : `token ${excerptPlace(this.excerpt, this.at)}, ${FACTS.classes[this.token.kind].name}`;
-    const words = element("p", { id: "panel-token" }, element("code", {}, this.at === 0 ? "⟨begin⟩" : visible(this.token.text)), ` ${name}`);
+    const name = this.at === 0 ? "BOS" : `token ${excerptPlace(this.excerpt, this.at)}, ${FACTS.classes[this.token.kind].name}`;
+    const words = element("p", { id: "panel-token" }, element("code", {}, this.at === 0 ? "⟨BOS⟩" : visible(this.token.text)), ` ${name}`);
     return element("header", {}, words, button("←", "Previous token", -1), button("→", "Next token", 1));
   }
 
   prediction() {
     if (this.token.bits === null) return [];
     const { bits, choice, drafts } = this.token;
-    const first = choice.agrees ? ["; it was the model’s first choice."] : ["; the model’s first choice: ", element("code", {}, visible(choice.text)), ` ${percent(choice.p)}.`];
+    const first = choice.agrees ? ["; the model’s most likely token."] : ["; the model’s most likely token: ", element("code", {}, visible(choice.text)), ` ${percent(choice.p)}.`];
     const lines = [element("p", {}, `Probability ${percent(2 ** -bits)}, ${bits.toFixed(1)} bits`, ...first)];
     drafts.forEach((draft, k) => {
       if (draft === null) return;
-      const verdict = draft.agrees ? "the model’s choice too: accepted." : "not the model’s choice: refused.";
+      const verdict = draft.agrees ? "accepted: also the model’s most likely token." : "rejected: not the model’s most likely token.";
       lines.push(element("p", {}, `Draft of module ${k + 1}: `, element("code", {}, visible(draft.text)), ` ${percent(draft.p)}, ${verdict}`));
     });
     return lines;
@@ -40,20 +40,20 @@ class TokenPanel {
     const top = Math.max(...weights.filter(Boolean).flat());
     const rows = FACTS.routers.map(({ name }, router) => {
       const head = element("th", { scope: "row" }, name.replace("module ", ""));
-      if (!experts[router]) return element("tr", {}, head, element("td", { colspan: "2", class: "quiet" }, "did not read it"));
+      if (!experts[router]) return element("tr", {}, head, element("td", { colspan: "2", class: "quiet" }, "not processed"));
       const pairs = experts[router].map((expert, i) =>
         element("span", { class: "pair" }, `${expert} `, element("small", {}, weights[router][i].toFixed(2))));
       const bars = experts[router].map((expert, i) => [expert, weights[router][i] / top]);
       const label = `${name}: the weights of its experts, as listed beside`;
       return element("tr", {}, head, element("td", {}, strip(FACTS.model.experts, bars, label)), element("td", {}, ...pairs));
     });
-    return [element("h3", {}, "Experts it took, with their weights"), element("table", { class: "routes" }, element("tbody", {}, ...rows))];
+    return [element("h3", {}, "Experts, with their weights"), element("table", { class: "routes" }, element("tbody", {}, ...rows))];
   }
 
   attention(heads) {
-    const title = element("h3", {}, "What its heads attended to");
+    const title = element("h3", {}, "Attention of its heads");
     if (!this.token.attention) {
-      return [title, element("p", { class: "quiet" }, this.at === 0 ? "Only itself: it is the first." : `Kept for every ${FACTS.attention.every}th token alone.`)];
+      return [title, element("p", { class: "quiet" }, this.at === 0 ? "Itself only: it is the first token." : `Kept for every ${FACTS.attention.every}th token only.`)];
     }
     const names = this.token.attention.map((_, layer) => `layer ${layer}`);
     const layers = choice("Layer", names, (layer) => { this.layer = layer; this.drawHeads(heads); });
@@ -70,7 +70,7 @@ class TokenPanel {
     if (this.head !== null && this.head >= maps.length) this.head = null;
     const rows = maps.map((map, at) => this.headRow(map, at, () => { this.head = this.head === at ? null : at; this.drawHeads(root); byId(`head-${at}`).focus(); }));
     root.replaceChildren(element("table", { class: "heads" }, element("tbody", {}, ...rows)),
-      element("p", { class: "quiet" }, "A strip runs from the begin token to this one. A head’s button tints the text by its weights."));
+      element("p", { class: "quiet" }, "A strip runs from BOS to this token. A head’s button tints the text by its weights."));
     this.attend(this.head === null ? null : maps[this.head]);
   }
 
@@ -90,7 +90,7 @@ function eachPair(pairs, take) {
 }
 
 function keyName(excerpt, key, at) {
-  if (key === 0) return "⟨begin⟩";
+  if (key === 0) return "⟨BOS⟩";
   return key === at ? "itself" : visible(excerpt.tokens[key].text);
 }
 

@@ -1,4 +1,4 @@
-"""A text read in windows: every token predicted once, excerpts inside windows, whatever the architecture."""
+"""A text in windows: every token is predicted once, excerpts lie inside windows, for any architecture."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fathom.lab.inspector.prediction import costliest
-from fathom.lab.inspector.reading import ATTENTION_BUDGET, KEYS_KEPT, Guesses, plan_reading, read_text
+from fathom.lab.inspector.trace import ATTENTION_BUDGET, KEYS_KEPT, Predictions, plan_windows, trace_text
 from fathom.model.config import ModelConfig
 from tests.model.configs import lively_model, tiny
 
@@ -18,7 +18,7 @@ BEGIN = 0
 
 @given(st.integers(1, 5000), st.integers(1, 700), st.integers(1, 1500), st.sampled_from([tiny(), ModelConfig()]))
 def test_plans_cover_the_text_and_keep_within_bounds(tokens: int, window: int, shown: int, config: ModelConfig) -> None:
-    plan = plan_reading(config, tokens, window, shown)
+    plan = plan_windows(config, tokens, window, shown)
     assert [place for start, end in plan.windows for place in range(start, end)] == list(range(tokens))
     assert max(end - start for start, end in plan.windows) <= min(window, config.max_position_embeddings - 1)
     assert 1 <= len(plan.excerpts) <= len(plan.windows)
@@ -29,15 +29,15 @@ def test_plans_cover_the_text_and_keep_within_bounds(tokens: int, window: int, s
 
 
 def test_excerpts_are_spread_over_the_text() -> None:
-    plan = plan_reading(ModelConfig(), tokens=10_000, window=500, shown=1024)
+    plan = plan_windows(ModelConfig(), tokens=10_000, window=500, shown=1024)
     assert sorted(plan.excerpts) == [2, 7, 12, 17]
 
 
 @torch.no_grad()
-def test_each_window_is_read_on_its_own_after_a_begin_token() -> None:
+def test_each_window_is_a_separate_pass_after_bos() -> None:
     config = tiny(num_nextn_predict_layers=2)
     model, tokens = lively_model(config, seed=1), np.random.default_rng(0).integers(2, 61, 23).tolist()
-    reading = read_text(model, tokens, BEGIN, plan_reading(config, 23, window=10, shown=8))
+    trace = trace_text(model, tokens, BEGIN, plan_windows(config, 23, window=10, shown=8))
     nats, experts, latents = [], [], []
     for start in (0, 10, 20):
         ids_BS = torch.tensor([[BEGIN, *tokens[start : start + 10]]])
@@ -47,16 +47,16 @@ def test_each_window_is_read_on_its_own_after_a_begin_token() -> None:
         normed_BSD = model.layers[0].input_layernorm(model.embed_tokens(ids_BS))
         kv_BSW = model.layers[0].self_attn.kv_a_proj_with_mqa(normed_BSD)
         latents.append(model.layers[0].self_attn.kv_a_layernorm(kv_BSW[..., : config.kv_lora_rank])[0, 1:])
-    np.testing.assert_allclose(reading.said.nats_N, nats, rtol=1e-4)
+    np.testing.assert_allclose(trace.main.nats_N, nats, rtol=1e-4)
     expected_NLK = torch.cat(experts).numpy()
-    np.testing.assert_array_equal(reading.experts_LNK[: config.num_moe_layers].swapaxes(0, 1), expected_NLK)
+    np.testing.assert_array_equal(trace.experts_LNK[: config.num_moe_layers].swapaxes(0, 1), expected_NLK)
     expected = np.linalg.svd(torch.cat(latents).numpy(), compute_uv=False)
-    np.testing.assert_allclose(reading.spectra[0].singular_values(), expected, rtol=1e-3)
+    np.testing.assert_allclose(trace.spectra[0].singular_values(), expected, rtol=1e-3)
 
-    # Module 2 drafts its first token three places after the begin token, and reads its first two after it.
-    assert [place for place in range(23) if reading.drafts[1].first_N[place] < 0] == [0, 1, 10, 11, 20, 21]
-    assert [place for place in range(23) if reading.experts_LNK[-1, place, 0] < 0] == [0, 10, 20]
-    [excerpt] = reading.excerpts
+    # Module 2 drafts its first token three positions after BOS; its first input is two positions after it.
+    assert [place for place in range(23) if trace.drafts[1].top_N[place] < 0] == [0, 1, 10, 11, 20, 21]
+    assert [place for place in range(23) if trace.experts_LNK[-1, place, 0] < 0] == [0, 10, 20]
+    [excerpt] = trace.excerpts
     assert excerpt.start == 10 and excerpt.queries_Q == tuple(range(1, 9))
     np.testing.assert_array_equal(excerpt.experts_LTK[0, 1:], expected_NLK[10:18, 0])
 
@@ -66,15 +66,15 @@ V2 = tiny(scoring_func="softmax", topk_method="greedy", norm_topk_prob=False, n_
 
 @pytest.mark.parametrize("config", [V2, tiny(first_k_dense_replace=3), replace(V2, first_k_dense_replace=0)])
 def test_other_architectures(config: ModelConfig) -> None:
-    reading = read_text(lively_model(config), list(range(2, 40)), BEGIN, plan_reading(config, 38, 20, 30))
-    assert reading.experts_LNK.shape == (config.num_moe_layers, 38, 3)
-    assert (reading.experts_LNK >= 0).all() and reading.drafts == ()
-    assert np.isfinite(reading.said.nats_N).all()
+    trace = trace_text(lively_model(config), list(range(2, 40)), BEGIN, plan_windows(config, 38, 20, 30))
+    assert trace.experts_LNK.shape == (config.num_moe_layers, 38, 3)
+    assert (trace.experts_LNK >= 0).all() and trace.drafts == ()
+    assert np.isfinite(trace.main.nats_N).all()
 
 
 def test_the_costliest_drafts_come_first() -> None:
-    def guesses(first_p: list[float], nats: list[float]) -> Guesses:
-        return Guesses(np.zeros(4, np.int64), np.array(first_p, np.float32), np.array(nats, np.float32))
+    def predictions(first_p: list[float], nats: list[float]) -> Predictions:
+        return Predictions(np.zeros(4, np.int64), np.array(first_p, np.float32), np.array(nats, np.float32))
 
-    said, module = guesses([0.5, 0.9, 0.9, 0.1], [0] * 4), guesses([0] * 4, [2.0, 2.0, 9.0, 3.0])
-    assert costliest(module, said, np.array([True, True, False, True])).tolist() == [1, 0, 3]
+    main, module = predictions([0.5, 0.9, 0.9, 0.1], [0] * 4), predictions([0] * 4, [2.0, 2.0, 9.0, 3.0])
+    assert costliest(module, main, np.array([True, True, False, True])).tolist() == [1, 0, 3]
