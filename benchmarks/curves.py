@@ -1,9 +1,9 @@
-"""Tokens per second against context length and against concurrency, drawn: `python benchmarks/curves.py`.
+"""Tokens per second by context length and by concurrency, plotted: `python benchmarks/curves.py`.
 
     python benchmarks/curves.py --figure FILE.png --json FILE.json
 
 bench-medium with random weights in bfloat16 beside the peers of benchmarks/decode.py, in the same turns; then drafting
-with the demo's model (`make demo`, or --demo) on held-out code. Peers stop where reading the prompts takes minutes.
+with the demo's model (`make demo`, or --demo) on held-out code. Peers stop where prefill takes minutes.
 """
 
 import argparse
@@ -69,10 +69,10 @@ def _curves(
 
 
 def drafting(demo: Path) -> Panel:
-    """As many drafts as pay, against none."""
+    """Adaptive draft length against no drafts."""
     held_out = HeldOut.of(demo, torch.device("cpu"))
     prompts = held_out.prompts
-    curves: dict[str, Curve] = {"without drafts": {}, "as many drafts as pay": {}}
+    curves: dict[str, Curve] = {"without drafts": {}, "adaptive draft length": {}}
     for batch in CONCURRENCY:
         engines = [Drafting(held_out.model, speculative, batch) for speculative in (0, True)]
         groups = [prompts[first : first + batch] for first in range(0, len(prompts), batch)]
@@ -81,7 +81,7 @@ def drafting(demo: Path) -> Panel:
             for engine, rate in zip(engines, rates, strict=True):
                 before = engine.tokens, engine.seconds
                 engine.go_on(groups[turn % len(groups)], counted=turn > 1)
-                if turn > 1:  # engines warm up, and learn what steps cost and bring
+                if turn > 1:  # engines warm up and measure the cost and gain of drafts
                     rate.append((engine.tokens - before[0]) / (engine.seconds - before[1]))
         for curve, rate in zip(curves.values(), rates, strict=True):
             curve[batch] = median(rate)
@@ -118,8 +118,8 @@ def draw(panels: Sequence[Panel], machine: str, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, default=Path("runs/demo"), help="directory of a demo's run")
-    parser.add_argument("--figure", type=Path, help="file to draw to (.png, .svg)")
-    parser.add_argument("--json", type=Path, help="file to write the numbers to")
+    parser.add_argument("--figure", type=Path, help="write the plot to this file (.png, .svg)")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
     settle("cpu")
     console = Console(width=120)

@@ -1,6 +1,6 @@
-"""How benchmarks/train.py measures: sides take their steps in turn, so that a drifting machine meets all alike.
+"""How benchmarks/train.py measures: sides take their steps in turn, so that drift of the machine affects all equally.
 
-Each side is a process of its own (benchmarks/side.py). benchmarks/train_gpu.py starts its sides in the same way.
+Each side is a separate process (benchmarks/side.py). benchmarks/train_gpu.py starts its sides in the same way.
 """
 
 import json
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 WARM_UP = 2
-"""First turns that are not counted: kernels are prepared, moments made, memory taken."""
+"""First turns, not counted: kernels are prepared, moments and memory allocated."""
 _LAST_LINES = 15
 _PATIENCE_SECONDS = 30
 
 
 class SideError(RuntimeError):
-    """A side ended before its work was done; the message says which, and its last words."""
+    """A side exited early; the message names it and has the last lines of its standard error."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Group:
 
     sides: dict[str, Spec]
     bandwidth: bool = False
-    """Whether the memory's bandwidth is measured among the steps, too."""
+    """Whether memory bandwidth is measured between the steps, too."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Result:
         return self.spec.batch * self.spec.length
 
     def mfu(self, peak: float) -> float:
-        """Model FLOPs of a step, of what the peak would do in its time."""
+        """Model FLOP/s of a step as a fraction of `peak`."""
         flops = self.tokens * self.spec.shape.flops_per_token(self.spec.length, mtp=True)
         return flops / self.seconds / peak
 
@@ -78,27 +78,27 @@ class Result:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one group's turns gave."""
+    """The measurements of one group."""
 
     sides: dict[str, Result]
     peaks: list[float]
-    """FLOP/s of a large product at each counted turn."""
+    """FLOP/s of a large matmul at each counted turn."""
     bandwidths: list[float]
-    """Bytes per second at each counted turn; empty where they were not asked for."""
+    """Bytes per second at each counted turn; empty unless the group measures bandwidth."""
 
     @property
     def peak(self) -> float:
-        """Median FLOP/s of a large product."""
+        """Median FLOP/s of a large matmul."""
         return median(self.peaks)
 
 
 def measure(group: Group, turns: int, report: Callable[[str], None]) -> Outcome:
-    """Start the group's sides, let them take `turns` counted steps in rotation, end them.
+    """Start the group's sides, run `turns` counted steps of each in rotation, end them.
 
-    `report` hears of each side's step before it is taken.
+    `report` is called with a side's name before each of its steps.
     """
     with ExitStack() as stack:
-        # All start at once and are waited for one after another: nothing is timed yet.
+        # All start at once and are awaited one after another: nothing is timed yet.
         sides = {name: stack.enter_context(running(name, spec)) for name, spec in group.sides.items()}
         sizes = {name: side.answer() for name, side in sides.items()}
         first = next(iter(sides.values()))
@@ -107,27 +107,27 @@ def measure(group: Group, turns: int, report: Callable[[str], None]) -> Outcome:
         for turn in range(WARM_UP + turns):
             for name, side in sides.items():
                 report(name)
-                steps[name].append(side.ask(f"step {turn}"))
-            peaks.append(first.ask("peak"))
+                steps[name].append(side.request(f"step {turn}"))
+            peaks.append(first.request("peak"))
             if group.bandwidth:
-                bandwidths.append(first.ask("bandwidth"))
+                bandwidths.append(first.request("bandwidth"))
     results = {name: Result(group.sides[name], sizes[name], steps[name][WARM_UP:]) for name in steps}
     return Outcome(results, peaks[WARM_UP:], bandwidths[WARM_UP:])
 
 
 class Side:
-    """A running side, to be asked for one thing after another."""
+    """A running side, which takes one request at a time."""
 
     def __init__(self, name: str, process: subprocess.Popen[bytes], errors: IO[str]) -> None:
         self._name = name
         self._process = process
         self._errors = errors
 
-    def ask(self, request: str, seconds: float = threading.TIMEOUT_MAX) -> Any:
-        """The side's answer to a request; a side that takes more than so many `seconds` is ended."""
+    def request(self, line: str, seconds: float = threading.TIMEOUT_MAX) -> Any:
+        """The side's answer to a request; a side that takes more than `seconds` is killed."""
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(f"{request}\n".encode())
+            self._process.stdin.write(f"{line}\n".encode())
         except BrokenPipeError:
             raise self._ended() from None
         patience = threading.Timer(seconds, self._process.kill)
@@ -151,26 +151,26 @@ class Side:
 
     def _ended(self) -> SideError:
         status = self._process.wait()
-        how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
+        how = f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
         if status == -signal.SIGKILL:
             how += " (out of memory?)"
         self._errors.seek(0)
-        words = self._errors.read().splitlines()[-_LAST_LINES:]
-        return SideError("\n".join([f"the side «{self._name}» {how}; its last words:", *words]))
+        lines = self._errors.read().splitlines()[-_LAST_LINES:]
+        return SideError("\n".join([f"the side «{self._name}» {how}; its last lines:", *lines]))
 
 
 @contextmanager
 def running(name: str, spec: "DataclassInstance", program: str = "side.py") -> Iterator[Side]:
-    """The side's process, for the length of a `with`: a program of this folder, which is given its spec."""
+    """A context with the side's process: a program of this folder with `spec` as its argument."""
     command = [sys.executable, str(Path(__file__).with_name(program)), json.dumps(to_json(spec))]
     with (
         tempfile.TemporaryFile("w+", errors="replace") as errors,
-        # Unbuffered: what could not be written to a side that has ended is not tried again when the pipe is closed.
+        # Unbuffered: what could not be written to a side that has exited is not written again when the pipe is closed.
         subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors) as process,
     ):
         try:
             yield Side(name, process, errors)
             with suppress(subprocess.TimeoutExpired):
-                process.communicate(timeout=_PATIENCE_SECONDS)  # the end of its input is its sign to go
+                process.communicate(timeout=_PATIENCE_SECONDS)  # it exits at the end of its input
         finally:
             process.kill()

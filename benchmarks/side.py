@@ -1,6 +1,6 @@
-"""One side of benchmarks/train.py, in a process of its own: it builds a model and takes the steps it is asked for.
+"""One side of benchmarks/train.py, as a separate process: it builds a model and takes steps on request.
 
-`python benchmarks/side.py SPEC`, where SPEC is a `Spec` as JSON. It answers in lines of JSON on standard output: one
+`python benchmarks/side.py SPEC`, where SPEC is a `Spec` as JSON. It writes lines of JSON to standard output: one
 with the model's sizes when it is ready, then one for each line on standard input: «step TURN», «peak» or «bandwidth».
 
 Shapes: B rows, S inputs, W = S + 1 + M tokens of a row (M MTP modules).
@@ -39,8 +39,8 @@ _BIAS_STD = 0.05
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 _PEAK_RESET = Path("/proc/self/clear_refs")
-KNOWS_PEAK_MEMORY = os.access(_PEAK_RESET, os.W_OK)
-"""Whether the system tells the most memory a process had within a step (Linux does)."""
+HAS_PEAK_MEMORY = os.access(_PEAK_RESET, os.W_OK)
+"""Whether the system reports a process's peak memory within a step (Linux does)."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,13 @@ class Spec:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the activations; weights are float32."""
     allocator: Literal["tuned", "default"] = "tuned"
-    """As `fathom train` sets it (an arena for tensors), or glibc's as it comes."""
+    """tuned: as `fathom train` sets it (an arena for tensors); default: glibc's."""
     compile: bool = False
-    """Compile the layers (fathom alone)."""
+    """Compile the layers (fathom only)."""
 
 
 class Trained(NamedTuple):
-    """A model and what moves it."""
+    """A model and its training."""
 
     model: nn.Module
     optimizers: list[Optimizer]
@@ -75,7 +75,7 @@ def main() -> None:
     answers = own_stdout()
     spec = from_json(Spec, json.loads(sys.argv[1]), where="spec")
     if spec.allocator == "tuned":
-        install_allocator()  # all that `fathom train` asks of the machine before it begins
+        install_allocator()  # as `fathom train` does
     build = _builder(spec)
     machine = Machine()
     before = _memory("VmRSS")
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def own_stdout() -> TextIO:
-    """Standard output for the answers alone: what libraries print there goes to standard error."""
+    """Standard output for answers only: what libraries print there goes to standard error."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return answers
@@ -105,10 +105,10 @@ def answer(answers: TextIO, content: Any) -> None:
 
 
 def _builder(spec: Spec) -> Callable[[Spec], Trained]:
-    """What builds the side; imports all that it needs, so that memory read from here on is the model's."""
+    """The side's constructor; imports everything needed, so that memory measured from here on is the model's."""
     if spec.program == "fathom":
         return _build_ours
-    import peers  # a dependency of the tests alone
+    import peers  # a dependency of the tests only
 
     make = peers.mixture if spec.program == "transformers-moe" else peers.dense
     return lambda spec: _around_peer(make, spec)
@@ -165,7 +165,7 @@ def _tokens(spec: Spec, turn: int) -> Tensor:
 
 def _step(trained: Trained, tokens_BW: Tensor, before: int) -> dict[str, float | None]:
     """Seconds of the two halves of a step, its loss, and the most memory above what must be held between steps."""
-    if KNOWS_PEAK_MEMORY:
+    if HAS_PEAK_MEMORY:
         _PEAK_RESET.write_text("5")  # proc(5): the peak so far becomes the present size
     began = time.perf_counter()
     for optimizer in trained.optimizers:
@@ -176,7 +176,7 @@ def _step(trained: Trained, tokens_BW: Tensor, before: int) -> dict[str, float |
     for optimizer in trained.optimizers:
         optimizer.step()
     ended = time.perf_counter()
-    memory = _memory("VmHWM") - before - _held(trained) if KNOWS_PEAK_MEMORY else None
+    memory = _memory("VmHWM") - before - _held(trained) if HAS_PEAK_MEMORY else None
     if not math.isfinite(loss.item()):
         raise RuntimeError(f"the loss is {loss.item()}: such a step measures nothing")
     return {"fb": middle - began, "optimizer": ended - middle, "loss": loss.item(), "memory": memory}
@@ -191,15 +191,15 @@ def _held(trained: Trained) -> int:
 
 
 def _memory(name: str) -> int:
-    """Bytes of a line of the process's status: VmRSS now, VmHWM at the most; 0 where there is none to read."""
-    if not KNOWS_PEAK_MEMORY:
+    """Bytes of a line of the process's status: VmRSS now, VmHWM at the peak; 0 where there is none."""
+    if not HAS_PEAK_MEMORY:
         return 0
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[name].split()[0]) * 1024
 
 
 def _sizes(model: nn.Module) -> dict[str, int]:
-    """Numbers of all parameters, and of those in linear layers."""
+    """The number of all parameters, and of those in linear layers."""
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     return {"parameters": sum(p.numel() for p in model.parameters()), "linear": linear}
 
@@ -208,7 +208,7 @@ def _sizes(model: nn.Module) -> dict[str, int]:
 
 
 def cpu_model() -> str:
-    """The processor's name, where the system tells it."""
+    """The processor's name, if the system has it."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
@@ -218,14 +218,14 @@ def cpu_model() -> str:
 
 
 class Machine:
-    """What the machine can do, measured among the steps. Its matrices are made once, before memory is counted."""
+    """Throughput of the machine, measured between the steps. Its matrices are allocated before memory is measured."""
 
     def __init__(self) -> None:
         self._a, self._b = (torch.randn(2048, 2048).bfloat16() for _ in range(2))
         self._product = self._a @ self._b
 
     def flops(self) -> float:
-        """FLOP/s of a large square product in bfloat16."""
+        """FLOP/s of a large square matmul in bfloat16."""
         return 2 * 2048**3 / _timed(lambda: torch.mm(self._a, self._b, out=self._product))
 
     def bandwidth(self) -> float:

@@ -1,4 +1,4 @@
-"""One side of benchmarks/train_gpu.py, in a process of its own: it trains a model on the GPU and says how that went.
+"""One side of benchmarks/train_gpu.py, as a separate process: it trains a model on the GPU and reports time and memory.
 
 `python benchmarks/side_gpu.py SPEC`, where SPEC is a `Spec` as JSON. It answers in lines of JSON on standard output:
 one when all it needs is imported, and its result when a line on standard input asks for it.
@@ -30,7 +30,7 @@ from fathom.train.run import OptimizerConfig, Run, TrainConfig
 from fathom.train.setup import init_train_state
 
 WARM_UP, COUNTED = 3, 6
-"""Steps: compiling, kernels' choices and moments come first and are not counted."""
+"""Steps; those of the warm-up compile, choose kernels and allocate moments."""
 _GPU = torch.device("cuda", 0)
 _LEARNING_RATE = 1e-4
 
@@ -57,7 +57,7 @@ class Trained(NamedTuple):
     model: nn.Module
     optimizers: list[Optimizer]
     step: Callable[[list[Tensor]], float]
-    """From the micro-batches' tokens (B, W) to the step's loss, which the host has waited for."""
+    """From the micro-batches' tokens (B, W) to the step's loss, synchronised with the host."""
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def _importing_peer() -> Callable[[Spec], Trained]:
-    import peers  # a dependency of the tests alone
+    import peers  # a dependency of the tests only
 
     return lambda spec: _peer(peers.mixture, spec)
 
@@ -156,7 +156,7 @@ def _ours(spec: Spec) -> Trained:
 def _peer(make: Callable[[ModelConfig], nn.Module], spec: Spec) -> Trained:
     """`transformers` with everything in bfloat16, weights and moments, too.
 
-    Autocast over float32 weights, the alternative, leaves its grouped products in float32: a loop over the experts.
+    Autocast over float32 weights, the alternative, leaves its grouped matmuls in float32: a loop over the experts.
     """
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)

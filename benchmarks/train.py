@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rotation import WARM_UP, Group, Outcome, Result, SideError, measure
-from side import KNOWS_PEAK_MEMORY, Spec, cpu_model
+from side import HAS_PEAK_MEMORY, Spec, cpu_model
 
 from fathom.config import atomic_write
 from fathom.model.config import ModelConfig
@@ -175,7 +175,7 @@ def _rows(batch: int) -> list[Row]:
         Row("MFU, no MTP", "of peak", "programs", tuned, _mfu, 0.42, 0.63),
         Row("MFU, one MTP module", "of peak", "shapes", ("fathom, one MTP module",), _mfu, 0.42, 0.63),
     ]
-    if KNOWS_PEAK_MEMORY:
+    if HAS_PEAK_MEMORY:
         name = "peak memory above weights, gradients, moments"
         rows.append(Row(name, "bytes", "programs", default, _memory, 0.5, 0.333))
     experts = ("fathom, 256 experts", "fathom, 32 experts")

@@ -141,7 +141,7 @@ def _measured(sides: dict[str, Spec]) -> Iterator[tuple[str, Result | SideError]
         for name, side in started.items():
             try:
                 side.answer()
-                yield name, Result(sides[name], side.ask("measure", max(1.0, end - time.monotonic())))
+                yield name, Result(sides[name], side.request("measure", max(1.0, end - time.monotonic())))
             except SideError as error:
                 yield name, error
             contexts[name].close()  # the card is free again

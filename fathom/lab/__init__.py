@@ -1,1 +1,1 @@
-"""Looking at a trained model: the demo and its report."""
+"""Ablations, inspector, planner and demo: only the command line imports this package."""

@@ -1,8 +1,8 @@
-"""Pictures for the reports: line charts, heat strips and bars as inline SVG, written by hand, no plotting library.
+"""Figures for the pages: line charts, heat strips and bars as inline SVG, without a plotting library.
 
-Each function returns a piece of XHTML that needs `STYLE`, the look of the whole page. Colours are Okabe and Ito's
+Each function returns an XHTML fragment that needs `STYLE`, the style sheet of the page. Colours are Okabe and Ito's
 blue and vermilion, which colour-blind readers tell apart, lightened for dark pages; no meaning rests on colour alone:
-series differ in stroke too, and every figure says in its label what it shows.
+series differ in stroke too, and the label of every figure describes it in words.
 """
 
 import math
@@ -76,7 +76,7 @@ class Series:
 
 @dataclass(frozen=True)
 class _Frame:
-    """The plane of a chart: values to picture coordinates."""
+    """Maps the values of a chart to SVG coordinates."""
 
     x_ticks: Sequence[float]
     y_ticks: Sequence[float]
@@ -116,7 +116,7 @@ def line_chart(
     references: Sequence[tuple[str, float]] = (),
     zero: bool = False,
 ) -> str:
-    """Series over an x axis that begins at 0, with named horizontal `references`; with `zero`, y begins at 0 too."""
+    """Series over an x axis that begins at 0, with named horizontal `references`; `zero`: the y axis does, too."""
     drawn = [one for one in series if any(y is not None for _, y in one.points)]
     if not drawn:
         return nothing(title)
@@ -131,7 +131,7 @@ def line_chart(
 
 
 def heat_strip(title: str, columns: Sequence[Sequence[float]]) -> str:
-    """Ratios as colours, one column for each moment: 1 is the page's own shade, more is warm, less is cold."""
+    """Ratios as colours, one column per time step: 1 is the background, more is orange, less is blue."""
     if not columns:
         return nothing(title)
     rows = len(columns[0])
@@ -143,21 +143,21 @@ def heat_strip(title: str, columns: Sequence[Sequence[float]]) -> str:
             runs.setdefault(level, []).append(f"M{at} {row}h{width}v1h-{width}z")
             at += width
     body = "".join(_cells(level, "".join(runs[level])) for level in sorted(runs) if level)
-    label = f"{title}: {rows} rows over {len(columns)} moments"
+    label = f"{title}: {rows} rows over {len(columns)} steps"
     height = rows * max(1, min(6, 240 // rows))
     shape = f'class="heat" preserveAspectRatio="none" style="height: {height}px"'
     return figure(title, label, f"0 0 {len(columns)} {rows}", body, shape=shape)
 
 
 def heat_key(low: str, high: str) -> str:
-    """What a heat strip's colours mean; `low` and `high` name the ends, at half and at twice."""
+    """The legend of heat strips; `low` and `high` label the ends, at half and at twice."""
     cells = "".join(_cells(level, f"M{level + 4} 0h1v1h-1z") for level in range(-4, 5))
     strip = f'<svg class="heat" viewBox="0 0 9 1" preserveAspectRatio="none" aria-hidden="true">{cells}</svg>'
     return f'<p class="key"><span>{escape(low)}{strip}{escape(high)}</span></p>'
 
 
 def bars(title: str, rows: Sequence[tuple[str, float, str]]) -> str:
-    """Horizontal bars from zero: (name, value, the value in words)."""
+    """Horizontal bars from zero: (name, value, label)."""
     longest = max(value for _, value, _ in rows)
     body = ""
     for at, (name, value, words) in enumerate(rows):
@@ -169,12 +169,12 @@ def bars(title: str, rows: Sequence[tuple[str, float, str]]) -> str:
 
 
 def nothing(title: str) -> str:
-    """In place of a figure for which there are no numbers."""
+    """In place of a figure without data."""
     return f"<figure><figcaption>{escape(title)}</figcaption><p>Nothing was recorded for this figure.</p></figure>"
 
 
 def figure(title: str, label: str, box: str, body: str, key: str = "", shape: str = "") -> str:
-    """A picture with its title above: `label` says it in words, `box` is the view, `body` the shapes."""
+    """An SVG under its title: `label` describes it in words, `box` is its viewBox, `body` its shapes."""
     name = escape(title)
     return (
         f'<figure><figcaption>{name}</figcaption><svg role="img" aria-label="{escape(label)}" viewBox="{box}" {shape}>'
@@ -201,7 +201,7 @@ def _axes(frame: _Frame, x_label: str) -> str:
 
 
 def _references(frame: _Frame, references: Sequence[tuple[str, float]]) -> str:
-    """Dotted lines; names are staggered from right to left, so that close lines keep theirs apart."""
+    """Dotted lines; names are staggered from right to left, so that those of close lines do not overlap."""
     parts = []
     for at, (name, value) in enumerate(references):
         y, x = frame.y(value), _WIDTH - _RIGHT - 190 * at
@@ -230,7 +230,7 @@ def _swatch(series: Series) -> str:
 
 
 def _summary(series: Series) -> str:
-    """A series in words, for those who listen to the page."""
+    """A series in words, for screen readers."""
     known = [(x, y) for x, y in series.points if y is not None]
     (x_first, y_first), (x_last, y_last) = known[0], known[-1]
     return f"{series.label} from {y_first:.4g} at {x_first:g} to {y_last:.4g} at {x_last:g}"

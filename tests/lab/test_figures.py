@@ -1,4 +1,4 @@
-"""The pictures are well-formed, true to their numbers, and survive having almost none."""
+"""Figures are well-formed, show their data, and cope with almost none."""
 
 import re
 from itertools import pairwise
@@ -42,7 +42,7 @@ def parsed(figure: str) -> ElementTree.Element:
     return ElementTree.fromstring(figure)
 
 
-def test_a_chart_names_its_series_and_says_their_ends() -> None:
+def test_a_charts_label_names_its_series_and_their_ends() -> None:
     series = [Series("<loss>", [(1, 8.0), (2, 4.0), (3, 2.5)]), Series("mtp", [(1, 9.0), (3, 3.0)], "dashed", "two")]
     figure = parsed(line_chart("a & b", "step", series, [("gzip", 2.25)]))
     svg = figure.find("svg")
@@ -63,7 +63,7 @@ def test_a_missing_value_is_a_gap_and_a_lone_point_shows() -> None:
 
 
 @pytest.mark.parametrize("series", [[], [Series("s", [])], [Series("s", [(1, None)])]])
-def test_a_chart_of_nothing_says_so(series: list[Series]) -> None:
+def test_a_chart_without_data_says_so(series: list[Series]) -> None:
     assert "Nothing was recorded" in "".join(parsed(line_chart("t", "x", series)).itertext())
 
 
@@ -91,7 +91,7 @@ def test_a_heat_strip_paints_each_cell_once_by_its_level() -> None:
     }
 
 
-def test_a_heat_strip_of_nothing_says_so_and_the_key_has_nine_shades() -> None:
+def test_a_heat_strip_without_data_says_so_and_the_key_has_nine_shades() -> None:
     assert "Nothing was recorded" in heat_strip("layer", [])
     assert len(list(parsed(heat_key("less", "more")).iter("path"))) == 9
 

@@ -25,7 +25,7 @@ class Assumptions:
     """The same for backward, including the recomputed scores. The trace: 7.15 TFLOP in 17.0 ms."""
     memory: float = 0.55
     """Share of memory bandwidth that everything between the matmuls reaches: norms, casts to FP8, SwiGLU,
-    permutations. The trace: 32.5 ms for 3.7 MB (as work.py counts them) per token and layer."""
+    permutations. The trace: 32.5 ms for 3.6 MB (as work.py counts them) per token and layer."""
     communication_multiprocessors: int = 20
     """Not available for computing while experts are spread over several nodes (report, section 3.2.2)."""
     network: float = 0.88

@@ -26,7 +26,7 @@ class Excerpts {
   span(token, number, at) {
     const span = element("span", { class: "token", role: "option", id: `t${number}-${at}`, "aria-selected": "false" });
     if (at === 0) span.append(element("span", { class: "sign" }, "⟨BOS⟩\n"));
-    // A line break is shown, so that it can be selected, and obeyed.
+    // A line break is shown, so that it can be selected, and breaks the line.
     else for (const part of token.text.split(/(\n)/)) span.append(part === "\n" ? element("span", { class: "sign" }, "↵\n") : printable(part));
     return span;
   }

@@ -14,7 +14,7 @@ class Together {
     root.append(element("div", { class: "controls" }, layers.root), element("div", { class: "matrix" }, map, this.lists));
     this.canvas.addEventListener("pointermove", (event) => {
       const at = (offset) => Math.min(experts - 1, Math.max(0, Math.floor((offset * experts) / this.canvas.clientWidth)));
-      this.look([at(event.offsetY), at(event.offsetX)]);
+      this.show([at(event.offsetY), at(event.offsetX)]);
     });
     this.canvas.addEventListener("keydown", (event) => this.walk(event));
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.paint());
@@ -34,7 +34,7 @@ class Together {
     this.lists.replaceChildren(...list("Most often together", known.slice(0, 6)), ...list("Least often together", few));
     this.canvas.setAttribute("aria-label", `${FACTS.routers[router].name}: how often each pair of experts is selected together; the extremes are listed beside`);
     this.paint();
-    this.look(this.cell);
+    this.show(this.cell);
   }
 
   paint() {
@@ -58,10 +58,10 @@ class Together {
     if (!step) return;
     event.preventDefault();
     const clamp = (at) => Math.min(FACTS.model.experts - 1, Math.max(0, at));
-    this.look(this.cell ? [clamp(this.cell[0] + step[0]), clamp(this.cell[1] + step[1])] : [0, 0]);
+    this.show(this.cell ? [clamp(this.cell[0] + step[0]), clamp(this.cell[1] + step[1])] : [0, 0]);
   }
 
-  look(cell) {
+  show(cell) {
     this.cell = cell;
     if (!cell) {
       this.output.textContent = "Point at a pair, or use the arrow keys.";
@@ -73,7 +73,7 @@ class Together {
   }
 }
 
-/** #abc or #aabbcc as three numbers. */
+/** #abc or #aabbcc as three channels. */
 function channels(color) {
   const digits = color.trim().slice(1);
   const whole = digits.length === 3 ? [...digits].map((digit) => digit + digit).join("") : digits;
