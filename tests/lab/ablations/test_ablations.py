@@ -59,7 +59,7 @@ def test_an_interval_with_a_known_answer() -> None:
         interval([math.nan])
 
 
-def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
+def test_intervals_have_their_nominal_coverage() -> None:
     rng = random.Random(0)
     covered = 0
     for _ in range(2000):
@@ -111,7 +111,7 @@ def test_grouped_query_attention_is_llamas(kv_heads: int) -> None:
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
     )
     theirs = LlamaAttention(theirs_config, 0)
-    # Their halves turn against each other, our neighbours do: rows of q and k change places.
+    # Llama rotates halves, we rotate neighbours: rows of q and k are permuted.
     order = torch.arange(8).reshape(4, 2).T.flatten()
     state = {}
     for name, weight in ours.state_dict().items():
@@ -133,7 +133,7 @@ def test_kv_heads_that_do_not_divide_are_refused() -> None:
         GroupedQueryAttention(tiny(num_attention_heads=4, v_head_dim=8, qk_rope_head_dim=8), 3)
 
 
-def test_a_denied_token_takes_its_next_best_experts() -> None:
+def test_tokens_are_routed_past_their_masked_experts() -> None:
     model = lively_model(tiny(), seed=3)
     gate = next(module for module in model.modules() if isinstance(module, MoE)).gate
     ids = torch.randint(0, model.config.vocab_size, (2, 6))
@@ -193,7 +193,7 @@ def small(variant: Variant) -> Variant:
 
 
 @pytest.mark.slow
-def test_runs_repeat_and_are_not_made_twice(tmp_path: Path) -> None:
+def test_runs_are_reproducible_and_made_once(tmp_path: Path) -> None:
     data = DataConfig(corpus=str(CORPUS))
     calls: list[Variant] = []
 
@@ -220,7 +220,7 @@ def _vocabulary(variant: Variant, size: int) -> Variant:
 
 
 @pytest.mark.parametrize("scale", ALL.values(), ids=ALL)
-def test_what_is_called_equal_is_equal(scale: Scale) -> None:
+def test_what_is_held_fixed_is_equal(scale: Scale) -> None:
     """Parameters of the attentions, and FLOPs of the feed-forwards and of ablation 6's two sides, within 2 %."""
     data = DataConfig(corpus=str(CORPUS))
 
@@ -238,8 +238,8 @@ def test_what_is_called_equal_is_equal(scale: Scale) -> None:
     assert budget[0] == budget[1] >= 3
 
 
-def planted(effects: dict[str, float], noise: float) -> Found:
-    """Records of one metric: a base, what the seed shares out to all, an effect, and a little noise."""
+def simulated(effects: dict[str, float], noise: float) -> Found:
+    """Records of one metric: a base, an offset per seed, an effect, and a little noise."""
     rng = random.Random(5)
     shared = {seed: rng.gauss(0, 0.1) for seed in range(5)}
     return {
@@ -268,30 +268,30 @@ def planted(effects: dict[str, float], noise: float) -> Found:
         (0.02, 0.001, "close", 0.005, "does not hold at this scale"),
     ],
 )
-def test_a_planted_effect_comes_out(
+def test_a_simulated_effect_is_found(
     effect: float, noise: float, expected: Expectation, margin: float, verdict: str, tmp_path: Path
 ) -> None:
-    """The whole way from records to verdict, where the seeds' own spread is far larger than the effect."""
+    """From records to verdict, where the spread between seeds is far larger than the effect."""
     comparison = Comparison("new", "old", "quality", expected, margin)
     ablation = replace(ABLATIONS["routing"], columns=("quality",), timings=(), comparisons=(comparison,), stages=())
     entries = [Entry(name, base(MINUTES, DataConfig())) for name in ("old", "new")]
     prepared = SimpleNamespace(config=DataConfig(), corpus_hash="0" * 64)
-    found = planted({"old": 0.0, "new": effect}, noise)
+    found = simulated({"old": 0.0, "new": effect}, noise)
     summary = summarize(ablation, MINUTES, entries, found, cast(TokenizedCorpus, prepared), "")
     assert summary["verdict"] == verdict
     compared = summary["comparisons"][0]
     assert compared["low"] < effect < compared["high"] and (compared["high"] - compared["low"]) < 12 * noise
 
 
-def test_every_study_names_what_it_compares() -> None:
+def test_every_ablation_has_a_deciding_comparison() -> None:
     assert len(ABLATIONS) == 6
     for ablation in ABLATIONS.values():
         assert any(comparison.decides for comparison in ablation.comparisons), ablation.name
 
 
 @pytest.mark.slow
-def test_a_study_repeated_gives_the_same_table(tmp_path: Path) -> None:
-    """Every number that no clock had a part in, every interval and every verdict."""
+def test_a_repeated_ablation_gives_the_same_table(tmp_path: Path) -> None:
+    """Every value that does not depend on a clock, every interval and every verdict."""
     tiny_scale = replace(MINUTES, steps=3, batch=2, micro_batch=2, length=32, vocabulary=320, held_out_rows=4)
     ablation, data = ABLATIONS["routing"], DataConfig(corpus=str(CORPUS))
     summaries = []
@@ -306,8 +306,8 @@ def test_a_study_repeated_gives_the_same_table(tmp_path: Path) -> None:
     assert len({row["metrics"]["bits_per_byte"]["mean"] for row in summaries[0]["rows"]}) > 1
 
 
-def test_the_committed_pages_are_those_the_figures_make(tmp_path: Path) -> None:
-    """They were not edited by hand, and they hold every claim."""
+def test_the_committed_pages_follow_from_the_committed_results(tmp_path: Path) -> None:
+    """They were not edited by hand, and they contain every ablation."""
     pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
     docs = Path(__file__).parents[3] / "docs"
     shutil.copytree(docs / "ablations", tmp_path / "ablations")
@@ -375,8 +375,8 @@ def test_modules_with_their_own_embedding_and_head(copies: bool) -> None:
         assert torch.equal(mine, other) == copies
 
 
-def test_modules_with_their_own_ends_learn_them_alone() -> None:
-    """A module's loss moves its own matrices, and no optimizer but AdamW takes them."""
+def test_unshared_modules_train_only_their_own_matrices() -> None:
+    """A module's loss gives gradients to its own matrices only, and AdamW updates them, not Muon."""
     model = ApartModel(tiny(num_nextn_predict_layers=1))
     ids = torch.randint(0, model.config.vocab_size, (1, 8))
     logits = model(ids, mtp=True).mtp_logits
@@ -404,13 +404,13 @@ def test_the_loss_of_modules_with_their_own_ends_goes_through_their_heads() -> N
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("command", "message"),
     [
         (AblationsCommand(names=("magic",)), "no ablation 'magic'"),
         (AblationsCommand(scale="eons"), "--scale is 'eons'"),
         (AblationsCommand(seeds=0), "--seeds is 0"),
     ],
 )
-def test_wrong_names_are_named(command: AblationsCommand, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_invalid_values_are_named_in_the_error(command: AblationsCommand, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         run_ablations(command)

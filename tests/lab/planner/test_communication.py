@@ -26,7 +26,7 @@ TOKENS = 20_000
 
 
 def routing(config: ModelConfig) -> torch.Tensor:
-    """Experts (N, K) of tokens that choose uniformly within uniformly chosen groups."""
+    """Experts (N, K) of tokens routed uniformly within uniformly chosen groups."""
     draw = torch.Generator().manual_seed(0)
     size = config.n_routed_experts // config.n_group
     groups_NG = torch.rand(TOKENS, config.n_group, generator=draw).argsort(1)[:, : config.topk_group]
@@ -35,7 +35,7 @@ def routing(config: ModelConfig) -> torch.Tensor:
 
 
 def distinct(ids_NK: torch.Tensor, size: int, blocks: int) -> torch.Tensor:
-    """Which of `blocks` runs of `size` experts each token touches, (N, blocks)."""
+    """Which of `blocks` blocks of `size` experts each token is routed to, (N, blocks)."""
     return torch.zeros(len(ids_NK), blocks, dtype=torch.bool).scatter(1, ids_NK // size, True)
 
 
@@ -53,7 +53,7 @@ def test_the_671b_model_reaches_at_most_four_nodes() -> None:
 
 @pytest.mark.parametrize("expert", [4, 16, 32])
 def test_expert_traffic(expert: int) -> None:
-    """Tokens of all ranks alike: to each other node once, and there (or at home) to each other GPU."""
+    """A token is sent to each other node once, and within a node to each other GPU."""
     layout, experts = Layout(expert=expert), CONFIG.n_routed_experts
     per_node = CLUSTER.per_node
     ranks_NR = distinct(routing(CONFIG), experts // expert, expert)
@@ -73,7 +73,7 @@ def test_expert_traffic(expert: int) -> None:
     assert found.link == pytest.approx(handed_on.item() * scale, rel=0.02)
 
 
-def test_fp8_halves_what_goes_out_but_not_what_comes_back() -> None:
+def test_fp8_halves_dispatch_but_not_combine() -> None:
     wide, narrow = Layout(expert=16), Layout(expert=16, precision="fp8")
     out, back = dispatch_and_combine(CONFIG, narrow, CLUSTER)
     wide_out, wide_back = dispatch_and_combine(CONFIG, wide, CLUSTER)
@@ -82,7 +82,7 @@ def test_fp8_halves_what_goes_out_but_not_what_comes_back() -> None:
     assert dispatch_and_combine(CONFIG, Layout(), CLUSTER) == (Traffic(0, 0), Traffic(0, 0))
 
 
-def test_states_and_tensor_parallel_exchange_by_hand() -> None:
+def test_pipeline_and_tensor_parallel_traffic_by_hand() -> None:
     layout = Layout(pipeline=8, micro_batch=2, length=100)
     assert stage_traffic(CONFIG, layout, CLUSTER) == Traffic(2 * 100 * 32 * 2, 0)
     assert stage_traffic(CONFIG, replace(layout, pipeline=4), CLUSTER) == Traffic(0, 2 * 100 * 32 * 2)
@@ -101,7 +101,7 @@ def test_gradients_by_hand(zero: int, bytes_: int) -> None:
     assert gradient_traffic(1000, 500, alone, Cluster(GPUS["h800"], 1, 4)) == Traffic(0, 0)
 
 
-def test_the_slower_wire_decides() -> None:
+def test_the_slower_link_decides() -> None:
     assumed = Assumptions(network=1.0, link=0.5)
     assert Traffic(50e9, 50e9).seconds(CLUSTER, assumed) == 1.0
     assert Traffic(50e9, 200e9).seconds(CLUSTER, assumed) == 2.0

@@ -1,4 +1,4 @@
-"""The plan of this machine: which steps are timed, what is made of their times, and when there is no plan."""
+"""The plan of this machine: which steps are timed, what is computed from their times, and refusals."""
 
 import json
 import os
@@ -45,11 +45,11 @@ def test_larger_steps_add_the_difference_of_the_two_that_were_timed() -> None:
     assert _plan(_nano(5), 0.8, 0.7).seconds_per_step == 0.7  # noise never makes a larger step a faster one
 
 
-def test_memory_is_that_of_accumulation_where_the_run_accumulates() -> None:
+def test_peak_memory_is_that_with_gradient_accumulation_if_the_run_accumulates() -> None:
     assert [_plan(_nano(n), 0.5, 0.8).peak_memory for n in (1, 2, 3)] == [100, 120, 120]
 
 
-def test_the_run_takes_all_its_steps_the_ramp_of_its_batch_included() -> None:
+def test_the_duration_of_a_run_includes_its_batch_ramp() -> None:
     run = _nano(6, steps=9, batch_ramp_start=2, batch_ramp_steps=5)
     plan = _plan(run, 0.5, 0.8)
     sizes = batch_sizes(run.train)
@@ -59,7 +59,7 @@ def test_the_run_takes_all_its_steps_the_ramp_of_its_batch_included() -> None:
 
 @pytest.mark.parametrize(("length", "checkpointing"), [(16, False), (48, True)])
 def test_real_steps_of_two_sizes_are_timed(length: int, checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of the trainer on the run's own model; a clock that moves in them alone gives back what they cost."""
+    """Real steps on the run's own model, with a clock that advances by a known cost per step."""
     clock, seen = [0.0], list[list[torch.Size]]()
     real_step = local.pretrain_step
 
@@ -100,7 +100,7 @@ def test_without_a_gpu_the_error_names_the_flag() -> None:
 
 @pytest.mark.slow
 def test_the_command_times_this_machine() -> None:
-    """In a process of its own, whose peak memory nothing else has raised."""
+    """In a separate process, so that its peak memory is its own."""
     words = ["plan", "nano", "--gpu", "cpu", "--global-batch", "6", "--micro-batch", "2", "--length", "64"]
     answer = subprocess.run(
         [sys.executable, "-m", "fathom", *words, "--json"], check=True, stdout=subprocess.PIPE, env=os.environ

@@ -1,4 +1,4 @@
-"""Whole plans: the report's own figure, hand-computed parts, what must hold of any plan, and the search."""
+"""Plans: the report's figure, parts computed by hand, invariants of any plan, and the search."""
 
 import json
 from dataclasses import asdict, fields, replace
@@ -43,7 +43,7 @@ def test_the_reports_gpu_hours_within_a_tenth() -> None:
     assert plan.fits  # and the report needed no tensor parallelism
 
 
-def test_four_layers_take_what_the_published_trace_shows() -> None:
+def test_four_layers_take_as_long_as_in_the_published_trace() -> None:
     """128.5 ms for a forward and a backward chunk of four MoE layers and 4096 tokens, routing balanced."""
     layer = next(layer for layer in layers(V3, REPORT) if layer.name == "moe")
     seconds = layer_time(layer, REPORT, H800S, replace(ASSUMED, imbalance=1.0)).total * 4 * 4096
@@ -113,7 +113,7 @@ def planned(layout: Layout, gpus: int) -> Plan | None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_what_holds_of_every_plan(data: st.DataObject) -> None:
+def test_invariants_of_every_plan(data: st.DataObject) -> None:
     try:
         layout = data.draw(layouts)
     except ConfigError:  # DualPipe with one stage
@@ -162,7 +162,7 @@ def test_search_finds_the_best_of_all_that_fit() -> None:
     assert best.time.total == min(plan.time.total for plan in fitting)
 
 
-def test_search_says_when_nothing_fits() -> None:
+def test_search_reports_when_nothing_fits() -> None:
     with pytest.raises(ConfigError, match="gpus is 8; no layout fits: the smallest needs"):
         search(V3, Layout(global_batch=64), Cluster(GPUS["h100"], 8, 8), ASSUMED)
 
@@ -236,7 +236,7 @@ def test_the_command_reads_a_config(tmp_path: Path, capsys: pytest.CaptureFixtur
         ("nano --micro-batch 0", "micro_batch is 0; it must be 1 or more"),
     ],
 )
-def test_wrong_words_are_one_line(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_input_is_one_clear_line(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["plan", *words.split()])
     assert caught.value.code == 2

@@ -66,7 +66,7 @@ def test_dualpipe(ranks: int, count: int) -> None:
 @settings(max_examples=30, deadline=None)
 @given(st.floats(0.7, 1.0), st.floats(0.8, 1.2))
 def test_dualpipe_with_overlap(hidden: float, weights: float) -> None:
-    """Where a pair takes less than its two chunks alone, the report's formula is 3 % of a step off at most."""
+    """If a pair takes less than its two chunks separately, the formula of the report is within 3 % of a step."""
     chunks = Chunks(1.1, 2.2, weights, 3.3 * hidden)
     layout = Layout(pipeline=16, schedule="dualpipe")
     simulated = makespan(dualpipe(16, 120), seconds(chunks), 16)
@@ -74,7 +74,7 @@ def test_dualpipe_with_overlap(hidden: float, weights: float) -> None:
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(1, 4))
-def test_stages_are_cut_so_that_the_dearest_is_cheapest(costs: list[int], count: int) -> None:
+def test_stages_minimise_the_most_expensive_one(costs: list[int], count: int) -> None:
     found = stages(tuple(map(float, costs)), count)
     assert [place for run in found for place in run] == list(range(len(costs)))
     assert len(found) == count
