@@ -40,9 +40,9 @@ from tests.model.configs import lively_model, tiny
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 ALL_PAGES = sorted([*PAGES, *(ROOT / "docs" / "log").glob("*.md")])
-WRITTEN = [page for page in ALL_PAGES if not page.name.startswith("claims")]
+WRITTEN = [page for page in ALL_PAGES if page not in (ROOT / "docs").glob("ablations*.md")]
 """By hand: the others are the ablations' own output."""
-LONG_LINES = {"inspector.md", "planning.md", "reading-the-page.md", "serving.md"}
+LONG_LINES = {"reading-the-page.md", "serving.md"}
 """Pages whose lines are still to be wrapped."""
 CORE_LINES = 7_500
 
