@@ -1,5 +1,6 @@
 """Experts and the exchange around them: whatever order tokens come in, they get their own sums back."""
 
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -67,3 +68,43 @@ def test_gradients_of_the_input_are_summed_in_one_order() -> None:
     parts = [cast(Tensor, part.grad) for part in (experts, router, shared)]
     assert torch.equal(cast(Tensor, whole.grad), parts[0] + parts[1] + parts[2])
     assert not torch.equal(cast(Tensor, whole.grad), parts[0] + (parts[1] + parts[2])), "too round to prove anything"
+
+
+class HalfExchange:
+    """One of two ranks, each of which holds half of the experts and computes its part of every token's sum."""
+
+    def __init__(self, first: int, count: int) -> None:
+        self.first, self.count = first, count
+
+    def dispatch(self, x_ND: Tensor, topk_ids_NK: Tensor, weights_NK: Tensor) -> ExpertTokens:
+        local_NK = topk_ids_NK - self.first
+        held_NK = (local_NK >= 0) & (local_NK < self.count)
+        return ExpertTokens(x_ND, local_NK.masked_fill(~held_NK, -1), weights_NK)
+
+    def combine(self, y_MD: Tensor, sent: ExpertTokens) -> Tensor:
+        return y_MD
+
+
+def test_experts_held_in_halves_add_up_to_the_whole() -> None:
+    config = tiny()
+    whole = Experts(config).double()
+    enliven(whole, 0)
+    generator = torch.Generator().manual_seed(1)
+    x_ND = torch.randn(9, config.hidden_size, generator=generator, dtype=torch.float64).requires_grad_()
+    ids_NK = torch.stack([torch.randperm(8, generator=generator)[:3] for _ in range(9)])
+    weights_NK = torch.rand(9, 3, generator=generator, dtype=torch.float64).requires_grad_()
+    expected_ND = whole(x_ND, ids_NK, weights_NK)
+    halves = [Experts(replace(config, n_routed_experts=4, n_group=2)).double() for _ in range(2)]
+    parts = []
+    for number, half in enumerate(halves):
+        half.exchange = HalfExchange(4 * number, 4)
+        half.gate_up_proj.data, half.down_proj.data = (
+            w[4 * number :][:4] for w in (whole.gate_up_proj, whole.down_proj)
+        )
+        parts.append(half(x_ND, ids_NK, weights_NK))
+    torch.testing.assert_close(parts[0] + parts[1], expected_ND, rtol=1e-12, atol=1e-12)
+    grads = [
+        torch.autograd.grad(y_ND.square().sum(), (x_ND, weights_NK)) for y_ND in (parts[0] + parts[1], expected_ND)
+    ]
+    for found, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
