@@ -2,7 +2,7 @@
 
 Every case is planned, from three steps of each size, and then trained for more steps by the trainer's own
 `pretrain_step`; plan and run are processes of their own. Memory is a process's peak (a GPU: its tensors'). Tokens are
-random, routers untrained. Cases of more than two micro-batches test the extrapolation.
+random, routers untrained. Cases of more than four micro-batches test the extrapolation.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def cpu_cases() -> dict[str, Run]:
         "nano, 8 micro-batches of 2 x 256": _sized(nano, 8, 2, 256),
         "nano, 9 layers, no MTP, 4 x 1024": _sized(replace(nano, model=plain), 1, 4, 1024),
         "bench-small": small,
-        "bench-small, 4 micro-batches of 1 x 2048": _sized(small, 4, 1, 2048),
+        "bench-small, 8 micro-batches of 1 x 2048": _sized(small, 8, 1, 2048),
         "bench-small, activation checkpointing": replace(
             small, train=replace(small.train, activation_checkpointing=True)
         ),

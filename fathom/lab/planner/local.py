@@ -1,8 +1,8 @@
 """The plan of a run on this machine, its CPU or one GPU: a few real optimizer steps, timed.
 
-Steps of one and of two micro-batches are timed, on random tokens and freshly initialised weights. The second
-micro-batch adds its own forward and backward pass and nothing else, so a step of M micro-batches takes the time of two
-and M − 2 times the difference. All other figures are measured or follow from the configuration.
+Steps of one and of several micro-batches (four, where the run has so many) are timed in turn, on random tokens and
+freshly initialised weights. Each further micro-batch adds one forward and backward pass and nothing else, so the
+duration of a step is a straight line in their number. All other figures are measured or follow from the configuration.
 """
 
 import resource
@@ -31,18 +31,21 @@ from fathom.train.setup import build_state, compute_dtype, resolve_auto
 from fathom.train.step import TrainState
 
 TIMED_STEPS = 3
+"""Of each size."""
+_MOST_MICRO_BATCHES = 4
+"""More would make the extrapolation to large batches less sensitive to noise, and the command slower."""
 _GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What steps of one size took; a first step, which allocates and compiles, is not among them."""
+    """Measurements of steps of one size; a first step, which allocates and compiles, is not among them."""
 
     micro_batches: int
     seconds: tuple[float, ...]
     """Of each timed step."""
     peak_memory: int
-    """Bytes: on a CPU the most this process held so far, the program included; on a GPU the most tensors took."""
+    """Bytes: on a CPU of the whole process, the program included; on a GPU of its tensors."""
 
     @property
     def median(self) -> float:
@@ -52,14 +55,16 @@ class Timing:
 
 @dataclass(frozen=True)
 class LocalPlan:
-    """What `run`, whose compute type is settled, takes on `device`."""
+    """The costs of `run`, whose compute type is resolved, on `device`."""
 
     run: Run
     device: str
     needs: Estimate
-    """What a run is refused by before it starts."""
+    """The estimate by which a run is refused before it starts."""
     one: Timing
-    two: Timing
+    """Of steps of one micro-batch."""
+    several: Timing
+    """Of larger steps."""
 
     @property
     def micro_batches(self) -> int:
@@ -69,7 +74,7 @@ class LocalPlan:
     @property
     def extrapolated(self) -> bool:
         """Whether a step is larger than what was timed."""
-        return self.micro_batches > self.two.micro_batches
+        return self.micro_batches > self.several.micro_batches
 
     @property
     def tokens_per_step(self) -> int:
@@ -94,8 +99,8 @@ class LocalPlan:
 
     @property
     def peak_memory(self) -> int:
-        """Bytes; from the second micro-batch on, more of them change nothing."""
-        return (self.one if self.micro_batches == 1 else self.two).peak_memory
+        """Bytes; a third micro-batch takes no more than a second."""
+        return (self.one if self.micro_batches == 1 else self.several).peak_memory
 
     @property
     def run_seconds(self) -> float:
@@ -104,12 +109,12 @@ class LocalPlan:
         return sum(self.step_seconds(int(size)) * int(count) for size, count in zip(sizes, steps, strict=True))
 
     def step_seconds(self, micro_batches: int) -> float:
-        """A step of so many micro-batches."""
+        """Duration of a step of `micro_batches` micro-batches."""
         if micro_batches == 1:
             return self.one.median
         # Noise may make the larger step the faster one where both are tiny.
-        each = max(0.0, self.two.median - self.one.median)
-        return self.two.median + (micro_batches - 2) * each
+        each = max(0.0, self.several.median - self.one.median) / (self.several.micro_batches - 1)
+        return self.several.median + (micro_batches - self.several.micro_batches) * each
 
 
 def plan_local(run: Run, device: torch.device) -> LocalPlan:
@@ -123,14 +128,14 @@ def plan_local(run: Run, device: torch.device) -> LocalPlan:
         install_allocator()  # as `fathom train` does; where it cannot, neither can training
     ranks = Ranks(0, 1, device)
     run = replace(run, train=resolve_auto(run.train, ranks))
-    two = max(run.train.batch_size, 2 * run.train.micro_batch_size)
-    timed = replace(run, train=replace(run.train, batch_size=two))
+    several = min(_MOST_MICRO_BATCHES, max(2, run.train.batch_size // run.train.micro_batch_size))
+    larger = max(run.train.batch_size, several * run.train.micro_batch_size)
+    timed = replace(run, train=replace(run.train, batch_size=larger))
     needs = estimate(timed, compute_dtype(run), int(batch_sizes(run.train).sum()), device)
     if refusal := memory_refusal(run, needs, free_memory(device)):
         raise ConfigError(f"gpu is {device.type!r}, where this run cannot be timed: {refusal}")
     state = build_state(run, ranks)
-    one, two_of_them = (_time_steps(state, run, micro_batches, ranks) for micro_batches in (1, 2))
-    return LocalPlan(run, _device_name(device), needs, one, two_of_them)
+    return LocalPlan(run, _device_name(device), needs, *_timings(state, run, several, ranks))
 
 
 def _device_name(device: torch.device) -> str:
@@ -139,19 +144,32 @@ def _device_name(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} thread(s)"
 
 
-def _time_steps(state: TrainState, run: Run, micro_batches: int, ranks: Ranks) -> Timing:
-    """Several steps of so many micro-batches; the first is not timed."""
-    seconds = []
-    for step in range(1 + TIMED_STEPS):
-        batches = _random_batches(run, micro_batches, step, ranks.device)
-        if step == 1 and ranks.device.type == "cuda":  # compiling needs memory that later steps do not
-            torch.cuda.reset_peak_memory_stats(ranks.device)
-        _synchronize(ranks.device)
-        began = time.perf_counter()
-        pretrain_step(state, batches, micro_batches * run.train.micro_batch_size, run, ranks)
-        _synchronize(ranks.device)
-        seconds.append(time.perf_counter() - began)
-    return Timing(micro_batches, tuple(seconds[1:]), peak_memory(ranks.device))
+def _timings(state: TrainState, run: Run, several: int, ranks: Ranks) -> tuple[Timing, Timing]:
+    """Steps of one and of `several` micro-batches in turn, so that drift of the machine affects both."""
+    sizes, device = (1, several), ranks.device
+    seconds: dict[int, list[float]] = {size: [] for size in sizes}
+    peaks = {}
+    for size in sizes:  # first steps; a CPU's peak memory only grows, so that of one micro-batch is read in between
+        _step_seconds(state, run, size, ranks)
+        peaks[size] = peak_memory(device)
+    for _ in range(TIMED_STEPS):
+        for size in sizes:
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)  # compiling needed memory that these steps do not
+            seconds[size].append(_step_seconds(state, run, size, ranks))
+            if device.type == "cuda" or size == several:
+                peaks[size] = peak_memory(device)
+    one, larger = (Timing(size, tuple(seconds[size]), peaks[size]) for size in sizes)
+    return one, larger
+
+
+def _step_seconds(state: TrainState, run: Run, micro_batches: int, ranks: Ranks) -> float:
+    batches = _random_batches(run, micro_batches, state.step, ranks.device)
+    _synchronize(ranks.device)
+    began = time.perf_counter()
+    pretrain_step(state, batches, micro_batches * run.train.micro_batch_size, run, ranks)
+    _synchronize(ranks.device)
+    return time.perf_counter() - began
 
 
 def _random_batches(run: Run, micro_batches: int, seed: int, device: torch.device) -> list[Batch]:
@@ -185,7 +203,7 @@ def local_json(plan: LocalPlan) -> dict[str, Any]:
         "device": plan.device,
         "compute_dtype": plan.run.train.compute_dtype,
         "parameters": asdict(plan.run.model.parameter_counts()),
-        "timed": [asdict(timing) for timing in (plan.one, plan.two)],
+        "timed": [asdict(timing) for timing in (plan.one, plan.several)],
         "step": {
             "micro_batches": plan.micro_batches,
             "tokens": plan.tokens_per_step,
@@ -204,20 +222,18 @@ def show_local(console: Console, plan: LocalPlan) -> None:
     train = plan.run.train
     timed = Table("micro-batches of a step", "tokens", "seconds", "peak GiB", title_justify="left")
     timed.title = f"Timed here ({plan.device}): {TIMED_STEPS} steps of each size"
-    for timing in (plan.one, plan.two):
+    for timing in (plan.one, plan.several):
         tokens = timing.micro_batches * train.micro_batch_size * train.sequence_length
         seconds = f"{timing.median:.3f} ({min(timing.seconds):.3f} to {max(timing.seconds):.3f})"
         timed.add_row(str(timing.micro_batches), f"{tokens:,}", seconds, f"{timing.peak_memory / _GIB:.2f}")
     console.print(timed)
-    how = (
-        "timed" if not plan.extrapolated else "extrapolated: two micro-batches, and the difference for each further one"
-    )
+    how = "timed" if not plan.extrapolated else "extrapolated"
     whole = "the whole process" if plan.device.startswith("CPU") else "all tensors"
     rows = {
         "model": f"{_millions(plan)}M parameters, {plan.run.optimizer.name}, computing in {train.compute_dtype}",
         "step": f"{plan.seconds_per_step:.3f} s for {train.batch_size} x {train.sequence_length} tokens ({how})",
         "speed": f"{plan.tokens_per_second:,.0f} tokens/s, {plan.flops_per_second / 1e9:,.0f} GFLOP/s of model FLOPs",
-        "memory": f"{plan.peak_memory / _GIB:.2f} GiB for {whole}; {plan.needs.memory / _GIB:.2f} estimated beforehand",
+        "memory": f"{plan.peak_memory / _GIB:.2f} GiB for {whole}, {plan.needs.memory / _GIB:.2f} estimated (tensors)",
         "run": f"{train.steps:,} steps, {plan.needs.tokens:,} tokens: {duration(plan.run_seconds)} without evaluations",
     }
     for name, text in rows.items():

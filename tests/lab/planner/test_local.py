@@ -43,6 +43,8 @@ def test_larger_steps_add_the_difference_of_the_two_that_were_timed() -> None:
     assert larger.tokens_per_second == pytest.approx(10 * 32 / 1.7)
     assert [_plan(_nano(n), 0.5, 0.8).extrapolated for n in (1, 2, 3)] == [False, False, True]
     assert _plan(_nano(5), 0.8, 0.7).seconds_per_step == 0.7  # noise never makes a larger step a faster one
+    four = replace(larger, several=Timing(4, (1.4,), 120))
+    assert [round(four.step_seconds(n), 6) for n in (1, 2, 4, 5)] == [0.5, 0.8, 1.4, 1.7]
 
 
 def test_peak_memory_is_that_with_gradient_accumulation_if_the_run_accumulates() -> None:
@@ -57,8 +59,12 @@ def test_the_duration_of_a_run_includes_its_batch_ramp() -> None:
     assert plan.run_seconds == pytest.approx(sum(0.2 + 0.3 * (int(size) // 2) for size in sizes))
 
 
-@pytest.mark.parametrize(("length", "checkpointing"), [(16, False), (48, True)])
-def test_real_steps_of_two_sizes_are_timed(length: int, checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("micro_batches", "several", "length", "checkpointing"), [(1, 2, 16, False), (3, 3, 16, False), (7, 4, 48, True)]
+)
+def test_real_steps_of_two_sizes_are_timed(
+    micro_batches: int, several: int, length: int, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Real steps on the run's own model, with a clock that advances by a known cost per step."""
     clock, seen = [0.0], list[list[torch.Size]]()
     real_step = local.pretrain_step
@@ -74,14 +80,18 @@ def test_real_steps_of_two_sizes_are_timed(length: int, checkpointing: bool, mon
 
     monkeypatch.setattr(local, "pretrain_step", step)
     monkeypatch.setattr(local.time, "perf_counter", lambda: clock[0])
-    run = _nano(7, length, activation_checkpointing=checkpointing)
+    run = _nano(micro_batches, length, activation_checkpointing=checkpointing)
     plan = plan_local(run, CPU)
-    assert seen == 4 * [[(2, length)]] + 4 * [2 * [(2, length)]]
-    assert plan.one.seconds == 3 * (0.75,) and plan.two.seconds == 3 * (1.25,)
-    assert plan.seconds_per_step == 0.25 + 7 * 0.5
-    found = local_json(plan)
-    assert found["step"] == {"micro_batches": 7, "tokens": 14 * length, "seconds": 3.75, "extrapolated": True}
-    assert found["run"]["seconds"] == pytest.approx(run.train.steps * 3.75)
+    assert seen == 4 * [[(2, length)], several * [(2, length)]]
+    assert plan.one.seconds == 3 * (0.75,) and plan.several.seconds == 3 * (0.25 + several * 0.5,)
+    seconds = 0.25 + micro_batches * 0.5
+    assert local_json(plan)["step"] == {
+        "micro_batches": micro_batches,
+        "tokens": 2 * micro_batches * length,
+        "seconds": seconds,
+        "extrapolated": micro_batches > 4,
+    }
+    assert plan.run_seconds == pytest.approx(run.train.steps * seconds)
 
 
 def test_a_run_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +111,7 @@ def test_without_a_gpu_the_error_names_the_flag() -> None:
 @pytest.mark.slow
 def test_the_command_times_this_machine() -> None:
     """In a separate process, so that its peak memory is its own."""
-    words = ["plan", "nano", "--gpu", "cpu", "--global-batch", "6", "--micro-batch", "2", "--length", "64"]
+    words = ["plan", "nano", "--gpu", "cpu", "--global-batch", "12", "--micro-batch", "2", "--length", "64"]
     answer = subprocess.run(
         [sys.executable, "-m", "fathom", *words, "--json"], check=True, stdout=subprocess.PIPE, env=os.environ
     )
@@ -109,7 +119,7 @@ def test_the_command_times_this_machine() -> None:
     parameters = sum(p.numel() for p in Model(presets.nano().model).parameters())
     assert 12 * parameters < found["memory"]["peak"] < 4 << 30  # weights, gradients, Muon's momentum; and the program
     assert [len(timing["seconds"]) for timing in found["timed"]] == [3, 3]
-    assert found["tokens_per_second"] == pytest.approx(6 * 64 / found["step"]["seconds"])
+    assert found["tokens_per_second"] == pytest.approx(12 * 64 / found["step"]["seconds"])
     text = subprocess.run([sys.executable, "-m", "fathom", *words], check=True, stdout=subprocess.PIPE, env=os.environ)
     for expected in ("Timed here (CPU", "extrapolated", "tokens/s", "600 steps"):
         assert expected in text.stdout.decode()
@@ -120,4 +130,4 @@ def test_the_command_times_this_machine() -> None:
 def test_a_gpu_is_timed() -> None:
     plan = plan_local(_nano(3, 64, compute_dtype="bfloat16"), torch.device("cuda"))
     parameters = sum(p.numel() for p in Model(presets.nano().model).parameters())
-    assert plan.one.median > 0 and 12 * parameters < plan.one.peak_memory <= plan.two.peak_memory
+    assert plan.one.median > 0 and 12 * parameters < plan.one.peak_memory <= plan.several.peak_memory
