@@ -54,7 +54,11 @@ class Whole:
     def of(cls, model: Model, tokens: list[int]) -> "Whole":
         states = model.forward_hidden(torch.tensor([tokens]), mtp=True)
         ids = states.router.topk_ids_LBSK[: model.config.num_hidden_layers - model.config.first_k_dense_replace]
-        experts_LSK = torch.stack([layer[0] for layer in ids]) if ids else torch.empty(0, len(tokens), 0)
+        experts_LSK = (
+            torch.stack([layer[0] for layer in ids])
+            if ids
+            else torch.empty(0, len(tokens), model.config.num_experts_per_tok, dtype=torch.int64)
+        )
         h_SD, mtp_h_SD = states.h_BSD[0], states.mtp_h_BSD[0][0]
         return cls(tokens, h_SD, model.logits(h_SD), experts_LSK, mtp_h_SD, model.logits(mtp_h_SD))
 
