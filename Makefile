@@ -6,7 +6,7 @@ export PYTHON TORCH_INDEX TORCH_VERSION
 
 PY := .venv/bin/python
 # One process of tests a core; a process that runs out of tests takes some of another's.
-PARALLEL := -n auto --dist worksteal
+PARALLEL := -n logical --dist worksteal
 BENCHMARKS ?= ops train decode convert
 LINT_SOURCES := fathom tests $(wildcard benchmarks examples)
 
