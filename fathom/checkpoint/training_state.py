@@ -56,12 +56,12 @@ def save_checkpoint(
     model: Model,
     tokenizer: Tokenizer,
     state: dict[str, Any],
-    average: dict[str, Tensor] | None,
+    ema: dict[str, Tensor] | None,
     keep_last: int,
 ) -> Path:
     """Write the checkpoint of `step`, point RUN/model at it, and delete all but the newest `keep_last`.
 
-    `state` consists of tensors, numbers, strings, lists and dicts; `average` is the moving average of the parameters.
+    `state` consists of tensors, numbers, strings, lists and dicts; `ema` is the moving average of the parameters.
     """
     final = run / "checkpoints" / f"step-{step:06d}"
     if final.exists():
@@ -69,8 +69,8 @@ def save_checkpoint(
     staging = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
     save_model(model, staging, tokenizer)
-    if average is not None:
-        with _swapped_weights(model, average):
+    if ema is not None:
+        with _swapped_weights(model, ema):
             save_model(model, staging / "ema", tokenizer)
     (staging / _STATE).parent.mkdir()
     with open(staging / _STATE, "wb") as file:

@@ -1,1 +1,1 @@
-"""Parallelism applied from outside: the model's own code knows one device."""
+"""Parallelism applied from outside: the model's own code is for one device."""

@@ -52,7 +52,7 @@ class ForwardOutput(NamedTuple):
     h_ND: Tensor
     """Every token's final hidden state, float32 or wider."""
     logits_NO: Tensor
-    """Logits of the tokens that were asked for, float32 or wider. They are valid until the backend's next pass."""
+    """Logits of the tokens at `logits_indices`, float32 or wider. They are valid until the backend's next pass."""
     routed: Routed
     """The experts of every token in the main model's L MoE layers; L = 0 after an MTP module's pass."""
 

@@ -2,9 +2,15 @@
 
 import warnings
 from collections.abc import Iterator
-from typing import Self
+from typing import Protocol, Self
 
 from fathom.engine.outputs import Update
+
+
+class _Engine(Protocol):
+    def step_phases(self) -> Iterator[list[Update]]: ...
+
+    def warm_up(self) -> None: ...
 
 
 class OldNames:
@@ -16,20 +22,12 @@ class OldNames:
         warnings.warn("Engine.core is the engine itself; use its own methods", DeprecationWarning, stacklevel=2)
         return self
 
-    def prepare(self) -> None:
+    def prepare(self: _Engine) -> None:
         """Deprecated: `warm_up`."""
         warnings.warn("Engine.prepare is now Engine.warm_up", DeprecationWarning, stacklevel=2)
         self.warm_up()
 
-    def parts(self) -> Iterator[list[Update]]:
+    def parts(self: _Engine) -> Iterator[list[Update]]:
         """Deprecated: `step_phases`."""
         warnings.warn("Engine.parts is now Engine.step_phases", DeprecationWarning, stacklevel=2)
         return self.step_phases()
-
-    def step_phases(self) -> Iterator[list[Update]]:
-        """See `Engine.step_phases`."""
-        raise NotImplementedError
-
-    def warm_up(self) -> None:
-        """See `Engine.warm_up`."""
-        raise NotImplementedError

@@ -29,9 +29,9 @@ class Generation:
     error: str | None = None
     """What went wrong."""
     logprobs: list[TokenLogprob] | None = None
-    """One for each of `token_ids`, where asked for."""
+    """One for each of `token_ids`, where requested."""
     prompt_logprobs: list[TokenLogprob] | None = None
-    """One for each token of the prompt but the first, where asked for."""
+    """One for each token of the prompt but the first, where requested."""
     accepted_mask: list[bool] = field(default_factory=list)
     """For each of `token_ids`, whether it was a draft that the model accepted."""
     offered_at: list[int] = field(default_factory=list)
@@ -49,7 +49,7 @@ class Generation:
 
     @property
     def routed_experts(self) -> Tensor | None:
-        """Where asked for, the experts of every token whose hidden state was computed, (L MoE layers, T, K) int16.
+        """Where requested, the experts of every token whose hidden state was computed, (L MoE layers, T, K) int16.
 
         T counts the prompt, prefix-cached tokens included, and the output but for its last token, which is not fed
         once the request has finished. Rejected drafts are not among them.
@@ -58,7 +58,7 @@ class Generation:
 
     @property
     def routing_weights(self) -> Tensor | None:
-        """Where asked for, the weights of `routed_experts`, float32; NaN for prefix-cached tokens."""
+        """Where requested, the weights of `routed_experts`, float32; NaN for prefix-cached tokens."""
         return None if self.routing is None else self.routing.weights()
 
     def count_drafts(self, drafted: int, accepted: int) -> None:
@@ -114,12 +114,12 @@ class Completion:
 
     @property
     def logprobs(self) -> list[TokenLogprob] | None:
-        """Of each generated token, where asked for."""
+        """Of each generated token, where requested."""
         return self.generation.logprobs
 
     @property
     def prompt_logprobs(self) -> list[TokenLogprob] | None:
-        """Of each token of the prompt but the first, where asked for."""
+        """Of each token of the prompt but the first, where requested."""
         return self.generation.prompt_logprobs
 
     @property
@@ -159,7 +159,7 @@ class Stats:
     pages_used: int
     """Pages that requests hold."""
     pages_reusable: int
-    """Pages that nobody holds, kept in case their content is asked for again."""
+    """Pages that no request holds, kept in the prefix cache until they are evicted."""
     page_size: int
     """Tokens per page."""
     bytes_per_token: int

@@ -1,4 +1,4 @@
-"""A request: what the caller asks for, and its state inside the engine.
+"""A request: what the caller specifies, and its state inside the engine.
 
 Shapes: N tokens, D hidden, T = drafts + 1 positions, O vocabulary.
 """

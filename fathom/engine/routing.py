@@ -1,4 +1,4 @@
-"""Which experts the main model's tokens were routed to: totals per expert, and token by token where asked for.
+"""Which experts the main model's tokens were routed to: totals per expert, and token by token where requested.
 
 Shapes: N tokens of a pass, T tokens of a request, L MoE layers, E experts, K experts per token.
 """

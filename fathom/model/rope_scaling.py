@@ -56,7 +56,7 @@ def read_rope_scaling(raw: dict[str, Any]) -> YarnScaling | None:
             check(plain == theta, "rope_theta", plain, f"the same as {name}.rope_theta ({theta!r})")
         spellings[name] = _read_yarn(rope)
     found = list(spellings.values())
-    # Which of the two is believed differs between programs.
+    # Programs differ in which of the two they use.
     check(len(set(found)) < 2, "rope_scaling", found[-1:], f"the same as rope_parameters ({found[:1]})")
     return found[0] if found else None
 

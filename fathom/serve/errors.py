@@ -89,7 +89,7 @@ async def _no_route(request: Request, error: Exception) -> Response:
 
 
 async def _disconnected(request: Request, error: Exception) -> Response:
-    return Response(status_code=499)  # nginx's code for it; nobody receives it
+    return Response(status_code=499)  # nginx's code for it; there is no client left to receive it
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:

@@ -79,7 +79,7 @@ class SampledTokens(NamedTuple):
     accepted: int
     """How many of them were drafts."""
     logprobs: list[TokenLogprob] | None
-    """One for each of `tokens`, where asked for."""
+    """One for each of `tokens`, where requested."""
 
 
 def verify(logits_NO: Tensor, rows: Sequence[SamplingState]) -> list[SampledTokens]:
