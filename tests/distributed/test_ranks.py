@@ -53,7 +53,9 @@ with module.data_parallel() as ranks:
         time.sleep(3)
     try:
         ranks.barrier()
-        print(f"rank {ranks.rank} passed")
+        # One write a line: both ranks write to one pipe, and print() would write the end of the line apart.
+        sys.stdout.write(f"rank {ranks.rank} passed\n")
+        sys.stdout.flush()
     except RuntimeError as error:
         print(f"rank {ranks.rank}: {error}", flush=True)
         time.sleep(5 if ranks.is_main else 0)
