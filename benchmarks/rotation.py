@@ -4,16 +4,18 @@ Each side is a separate process (benchmarks/side.py). benchmarks/train_gpu.py st
 """
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any
 
 from side import Spec
@@ -92,14 +94,23 @@ class Outcome:
         return median(self.peaks)
 
 
-def measure(group: Group, turns: int, report: Callable[[str], None]) -> Outcome:
+def measure(
+    group: Group,
+    turns: int,
+    report: Callable[[str], None],
+    environments: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
+) -> Outcome:
     """Start the group's sides, run `turns` counted steps of each in rotation, end them.
 
-    `report` is called with a side's name before each of its steps.
+    `report` is called with a side's name before each of its steps; `environments`: what a side's process has in its
+    environment beside this one's, by name.
     """
     with ExitStack() as stack:
         # All start at once and are awaited one after another: nothing is timed yet.
-        sides = {name: stack.enter_context(running(name, spec)) for name, spec in group.sides.items()}
+        sides = {
+            name: stack.enter_context(running(name, spec, environment=environments.get(name, {})))
+            for name, spec in group.sides.items()
+        }
         sizes = {name: side.answer() for name, side in sides.items()}
         first = next(iter(sides.values()))
         steps: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
@@ -160,13 +171,25 @@ class Side:
 
 
 @contextmanager
-def running(name: str, spec: "DataclassInstance", program: str = "side.py") -> Iterator[Side]:
+def running(
+    name: str,
+    spec: "DataclassInstance",
+    program: str = "side.py",
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[Side]:
     """A context with the side's process: a program of this folder with `spec` as its argument."""
     command = [sys.executable, str(Path(__file__).with_name(program)), json.dumps(to_json(spec))]
     with (
         tempfile.TemporaryFile("w+", errors="replace") as errors,
         # Unbuffered: what could not be written to a side that has exited is not written again when the pipe is closed.
-        subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors) as process,
+        subprocess.Popen(
+            command,
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env={**os.environ, **environment},
+        ) as process,
     ):
         try:
             yield Side(name, process, errors)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -42,11 +43,22 @@ many = settings(
 )
 
 
+_default_params = llama_cpp.llama_cpp.llama_model_default_params
+
+
+def _weights_as_they_are() -> Any:
+    """llama.cpp's defaults, but no repacked weights: 0.3.36 aborts where it puts MLA's Q8_0 into buffers for AMX."""
+    params = _default_params()
+    params.use_extra_bufts = False
+    return params
+
+
 @contextmanager
 def llama(path: Path, **options: Any) -> Iterator[Any]:
     """llama-cpp-python over one file, its cache in float32. One thread: several would busy-wait for one another."""
     given = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "logits_all": True, "verbose": False} | options
-    program = llama_cpp.Llama(str(path), type_k=FLOAT32, type_v=FLOAT32, **given)
+    with patch.object(llama_cpp.llama_cpp, "llama_model_default_params", _weights_as_they_are):
+        program = llama_cpp.Llama(str(path), type_k=FLOAT32, type_v=FLOAT32, **given)
     try:
         yield program
     finally:
