@@ -9,13 +9,12 @@ dataclass, and any of these "or None".
 import dataclasses
 import functools
 import json
-import math
 import os
 import sys
 import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -177,7 +176,7 @@ def _read_dataclass(cls: Any, value: object, place: _Place) -> Any:
             raise place.field(str(key)).error(f"unknown key{_suggest(str(key), list(known))}")
     hints = get_type_hints(cls)
     for name, field in known.items():
-        if name not in value and _is_required(field):
+        if name not in value and field.default is MISSING and field.default_factory is MISSING:
             raise place.field(name).error(f"missing, expected {_describe(hints[name])}")
     arguments = {name: _read(hints[name], value[name], place.field(name)) for name in known if name in value}
     try:
@@ -230,19 +229,13 @@ def _is_scalar(hint: Any, value: object) -> bool:
     if get_origin(hint) is Literal:
         return any(type(value) is type(choice) and value == choice for choice in get_args(hint))
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value)
+        # A comparison, as math.isfinite refuses integers too large for any float.
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint in (bool, str):
         return isinstance(value, hint)
     raise TypeError(f"a configuration field cannot have the type {hint}")
-
-
-def _is_finite(value: int | float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer too large for any float
-        return False
 
 
 # --- types -----------------------------------------------------------------------------------------------
@@ -274,10 +267,6 @@ def _describe(hint: Any) -> str:
             return f"a list, each item {_describe(items[0])}"
         return f"a list of {len(items)}: " + ", ".join(_describe(item) for item in items)
     return words.get(inner, str(inner))
-
-
-def _is_required(field: Field[Any]) -> bool:
-    return field.default is MISSING and field.default_factory is MISSING
 
 
 def _suggest(key: str, known: list[str]) -> str:

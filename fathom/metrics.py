@@ -7,38 +7,55 @@ and no other. A resumed run first cuts the file back to its checkpoint's step, s
 
 import json
 import math
-import time
 from pathlib import Path
 from typing import Any, SupportsFloat
 
 from fathom.config import atomic_write
 
 
+class JsonLines:
+    """A file of JSON objects with an integer ``step``, one a line; a torn last line is cut off when it is opened."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        if path.exists() and not path.read_bytes().endswith(b"\n"):
+            self._rewrite(read_metrics(path))  # else the next line would be glued to the torn one
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write one line."""
+        with open(self.path, "a", encoding="utf-8") as file:  # closing it flushes the line
+            file.write(_line(record))
+
+    def truncate_after(self, step: int) -> None:
+        """Drop what was recorded after ``step``."""
+        if self.path.exists():
+            self._rewrite([record for record in read_metrics(self.path) if record["step"] <= step])
+
+    def _rewrite(self, records: list[dict[str, Any]]) -> None:
+        atomic_write(self.path, "".join(map(_line, records)))
+
+
 class MetricsLog:
     """Appends to ``directory/metrics.jsonl`` and, with `tensorboard`, to event files in ``directory/tensorboard``."""
 
     def __init__(self, directory: Path, tensorboard: bool = False) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        self.path = directory / "metrics.jsonl"
+        self._lines = JsonLines(directory / "metrics.jsonl")
+        self.path = self._lines.path
         self._events_directory = directory / "tensorboard"
         self._events = _open_events(self._events_directory) if tensorboard else None
-        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
-            # A torn last line: without this the next line would be glued to it.
-            self._rewrite(read_metrics(self.path))
 
     def write(self, step: int, **values: SupportsFloat) -> None:
         """Record ``values`` (numbers, or tensors of one element) for ``step``."""
         scalars = {name: value if isinstance(value, int) else float(value) for name, value in values.items()}
-        with open(self.path, "a", encoding="utf-8") as file:  # closing it flushes the line
-            file.write(_line({"step": step, **scalars}))
+        self._lines.append({"step": step, **scalars})
         if self._events is not None:
             for name, scalar in scalars.items():
                 self._events.add_scalar(name, scalar, step)
 
     def truncate_after(self, step: int) -> None:
         """Drop what was recorded after ``step``: a run resumed from there is about to write it again."""
-        if self.path.exists():
-            self._rewrite([record for record in read_metrics(self.path) if record["step"] <= step])
+        self._lines.truncate_after(step)
         if self._events is not None:
             self._events.close()
             self._events = _open_events(self._events_directory, purge_step=step + 1)
@@ -47,9 +64,6 @@ class MetricsLog:
         """Flush TensorBoard's writer; JSON lines are flushed as they are written."""
         if self._events is not None:
             self._events.close()
-
-    def _rewrite(self, records: list[dict[str, Any]]) -> None:
-        atomic_write(self.path, "".join(_line(record) for record in records))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -67,24 +81,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f'{path}:{number}: expected an object with an integer "step", got {line!r:.80}')
         records.append(record)
     return records
-
-
-class Stopwatch:
-    """Sums the seconds spent inside its ``with`` blocks, for rates such as tokens per second.
-
-    It reads the wall clock of the host: synchronise an accelerator before the block ends.
-    """
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._started = 0.0
-
-    def __enter__(self) -> "Stopwatch":
-        self._started = time.perf_counter()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.seconds += time.perf_counter() - self._started
 
 
 def _line(record: dict[str, Any]) -> str:

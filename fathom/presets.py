@@ -5,23 +5,26 @@ Variants are made with `dataclasses.replace`, or with flags: `fathom train nano 
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from fathom.data.corpus import DataConfig
 from fathom.model.config import ModelConfig
 from fathom.model.rope_scaling import YarnScaling
 from fathom.train.run import OptimizerConfig, Run, ScheduleConfig, TrainConfig
 
+_small_model = partial(ModelConfig, first_k_dense_replace=1, routed_scaling_factor=1.0, initializer_range=0.02)
+"""What the presets below 2B parameters have in common; the rest of each is spelled out, or as in the 671B model."""
+
 
 def nano() -> Run:
     """5M parameters, 3M active: minutes on a laptop's CPU. The demo's model; How it was found: docs/log/demo.md."""
     return Run(
-        model=ModelConfig(
+        model=_small_model(
             vocab_size=4096,
             hidden_size=192,
             intermediate_size=512,
             moe_intermediate_size=96,
             num_hidden_layers=4,
-            first_k_dense_replace=1,
             num_attention_heads=4,
             q_lora_rank=None,
             kv_lora_rank=64,
@@ -29,14 +32,10 @@ def nano() -> Run:
             qk_rope_head_dim=16,
             v_head_dim=32,
             n_routed_experts=16,
-            n_shared_experts=1,
             num_experts_per_tok=4,
             n_group=1,
             topk_group=1,
-            routed_scaling_factor=1.0,
-            num_nextn_predict_layers=1,
             max_position_embeddings=1024,
-            initializer_range=0.02,
         ),
         train=TrainConfig(steps=600, batch_size=8, micro_batch_size=8, sequence_length=512),
         optimizer=OptimizerConfig(name="muon", learning_rate=0.02),
@@ -47,13 +46,12 @@ def nano() -> Run:
 def bench_small() -> Run:
     """80M parameters, 22M active, expert groups as in the large ones: the shape benchmarks/train.py measures."""
     return Run(
-        model=ModelConfig(
+        model=_small_model(
             vocab_size=8192,
             hidden_size=384,
             intermediate_size=1024,
             moe_intermediate_size=256,
             num_hidden_layers=8,
-            first_k_dense_replace=1,
             num_attention_heads=6,
             q_lora_rank=192,
             kv_lora_rank=128,
@@ -61,14 +59,10 @@ def bench_small() -> Run:
             qk_rope_head_dim=32,
             v_head_dim=64,
             n_routed_experts=32,
-            n_shared_experts=1,
             num_experts_per_tok=4,
             n_group=4,
             topk_group=2,
-            routed_scaling_factor=1.0,
-            num_nextn_predict_layers=1,
             max_position_embeddings=4096,
-            initializer_range=0.02,
         ),
         train=TrainConfig(steps=1000, batch_size=8, micro_batch_size=8, sequence_length=512),
         optimizer=OptimizerConfig(learning_rate=1e-3),
@@ -88,13 +82,12 @@ def small() -> Run:
 def bench_medium() -> Run:
     """1.7B parameters, 0.26B active: the shape benchmarks/decode.py measures, too large for any CPU's cache."""
     return Run(
-        model=ModelConfig(
+        model=_small_model(
             vocab_size=32768,
             hidden_size=1024,
             intermediate_size=2816,
             moe_intermediate_size=512,
             num_hidden_layers=16,
-            first_k_dense_replace=1,
             num_attention_heads=16,
             q_lora_rank=512,
             kv_lora_rank=256,
@@ -102,14 +95,10 @@ def bench_medium() -> Run:
             qk_rope_head_dim=32,
             v_head_dim=64,
             n_routed_experts=64,
-            n_shared_experts=1,
             num_experts_per_tok=6,
             n_group=8,
             topk_group=4,
-            routed_scaling_factor=1.0,
-            num_nextn_predict_layers=1,
             max_position_embeddings=32768,
-            initializer_range=0.02,
         ),
         train=TrainConfig(steps=20_000, batch_size=64, micro_batch_size=4, sequence_length=1024),
         optimizer=OptimizerConfig(name="muon", learning_rate=2e-3),
@@ -135,8 +124,6 @@ def moe_16b_a3b() -> Run:
             n_group=1,
             topk_group=1,
             routed_scaling_factor=2.446,
-            num_nextn_predict_layers=1,
-            max_position_embeddings=4096,
         ),
         data=DataConfig(corpus="hf:HuggingFaceFW/fineweb-edu", fim_rate=0.1),
         train=TrainConfig(steps=160_000, batch_size=2048, micro_batch_size=1, sequence_length=4096, save_every=1000),

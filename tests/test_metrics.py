@@ -4,7 +4,6 @@ import json
 import math
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fathom.metrics import MetricsLog, Stopwatch, read_metrics
+from fathom.metrics import MetricsLog, read_metrics
 
 
 def test_each_write_is_one_line(tmp_path: Path) -> None:
@@ -95,13 +94,3 @@ def test_tensorboard_missing_says_what_to_install(tmp_path: Path, monkeypatch: p
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError, match=r"pip install 'fathom-lm\[tensorboard\]'"):
         MetricsLog(tmp_path, tensorboard=True)
-
-
-def test_stopwatch_sums_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([0.0, 2.0, 10.0, 11.5])
-    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
-    watch = Stopwatch()
-    for _ in range(2):
-        with watch:
-            pass
-    assert watch.seconds == 3.5

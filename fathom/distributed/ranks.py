@@ -70,11 +70,7 @@ class Ranks:
 
     def broadcast(self, value: str) -> str:
         """Rank 0's text, on every rank."""
-        if self.world == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
+        return self.gather(value)[0]
 
     def replicate(self, module: nn.Module) -> nn.Module:
         """Average gradients over all ranks during the backward pass.

@@ -6,7 +6,7 @@ so `Evaluation.mtp_agreement`, taken on real text, belongs beside it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from fathom.engine.engine import Engine
 from fathom.engine.sampling.sampler import SamplingParams
@@ -16,8 +16,7 @@ _ROWS = 64
 """Prompts continued at one time."""
 
 
-@dataclass(frozen=True)
-class Acceptance:
+class Acceptance(NamedTuple):
     """Drafting over many prompts."""
 
     drafted: int
@@ -38,15 +37,6 @@ class Acceptance:
     def tokens_per_forward(self) -> float:
         """Tokens per forward pass of the main model; without drafts it is 1."""
         return self.tokens / self.forwards
-
-    def __add__(self, other: "Acceptance") -> "Acceptance":
-        """Both together."""
-        return Acceptance(
-            self.drafted + other.drafted,
-            self.accepted + other.accepted,
-            self.tokens + other.tokens,
-            self.forwards + other.forwards,
-        )
 
 
 def draft_acceptance(model: Model, prompts: Sequence[Sequence[int]], new_tokens: int = 256) -> Acceptance:

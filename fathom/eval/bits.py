@@ -13,6 +13,7 @@ D hidden, O vocabulary, L routers, E experts, K experts per token.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -80,10 +81,8 @@ def evaluate(
     parts = [gathered[i % ranks.world][0][i // ranks.world] for i in range(len(batches))]
     if not any(part.targets_H[0] for part in parts):
         raise ValueError("batches hold no target; evaluation needs at least one token to predict")
-    nats_H = torch.stack([part.nats_H for part in parts]).sum(0)
-    targets_H = torch.stack([part.targets_H for part in parts]).sum(0)
-    agreed_M = torch.stack([part.agreed_M for part in parts]).sum(0)
-    compared_M = torch.stack([part.compared_M for part in parts]).sum(0)
+    *sums, max_vio_NL = (torch.stack(column) for column in zip(*parts, strict=True))
+    nats_H, targets_H, agreed_M, compared_M = (column.sum(0) for column in sums)
     tokens_per_expert_LE = torch.stack([loads for _, loads in gathered if loads is not None]).sum(0)
     losses = (nats_H / targets_H).tolist()
     return Evaluation(
@@ -95,12 +94,11 @@ def evaluate(
         tokens_per_expert_LE=tokens_per_expert_LE,
         max_vio_global=tuple(max_violation(tokens_per_expert_LE).tolist()),
         # A batch in which a router received no token has no balance: 0/0, left out of the mean.
-        max_vio_batch=tuple(torch.stack([part.max_vio_L for part in parts]).nanmean(0).tolist()),
+        max_vio_batch=tuple(max_vio_NL.nanmean(0).tolist()),
     )
 
 
-@dataclass(frozen=True)
-class _Part:
+class _Part(NamedTuple):
     """Sums over one batch, on the CPU; H = 1 + M heads, the main one first."""
 
     nats_H: Tensor

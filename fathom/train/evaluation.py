@@ -4,15 +4,12 @@ A collective call: every rank measures some of the rows and continues some of th
 rank waits for another that evaluates alone, which on a large corpus would outlast the collective's timeout.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from fathom.config import atomic_write
 from fathom.data.batch import Batch
 from fathom.data.dataset import TokenRows
 from fathom.data.tokenize import TokenizedCorpus
@@ -48,16 +45,10 @@ class EvalResult:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as plain JSON values."""
-        found = self.held_out
-        return {
-            "bits_per_byte": found.bits_per_byte,
-            "loss": found.loss,
-            "tokens": found.tokens,
-            "mtp_losses": found.mtp_losses,
-            "mtp_agreement": found.mtp_agreement,
-            "loads": found.tokens_per_expert_LE.tolist(),
-            "max_vio_global": found.max_vio_global,
-            "max_vio_batch": found.max_vio_batch,
+        found = dict(vars(self.held_out))
+        loads = found.pop("tokens_per_expert_LE").tolist()
+        return found | {
+            "loads": loads,
             "mtp_acceptance": self.acceptance,
             "tokens_per_forward": self.tokens_per_forward,
         }
@@ -67,7 +58,7 @@ class Validation:
     """Evaluations on the run's held-out split."""
 
     def __init__(self, run: Run, corpus: TokenizedCorpus, ranks: Ranks) -> None:
-        self._run, self._prepared, self._ranks = run, corpus, ranks
+        self._run, self._corpus, self._ranks = run, corpus, ranks
         self._rows = open_rows(corpus, run, "valid")
 
     def evaluate(self, model: Model, sequences: int | None) -> EvalResult:
@@ -75,72 +66,49 @@ class Validation:
 
         Layers run eagerly: compiling them once more, without gradients, costs more than it saves.
         """
-        everything = sequences is None or sequences >= len(self._rows)
-        batches = _WholeSplit(self._rows, self._run) if everything else _SpacedRows(self._rows, sequences or 0)
+        corpus, train = self._corpus, self._run.train
+        if sequences is None or sequences >= len(self._rows):
+            count, size = len(self._rows), train.micro_batch_size
+            spans = [(first, min(size, count - first)) for first in range(0, count, size)]
+            batches, total_bytes = _HeldOutRows(self._rows, spans, self._rows.tail()), corpus.valid_bytes
+        else:
+            batches = _spaced_rows(self._rows, sequences)
+            # UTF-8 bytes that the targets spell: of a part of the tokens, that part of all bytes.
+            total_bytes = round(corpus.valid_bytes * (sequences * train.sequence_length) / corpus.valid_tokens)
         with torch.compiler.set_stance("force_eager"):
-            dtype, total_bytes = compute_dtype(self._run), self._bytes(None if everything else len(batches))
-            held_out = evaluate(model, batches, total_bytes, dtype, ranks=self._ranks)
+            held_out = evaluate(model, batches, total_bytes, compute_dtype(self._run), ranks=self._ranks)
             drafts = self._acceptance(model, sequences) if model.mtp else None
         if drafts is None:
             return EvalResult(held_out, None, None)
         return EvalResult(held_out, drafts.acceptance, drafts.tokens_per_forward)
 
-    def _bytes(self, rows: int | None) -> int:
-        """UTF-8 bytes that the targets spell: of a part of the tokens, that part of all bytes."""
-        corpus = self._prepared
-        if rows is None:
-            return corpus.valid_bytes
-        return round(corpus.valid_bytes * (rows * self._run.train.sequence_length) / corpus.valid_tokens)
-
     def _acceptance(self, model: Model, sequences: int | None) -> Acceptance:
-        prompts = self._prompts(sequences)[self._ranks.rank :: self._ranks.world]
-        own = draft_acceptance(model, prompts, self._new_tokens) if prompts else Acceptance(0, 0, 0, 0)
-        return sum(self._ranks.gather(own), start=Acceptance(0, 0, 0, 0))
-
-    @property
-    def _new_tokens(self) -> int:
-        return min(_NEW_TOKENS, self._run.train.sequence_length // 2)
-
-    def _prompts(self, sequences: int | None) -> list[list[int]]:
-        """Beginnings of held-out rows; prompt and continuation stay within the trained length."""
-        count = _PROMPTS if sequences is None else min(_PROMPTS, sequences)
-        length = min(128, self._run.train.sequence_length - self._new_tokens)
-        return [batch.tokens_BT[0, :length].tolist() for batch in _SpacedRows(self._rows, count)]
+        # Beginnings of held-out rows; prompt and continuation stay within the trained length.
+        new_tokens = min(_NEW_TOKENS, self._run.train.sequence_length // 2)
+        length = min(128, self._run.train.sequence_length - new_tokens)
+        rows = _spaced_rows(self._rows, _PROMPTS if sequences is None else min(_PROMPTS, sequences))
+        own_rows = range(self._ranks.rank, len(rows), self._ranks.world)
+        prompts = [rows[index].tokens_BT[0, :length].tolist() for index in own_rows]
+        own = draft_acceptance(model, prompts, new_tokens) if prompts else Acceptance(0, 0, 0, 0)
+        return Acceptance(*map(sum, zip(*self._ranks.gather(own), strict=True)))
 
 
-class _WholeSplit(Sequence[Batch]):
-    """All rows in micro-batches, and what they leave over; each batch is read when it is needed."""
+class _HeldOutRows(Sequence[Batch]):
+    """Batches of held-out rows, given by (first row, count), and what the rows leave over; read when needed."""
 
-    def __init__(self, rows: TokenRows, run: Run) -> None:
-        self._rows, self._size, self._tail = rows, run.train.micro_batch_size, rows.tail()
+    def __init__(self, rows: TokenRows, spans: list[tuple[int, int]], tail: Batch | None = None) -> None:
+        self._rows, self._spans, self._tail = rows, spans, tail
 
     def __len__(self) -> int:
-        return -(-len(self._rows) // self._size) + (self._tail is not None)
+        return len(self._spans) + (self._tail is not None)
 
     def __getitem__(self, index: int) -> Batch:  # type: ignore[override]  # no slices
-        first = index * self._size
-        if first < len(self._rows):
-            return self._rows.sequential(first, min(self._size, len(self._rows) - first))
-        if self._tail is None or index >= len(self):
-            raise IndexError(f"there is no batch {index}; there are {len(self)}")
-        return self._tail
+        if self._tail is not None and index == len(self._spans):
+            return self._tail
+        return self._rows.sequential(*self._spans[index])
 
 
-class _SpacedRows(Sequence[Batch]):
+def _spaced_rows(rows: TokenRows, count: int) -> _HeldOutRows:
     """`count` rows, or all where there are fewer, evenly spaced, each a batch of its own."""
-
-    def __init__(self, rows: TokenRows, count: int) -> None:
-        self._rows, self._count = rows, min(count, len(rows))
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> Batch:  # type: ignore[override]  # no slices
-        if index >= self._count:
-            raise IndexError(f"there is no batch {index}; there are {self._count}")
-        return self._rows.sequential(index * len(self._rows) // self._count, 1)
-
-
-def save_evaluation(result: EvalResult, step: int, directory: Path) -> None:
-    """Write evaluation.json: the newest evaluation."""
-    atomic_write(directory / "evaluation.json", json.dumps({"step": step, **result.to_json()}, indent=2) + "\n")
+    count = min(count, len(rows))
+    return _HeldOutRows(rows, [(index * len(rows) // count, 1) for index in range(count)])

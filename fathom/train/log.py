@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from fathom.metrics import MetricsLog
-from fathom.train.evaluation import EvalResult, save_evaluation
+from fathom.config import atomic_write
+from fathom.metrics import JsonLines, MetricsLog
+from fathom.train.evaluation import EvalResult
 from fathom.train.run import Run
 from fathom.train.schedule import hyperparameters
 from fathom.train.step import StepMetrics
@@ -23,22 +24,21 @@ class RunLog:
         self._directory = directory
         self._metrics = MetricsLog(directory, tensorboard=run.train.tensorboard)
         self._metrics.truncate_after(step)
-        self._loads = directory / "loads.jsonl"
+        self._loads = JsonLines(directory / "loads.jsonl")
+        self._loads.truncate_after(step)
         self._every = max(1, run.train.steps // _LOAD_RECORDS)
-        kept = self._loads.read_text().splitlines() if step and self._loads.exists() else []
-        self._loads.write_text("".join(line + "\n" for line in kept if json.loads(line)["step"] <= step))
 
     def stepped(self, step: int, values: dict[str, Any], tokens_per_expert_LE: Tensor) -> None:
         """Record a step (they count from 1) and, a hundred times a run, every expert's load."""
         self._metrics.write(step, **values)
         if step == 1 or step % self._every == 0:
-            with self._loads.open("a") as file:
-                file.write(json.dumps({"step": step, "loads": tokens_per_expert_LE.tolist()}) + "\n")
+            self._loads.append({"step": step, "loads": tokens_per_expert_LE.tolist()})
 
     def evaluated(self, step: int, result: EvalResult) -> None:
         """Record an evaluation; evaluation.json holds the newest."""
         self._metrics.write(step, **result.metrics())
-        save_evaluation(result, step, self._directory)
+        content = json.dumps({"step": step, **result.to_json()}, indent=2) + "\n"
+        atomic_write(self._directory / "evaluation.json", content)
 
 
 def step_values(metrics: StepMetrics, run: Run, step: int, tokens_per_second: float, mfu: float) -> dict[str, Any]:

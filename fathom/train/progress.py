@@ -1,7 +1,6 @@
 """Progress of a run on the screen: one live line in a terminal, elsewhere a plain line every few seconds."""
 
 import time
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -30,9 +29,7 @@ class Progress:
             self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._live.is_started:
             self._live.stop()
 

@@ -7,7 +7,7 @@ are of the whole run, so that one recipe serves every length.
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fathom.config import ConfigError, renamed_fields
+from fathom.config import check, renamed_fields
 from fathom.data.corpus import DataConfig
 from fathom.model.config import ModelConfig
 
@@ -41,11 +41,11 @@ class ScheduleConfig:
     """Last fraction of the run, in which the biases are frozen (500B of 14.8T tokens in the report)."""
 
     def __post_init__(self) -> None:
-        _check(self.warmup_steps >= 0, "schedule.warmup_steps", self.warmup_steps, "0 or more")
+        check(self.warmup_steps >= 0, "schedule.warmup_steps", self.warmup_steps, "0 or more")
         for name in ("decay_fraction", "bias_freeze_fraction"):
-            _check(0 <= getattr(self, name) <= 1, f"schedule.{name}", getattr(self, name), "a fraction from 0 to 1")
+            check(0 <= getattr(self, name) <= 1, f"schedule.{name}", getattr(self, name), "a fraction from 0 to 1")
         for name in ("mtp_loss_weight", "mtp_loss_weight_late", "bias_update_speed"):
-            _check(getattr(self, name) >= 0, f"schedule.{name}", getattr(self, name), "0 or more")
+            check(getattr(self, name) >= 0, f"schedule.{name}", getattr(self, name), "0 or more")
 
 
 @renamed_fields(kind="name", clip="max_grad_norm")
@@ -67,11 +67,11 @@ class OptimizerConfig:
     """Decay of an exponential moving average of the weights, saved with each checkpoint; 0: no average."""
 
     def __post_init__(self) -> None:
-        _check(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "a positive number")
-        _check(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two numbers from 0 to below 1")
-        _check(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
-        _check(self.max_grad_norm > 0, "optimizer.max_grad_norm", self.max_grad_norm, "a positive number")
-        _check(0 <= self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "from 0 to below 1")
+        check(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "a positive number")
+        check(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two numbers from 0 to below 1")
+        check(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        check(self.max_grad_norm > 0, "optimizer.max_grad_norm", self.max_grad_norm, "a positive number")
+        check(0 <= self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "from 0 to below 1")
 
 
 @renamed_fields(compute="compute_dtype", recompute="activation_checkpointing", balance_alpha="seq_balance_loss_weight")
@@ -118,10 +118,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "micro_batch_size", "sequence_length", "keep_last", "max_bad_steps"):
-            _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "1 or more")
+            check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "1 or more")
         for name in ("eval_every", "save_every", "batch_ramp_steps", "seq_balance_loss_weight"):
-            _check(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
-        _check(
+            check(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
+        check(
             self.batch_size % self.micro_batch_size == 0,
             "train.batch_size",
             self.batch_size,
@@ -130,10 +130,10 @@ class TrainConfig:
         start = self.batch_ramp_start
         right = start is None or (0 < start <= self.batch_size and start % self.micro_batch_size == 0)
         expected = f"a multiple of micro_batch_size ({self.micro_batch_size}), at most batch_size ({self.batch_size})"
-        _check(right, "train.batch_ramp_start", start, expected)
+        check(right, "train.batch_ramp_start", start, expected)
         for name in ("eval_sequences", "final_eval_sequences"):
             count = getattr(self, name)
-            _check(count is None or count >= 1, f"train.{name}", count, "1 or more, or None")
+            check(count is None or count >= 1, f"train.{name}", count, "1 or more, or None")
 
 
 @dataclass(frozen=True)
@@ -155,14 +155,9 @@ class Run:
 
     def __post_init__(self) -> None:
         method = self.model.topk_method
-        _check(
+        check(
             method == "noaux_tc", "model.topk_method", method, "'noaux_tc': balancing moves the biases of that method"
         )
         longest = self.model.max_position_embeddings
         length = self.train.sequence_length
-        _check(length <= longest, "train.sequence_length", length, f"at most model.max_position_embeddings ({longest})")
-
-
-def _check(right: bool, name: str, value: object, expected: str) -> None:
-    if not right:
-        raise ConfigError(f"{name} is {value!r}; it must be {expected}")
+        check(length <= longest, "train.sequence_length", length, f"at most model.max_position_embeddings ({longest})")
