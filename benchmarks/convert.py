@@ -31,13 +31,13 @@ from torch import Tensor
 
 from fathom import presets
 from fathom.checkpoint.convert import convert, convert_gguf
-from fathom.checkpoint.hf.atomic_directory import atomic_directory
 from fathom.checkpoint.hf.model import write_config
 from fathom.checkpoint.hf.name_mapping import released_tensors
 from fathom.checkpoint.hf.safetensors_io import check_disk_space, sync
 from fathom.checkpoint.hf.save import plan_save, write_tensors
 from fathom.checkpoint.hf.weights import TensorSpec, meta_model
 from fathom.checkpoint.info import weight_bytes
+from fathom.files import atomic_directory
 from fathom.model.config import ModelConfig
 
 SHARD_BYTES = 10**9

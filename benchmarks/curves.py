@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from side import cpu_model
 
-from fathom.config import atomic_write
+from fathom.files import atomic_write
 
 CONTEXTS = (512, 2048, 4096, 8192, 16384)
 CONCURRENCY = (1, 2, 4, 8, 16, 32)

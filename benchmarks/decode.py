@@ -33,13 +33,14 @@ from side import cpu_model
 from fathom import presets
 from fathom.checkpoint.gguf.writer import save_gguf
 from fathom.checkpoint.hf.model import load_model, save_model
-from fathom.config import atomic_write, from_json
+from fathom.config import from_json
 from fathom.data.dataset import TokenRows
 from fathom.data.tokenize import TokenizedCorpus, open_tokenized
 from fathom.engine.backends.eager import EagerBackend
 from fathom.engine.engine import Engine
 from fathom.engine.sampling.sampler import SamplingParams
 from fathom.eval.bits import evaluate
+from fathom.files import atomic_write
 from fathom.model.config import ModelConfig
 from fathom.model.quantize import quantized
 from fathom.model.transformer import Model

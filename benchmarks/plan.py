@@ -20,9 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from fathom import presets
-from fathom.config import atomic_write, from_json, to_json
+from fathom.config import from_json, to_json
 from fathom.data.batch import next_token_batch
 from fathom.distributed.ranks import Ranks
+from fathom.files import atomic_write
 from fathom.lab.planner.local import local_json, peak_memory, plan_local
 from fathom.runtime.hardware import install_allocator
 from fathom.train.pretrain import pretrain_step

@@ -24,7 +24,7 @@ from rich.table import Table
 from rotation import WARM_UP, Group, Outcome, Result, SideError, measure
 from side import HAS_PEAK_MEMORY, Spec, cpu_model
 
-from fathom.config import atomic_write
+from fathom.files import atomic_write
 from fathom.model.config import ModelConfig
 from fathom.presets import bench_small
 from fathom.runtime.hardware import compile_unavailable_reason

@@ -23,7 +23,7 @@ from rich.table import Table
 from rotation import SideError, running
 from side_gpu import COUNTED, Spec
 
-from fathom.config import atomic_write
+from fathom.files import atomic_write
 from fathom.presets import moe_16b_a3b
 
 _LENGTH = 4096

@@ -9,7 +9,6 @@ dataclass, and any of these "or None".
 import dataclasses
 import functools
 import json
-import os
 import sys
 import types
 import warnings
@@ -18,6 +17,8 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from fathom.files import atomic_write
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -114,19 +115,6 @@ def load_json(cls: type[T], path: Path) -> T:
     except ValueError as error:  # a duplicate key, or bytes that are not UTF-8
         raise ConfigError(f"{path}: {error}") from error
     return from_json(cls, data, where=str(path))
-
-
-def atomic_write(path: Path, content: bytes | str) -> None:
-    """Replaces ``path`` in one step: ``content`` is written aside, flushed to the disk, then renamed."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(aside, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 # --- reading ---------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import Any, SupportsFloat
 
-from fathom.config import atomic_write
+from fathom.files import atomic_write
 
 
 class JsonLines:

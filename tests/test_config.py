@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from fathom.config import (
     ConfigError,
-    atomic_write,
     current_flags,
     from_json,
     load_json,
@@ -21,6 +20,7 @@ from fathom.config import (
     save_json,
     to_json,
 )
+from fathom.files import atomic_write
 
 
 @dataclass(frozen=True)
@@ -177,20 +177,6 @@ def test_a_field_type_we_do_not_read_is_a_programming_error() -> None:
         from_json(Odd, {"value": {}})
     with pytest.raises(TypeError, match="no other union"):
         from_json(Odd, {"either": 1})
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    atomic_write(path, b"old")
-
-    def no_space(descriptor: int) -> None:
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("fathom.config.os.fsync", no_space)
-    with pytest.raises(OSError, match="no space"):
-        atomic_write(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 # --- renamed fields

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fathom.checkpoint.hf.atomic_directory import atomic_directory
-from fathom.checkpoint.hf.directory import model_directory
+from fathom.checkpoint.hf.directory import WEIGHT_FILES, model_directory
 from fathom.checkpoint.hf.model import write_config
 from fathom.checkpoint.hf.model_card import display_name, write_model_card
 from fathom.checkpoint.hf.safetensors_io import CheckpointError, check_disk_space
 from fathom.checkpoint.hf.save import SHARD_BYTES, Storage, Verification, WriteItem, plan_save, write_tensors
 from fathom.checkpoint.hf.weights import CheckpointWeights, Weights
 from fathom.data.tokenizer import load_tokenizer
+from fathom.files import atomic_directory
 from fathom.quantization import fp8
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def convert(
         raise ValueError(f"{directory} is in FP8 already; copy it, or convert it to bf16 or f32")
     items = plan_save(weights.specs(), storage)
     check_disk_space(target, sum(item.bytes for item in items))
-    with atomic_directory(target) as staging:
+    with atomic_directory(target, replaced=WEIGHT_FILES) as staging:
         write_config(weights.config, staging, storage)
         _copy_files(directory, staging)
         write_model_card(weights.config, directory, staging, storage)

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from fathom.checkpoint.hf.model import load_model, save_model
-from fathom.checkpoint.hf.safetensors_io import CheckpointError, sync
+from fathom.checkpoint.hf.safetensors_io import CheckpointError
 from fathom.data.tokenizer import Tokenizer
+from fathom.files import sync
 from fathom.model.transformer import Model
 
 _NAME = re.compile(r"step-(\d{6,})")

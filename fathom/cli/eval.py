@@ -12,9 +12,10 @@ from rich.table import Table
 
 from fathom.checkpoint.hf.directory import model_directory
 from fathom.checkpoint.hf.model import load_model
-from fathom.config import ConfigError, atomic_write
+from fathom.config import ConfigError
 from fathom.data.tokenizer import Tokenizer, load_tokenizer
 from fathom.eval.likelihood import text_bits
+from fathom.files import atomic_write
 from fathom.model.transformer import Model
 
 Metrics = dict[str, dict[str, Any]]

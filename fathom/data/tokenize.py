@@ -9,10 +9,8 @@ token.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ import numpy as np
 
 from fathom.data.corpus import HUGGING_FACE, CorpusStats, DataConfig, scan_corpus, split_corpus
 from fathom.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer, split_chunks, train_tokenizer
+from fathom.files import atomic_directory, remove_leftovers
 
 FORMAT_VERSION = 1
 FILES = frozenset(["tokenizer.json", "tokenizer_config.json", "train.bin", "valid.bin", "valid.txt", "meta.json"])
@@ -99,7 +98,8 @@ def tokenize_corpus(
     if previous and previous.corpus_hash == stats.sha256:
         return previous
     _refuse_foreign_files(directory)
-    with _staged(directory) as staging:
+    remove_leftovers(directory)
+    with atomic_directory(directory) as staging:
         tokenizer = _make_tokenizer(config, vocab_size, stats, report)
         save_tokenizer(tokenizer, staging)
         meta = {
@@ -174,8 +174,6 @@ def _open_if_equal(config: DataConfig, vocab_size: int, directory: Path, seed: i
 
 def _refuse_foreign_files(directory: Path) -> None:
     """Tokenising replaces the directory, so nothing but our own files may be in it."""
-    if directory.is_file():
-        raise ValueError(f"{directory} is a file; name a directory for the tokenised corpus")
     names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
     foreign = sorted(name for name in names if name not in FILES)
     if foreign:
@@ -183,26 +181,6 @@ def _refuse_foreign_files(directory: Path) -> None:
             f"{directory} is to hold a tokenised corpus, which replaces what is there, but holds other files: "
             f"{', '.join(foreign[:3])}; name a new or empty directory"
         )
-
-
-@contextlib.contextmanager
-def _staged(directory: Path) -> Iterator[Path]:
-    """A directory to write in that takes the place of `directory` once everything in it is written.
-
-    A process that is killed leaves the sibling `.NAME.partial` behind, which the next one removes first.
-    """
-    directory = directory.resolve()
-    staging = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
-        yield staging
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    if directory.exists():
-        shutil.rmtree(directory)
-    staging.rename(directory)
 
 
 # --- the tokens

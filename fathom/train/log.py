@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fathom.config import atomic_write
+from fathom.files import atomic_write
 from fathom.metrics import JsonLines, MetricsLog
 from fathom.train.evaluation import EvalResult
 from fathom.train.run import Run

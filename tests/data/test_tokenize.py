@@ -147,7 +147,7 @@ def test_interrupted_leaves_nothing_and_killed_is_cleaned_up(
     with pytest.raises(KeyboardInterrupt):
         tokenize_corpus(config, VOCABULARY, tmp_path / "tokenised", seed=1, progress=interrupt)
     assert open_tokenized(tmp_path / "tokenised").seed == before.seed
-    partial = tmp_path / ".tokenised.partial"
+    partial = tmp_path / ".tokenised.killed.tmp"
     assert not partial.exists()
     # What a killed process leaves behind.
     partial.mkdir()

@@ -5,16 +5,16 @@ value half: llama.cpp runs the absorbed form of latent attention only. Matrices 
 norms, routers and correction biases stay float32. A model that llama.cpp would compute differently is refused.
 """
 
-import os
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 
-from fathom.checkpoint.hf.safetensors_io import check_disk_space, sync
+from fathom.checkpoint.hf.safetensors_io import check_disk_space
 from fathom.checkpoint.hf.save import Verification
 from fathom.checkpoint.hf.weights import ModelWeights, Weights
 from fathom.data.tokenizer import Tokenizer
+from fathom.files import atomic_file
 from fathom.model.transformer import Model
 
 try:
@@ -71,8 +71,7 @@ def write_gguf(
     tensors = gguf_tensors(weights, modules)
     check_disk_space(target, sum(tensor.bytes(dtype) for tensor in tensors))
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
+    with atomic_file(target) as temporary:
         with closing(gguf.GGUFWriter(temporary, "deepseek2")) as writer:
             writer.add_type("model")
             writer.add_name(target.stem)
@@ -84,13 +83,7 @@ def write_gguf(
             else:
                 add_tokenizer(writer, tokenizer, vocabulary)
             _write_tensors(writer, weights, tensors, dtype)
-        sync(temporary)
-        verification = verify_file(weights, tensors, temporary, dtype) if verify else None
-        os.replace(temporary, target)
-        sync(target.parent)
-        return verification
-    finally:
-        temporary.unlink(missing_ok=True)
+        return verify_file(weights, tensors, temporary, dtype) if verify else None
 
 
 def _write_tensors(writer: gguf.GGUFWriter, weights: Weights, tensors: list[GGUFTensor], dtype: DType) -> None:

@@ -10,6 +10,8 @@ from fathom.model.config import ModelConfig
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+WEIGHT_FILES = (INDEX, "model*.safetensors")
+"""Patterns of the files that a new model replaces; other files of an older one stay."""
 _DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "*.model"]
 
 

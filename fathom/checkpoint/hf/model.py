@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fathom.checkpoint.hf.atomic_directory import atomic_directory
-from fathom.checkpoint.hf.directory import load_config, model_directory
+from fathom.checkpoint.hf.directory import WEIGHT_FILES, load_config, model_directory
 from fathom.checkpoint.hf.keep_fp8 import insert_fp8_layers, load_fp8_weight
 from fathom.checkpoint.hf.name_mapping import layer_of, locate, parameters_and_buffers
 from fathom.checkpoint.hf.safetensors_io import CheckpointError
 from fathom.checkpoint.hf.save import SHARD_BYTES, Storage, plan_save, write_json, write_tensors
 from fathom.checkpoint.hf.weights import CheckpointWeights, ModelWeights, Weights, meta_model
 from fathom.data.tokenizer import Tokenizer, save_tokenizer
+from fathom.files import atomic_directory
 from fathom.model.config import ModelConfig
 from fathom.model.transformer import Model
 from fathom.quantization import fp8
@@ -129,7 +129,7 @@ def save_model(
     weights = ModelWeights(model)
     items = plan_save(weights.specs(), storage)
     dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
-    with atomic_directory(Path(path)) as staging:
+    with atomic_directory(Path(path), replaced=WEIGHT_FILES) as staging:
         write_config(model.config, staging, storage, dtype)
         if tokenizer is not None:
             save_tokenizer(tokenizer, staging)

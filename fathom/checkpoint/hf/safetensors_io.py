@@ -197,15 +197,6 @@ def _read_into(buffer: memoryview, file: Any) -> None:
         buffer = buffer[count:]
 
 
-def sync(path: Path) -> None:
-    """Flush a file or directory to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def check_disk_space(target: Path, needed: int) -> None:
     """Raise ValueError where the disk that `target` will be on has less than `needed` bytes and some to spare."""
     existing = next(parent for parent in target.absolute().parents if parent.exists())

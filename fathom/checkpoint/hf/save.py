@@ -14,7 +14,7 @@ from fathom.checkpoint.hf.directory import INDEX, SINGLE
 from fathom.checkpoint.hf.name_mapping import SCALE_SUFFIX, is_fp8_weight
 from fathom.checkpoint.hf.safetensors_io import CheckpointError, ShardWriter
 from fathom.checkpoint.hf.weights import TensorSpec, Weights
-from fathom.config import atomic_write
+from fathom.files import atomic_write
 from fathom.quantization import fp8
 
 Storage = Literal["f32", "bf16", "fp8"]

@@ -10,9 +10,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fathom.config import ConfigError, atomic_write
+from fathom.config import ConfigError
 from fathom.data.corpus import STDLIB, DataConfig
 from fathom.distributed.ranks import Ranks, data_parallel
+from fathom.files import atomic_write
 from fathom.lab.ablations.definitions import ABLATIONS
 from fathom.lab.ablations.document import write_document
 from fathom.lab.ablations.runner import Runner, default_jobs

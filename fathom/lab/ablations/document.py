@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fathom.config import atomic_write
+from fathom.files import atomic_write
 from fathom.lab.ablations.definitions import ABLATIONS
 from fathom.lab.ablations.picture import draw
 from fathom.lab.ablations.scales import ALL

@@ -22,10 +22,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fathom.config import atomic_write, to_json
+from fathom.config import to_json
 from fathom.data.corpus import DataConfig
 from fathom.data.tokenize import TokenizedCorpus
 from fathom.distributed.ranks import Ranks
+from fathom.files import atomic_write
 from fathom.lab.ablations.design import TUNING_SEED, Ablation, Entry, Found
 from fathom.lab.ablations.scales import Scale, base
 from fathom.lab.ablations.trial import Record

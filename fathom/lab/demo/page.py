@@ -14,7 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from fathom.config import atomic_write
+from fathom.files import atomic_write
 from fathom.lab.demo.report import (
     Continuation,
     DemoReport,

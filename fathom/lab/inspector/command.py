@@ -12,8 +12,9 @@ from rich.console import Console
 
 from fathom.checkpoint.hf.directory import model_directory
 from fathom.checkpoint.hf.model import load_model
-from fathom.config import ConfigError, atomic_write
+from fathom.config import ConfigError
 from fathom.data.tokenizer import load_tokenizer
+from fathom.files import atomic_write
 from fathom.lab.inspector.facts import Facts, gather
 from fathom.lab.inspector.page import page_of
 from fathom.lab.inspector.text import Source, default_text, file_text, given_text, tokenized

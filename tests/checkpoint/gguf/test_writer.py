@@ -1,6 +1,7 @@
 """GGUF files read back with the gguf package: every weight, every key, refusals, and failed writes."""
 
 import json
+import os
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -389,7 +390,7 @@ def test_a_failed_write_leaves_an_earlier_file_unchanged(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ours.os if stage == "os.replace" else gguf.GGUFWriter, stage.removeprefix("os."), full)
+    monkeypatch.setattr(os if stage == "os.replace" else gguf.GGUFWriter, stage.removeprefix("os."), full)
     with pytest.raises(OSError, match="No space left"):
         save_gguf(lively_model(tiny()), None, path)
     assert [file.read_bytes() for file in tmp_path.iterdir()] == ([] if earlier is None else [earlier])
