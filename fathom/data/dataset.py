@@ -31,7 +31,7 @@ class TokenRows:
                 f"sequence_length is {sequence_length}, lookahead {lookahead} and seed {seed}; "
                 "they must be at least 1, 0 and 0"
             )
-        tokens = _map_tokens(path, np.dtype(dtype))
+        tokens = np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r")
         width = sequence_length + 1 + lookahead
         if len(tokens) < width:
             fitting = len(tokens) - 1 - lookahead
@@ -98,14 +98,3 @@ class TokenRows:
 
     def _permutation(self, epoch: int) -> np.ndarray[Any, Any]:
         return np.random.Generator(np.random.Philox(key=[self._seed, epoch])).permutation(len(self))
-
-
-def _map_tokens(path: Path, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; tokenise the corpus first")
-    size = path.stat().st_size
-    if size % dtype.itemsize:
-        raise ValueError(f"{path} has {size} bytes, no whole number of {dtype.name} tokens: truncated, or another type")
-    if size == 0:
-        raise ValueError(f"{path} is empty; tokenise the corpus again")
-    return np.memmap(path, dtype=dtype.newbyteorder("<"), mode="r")

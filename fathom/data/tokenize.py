@@ -10,14 +10,14 @@ token.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 
+from fathom.config import ConfigError, check, load_json, save_json
 from fathom.data.corpus import HUGGING_FACE, CorpusStats, DataConfig, scan_corpus, split_corpus
 from fathom.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer, split_chunks, train_tokenizer
 from fathom.files import atomic_directory, remove_leftovers
@@ -37,19 +37,21 @@ Segment = int | str
 """A control token's id, or text still to be encoded."""
 
 
-@dataclass(frozen=True)
-class TokenizedCorpus:
-    """A tokenised corpus on disk."""
+@dataclass(frozen=True, kw_only=True)
+class CorpusMeta:
+    """What meta.json holds of a tokenised corpus."""
 
-    directory: Path
-    tokenizer: Tokenizer
+    format_version: int = FORMAT_VERSION
     config: DataConfig
     seed: int
     requested_vocab_size: int
     """The argument of `tokenize_corpus`; the tokenizer's own `vocab_size` may be smaller."""
     corpus_hash: str
-    token_dtype: str
-    """uint16 or uint32."""
+    vocab_size: int
+    """The tokenizer's; this and the next two are for readers in other languages."""
+    bos_id: int
+    eos_id: int
+    token_dtype: Literal["uint16", "uint32"]
     train_tokens: int
     train_documents: int
     train_bytes: int
@@ -60,9 +62,16 @@ class TokenizedCorpus:
     heldout_documents: tuple[str, ...]
     """Names of the held-out documents, the first 10 000."""
 
-    @property
-    def vocab_size(self) -> int:
-        return self.tokenizer.vocab_size
+    def __post_init__(self) -> None:
+        check(self.format_version == FORMAT_VERSION, "format_version", self.format_version, str(FORMAT_VERSION))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizedCorpus(CorpusMeta):
+    """A tokenised corpus on disk."""
+
+    directory: Path
+    tokenizer: Tokenizer
 
     @property
     def train_path(self) -> Path:
@@ -102,19 +111,17 @@ def tokenize_corpus(
     with atomic_directory(directory) as staging:
         tokenizer = _make_tokenizer(config, vocab_size, stats, report)
         save_tokenizer(tokenizer, staging)
-        meta = {
-            "format_version": FORMAT_VERSION,
-            "config": asdict(config),
-            "seed": seed,
-            "requested_vocab_size": vocab_size,
-            "corpus_hash": stats.sha256,
-            "vocab_size": tokenizer.vocab_size,
-            "bos_id": tokenizer.bos_id,
-            "eos_id": tokenizer.eos_id,
+        meta = CorpusMeta(
+            config=config,
+            seed=seed,
+            requested_vocab_size=vocab_size,
+            corpus_hash=stats.sha256,
+            vocab_size=tokenizer.vocab_size,
+            bos_id=tokenizer.bos_id,
+            eos_id=tokenizer.eos_id,
             **_write_splits(config, stats, tokenizer, seed, staging, report),
-        }
-        content = json.dumps(meta, ensure_ascii=False, indent=2) + "\n"
-        (staging / "meta.json").write_text(content, encoding="utf-8")
+        )
+        save_json(meta, staging / "meta.json")
     return open_tokenized(directory)
 
 
@@ -124,21 +131,10 @@ def open_tokenized(directory: Path) -> TokenizedCorpus:
     if not path.is_file():
         raise FileNotFoundError(f"{directory} holds no tokenised corpus: meta.json is missing; tokenise it first")
     try:
-        meta: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        version = meta.pop("format_version")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); delete the directory and tokenise it again") from error
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{path}: format_version is {version}, this program reads {FORMAT_VERSION}; tokenise it again")
-    try:
-        # Derived from the tokenizer; written for readers in other languages.
-        for derived in ("vocab_size", "bos_id", "eos_id"):
-            del meta[derived]
-        meta["config"] = DataConfig(**meta["config"])
-        meta["heldout_documents"] = tuple(meta["heldout_documents"])
-        corpus = TokenizedCorpus(directory, load_tokenizer(directory), **meta)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} has missing or unknown fields ({error}); tokenise the corpus again") from error
+        meta = load_json(CorpusMeta, path)
+    except ConfigError as error:
+        raise ValueError(f"{error}; delete {directory} and tokenise the corpus again") from error
+    corpus = TokenizedCorpus(**vars(meta), directory=directory, tokenizer=load_tokenizer(directory))
     _check_sizes(corpus)
     return corpus
 
@@ -247,7 +243,7 @@ def _write_splits(
     if not (train.documents and valid.documents):
         raise ValueError(f"corpus {config.corpus!r} is too small to hold anything out: {read_bytes} bytes")
     counts = {**train.counts("train"), **valid.counts("valid")}
-    return {"token_dtype": dtype.name, **counts, "heldout_documents": names}
+    return {"token_dtype": dtype.name, **counts, "heldout_documents": tuple(names)}
 
 
 class _SplitWriter:

@@ -59,10 +59,9 @@ def evaluate(
     batches: Sequence[Batch],
     total_bytes: int,
     compute_dtype: torch.dtype | None = None,
-    mtp: bool = True,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> Evaluation:
-    """Measure `model` on batches with targets for its MTP modules, also where `mtp` is false and these do not run.
+    """Measure `model`, its MTP modules included, on batches with targets for all of its heads.
 
     A collective call: `batches` are the same on every rank, each rank measures some of them, and all get the result,
     the same to the last bit whatever the number of ranks.
@@ -73,9 +72,8 @@ def evaluate(
     """
     if total_bytes < 1:
         raise ValueError(f"total_bytes is {total_bytes}; it must be the held-out text's size, at least 1")
-    own, loads = _measure_all(
-        model, (batches[i] for i in range(ranks.rank, len(batches), ranks.world)), compute_dtype, mtp
-    )
+    own_batches = (batches[i] for i in range(ranks.rank, len(batches), ranks.world))
+    own, loads = _measure_all(model, own_batches, compute_dtype)
     gathered = ranks.gather((own, loads))
     # Batches were dealt out to the ranks one by one; summed in their own order, their number changes no rounding.
     parts = [gathered[i % ranks.world][0][i // ranks.world] for i in range(len(batches))]
@@ -109,18 +107,18 @@ class _Part(NamedTuple):
 
 
 def _measure_all(
-    model: Model, batches: Iterable[Batch], compute_dtype: torch.dtype | None, mtp: bool
+    model: Model, batches: Iterable[Batch], compute_dtype: torch.dtype | None
 ) -> tuple[list[_Part], Tensor | None]:
     """Each batch's sums, and the tokens that each expert received in all of them (None without batches)."""
     parts, total_LE = [], None
     for batch in batches:
-        part, tokens_per_expert_LE = _measure(model, batch, compute_dtype, mtp)
+        part, tokens_per_expert_LE = _measure(model, batch, compute_dtype)
         parts.append(part)
         total_LE = tokens_per_expert_LE if total_LE is None else total_LE + tokens_per_expert_LE
     return parts, total_LE
 
 
-def _measure(model: Model, batch: Batch, compute_dtype: torch.dtype | None, mtp: bool) -> tuple[_Part, Tensor]:
+def _measure(model: Model, batch: Batch, compute_dtype: torch.dtype | None) -> tuple[_Part, Tensor]:
     modules, device = model.config.num_nextn_predict_layers, model.embed_tokens.weight.device
     batch, length = batch.to(device), batch.targets_HBS.shape[2]
     if len(batch.targets_HBS) != 1 + modules:
@@ -132,14 +130,13 @@ def _measure(model: Model, batch: Batch, compute_dtype: torch.dtype | None, mtp:
         batch.inputs,
         batch.positions_BS,
         batch.cu_seqlens,
-        mtp=mtp and modules > 0,
+        mtp=modules > 0,
         lookahead_BM=batch.lookahead if batch.cu_seqlens is None else None,
         compute_dtype=compute_dtype,
     )
     h_HBSD = (hidden.h_BSD, *hidden.mtp_h_BSD)
-    targets = batch.targets_HBS[: len(h_HBSD)]
-    heads = zip(range(len(targets)), h_HBSD, targets, strict=True)
-    nats, predictions = zip(*(score(model, h_BSD, targets_BS, k) for k, h_BSD, targets_BS in heads), strict=True)
+    targets, heads = batch.targets_HBS, zip(h_HBSD, batch.targets_HBS, range(1 + modules), strict=True)
+    nats, predictions = zip(*(score(model, *head) for head in heads), strict=True)
     # Module k at position i and the main head at i+k predict the same token; the last k have no main prediction.
     compared = [targets[k][:, : length - k] != IGNORE for k in range(1, len(targets))]
     agreed = [

@@ -112,15 +112,6 @@ def model_loads(model: Model, batch: Batch) -> Tensor:
     return model.forward_hidden(batch.inputs, mtp=True, lookahead_BM=batch.lookahead).router.tokens_per_expert_LE
 
 
-def test_modules_may_be_left_out() -> None:
-    config = tiny(num_nextn_predict_layers=2)
-    model, batches = lively_model(config), make_batches(config)
-    whole, main = evaluate(model, batches, 9), evaluate(model, batches, 9, mtp=False)
-    assert main.bits_per_byte == whole.bits_per_byte
-    assert (main.mtp_losses, main.mtp_agreement) == ((), ())
-    assert torch.equal(main.tokens_per_expert_LE, whole.tokens_per_expert_LE[: config.num_moe_layers])
-
-
 def test_batches_of_any_size_give_the_same_figures() -> None:
     config = tiny(num_nextn_predict_layers=1)
     model, rows = lively_model(config, dtype=torch.float64), make_rows(config)
