@@ -28,30 +28,14 @@ DType = Literal["f32", "bf16", "q8_0"]
 GGML_TYPES = {"f32": GGMLType.F32, "bf16": GGMLType.BF16, "q8_0": GGMLType.Q8_0}
 _Q8_BLOCK = 32
 
-# Released names within a layer, without «.weight», to llama.cpp's. W_kvb is split and experts are stacked further down.
-_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.q_a_proj": "attn_q_a",
-    "self_attn.q_a_layernorm": "attn_q_a_norm",
-    "self_attn.q_b_proj": "attn_q_b",
-    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
-    "self_attn.kv_a_layernorm": "attn_kv_a_norm",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "mlp.gate": "ffn_gate_inp",
-    "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
-    "mlp.shared_experts.up_proj": "ffn_up_shexp",
-    "mlp.shared_experts.down_proj": "ffn_down_shexp",
-    "enorm": "nextn.enorm",
-    "hnorm": "nextn.hnorm",
-    "eh_proj": "nextn.eh_proj",
-    "shared_head.norm": "nextn.shared_head_norm",
+# Released names within a layer that the gguf package's table lacks.
+_OWN_NAMES = {
+    "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
+    "enorm.weight": "nextn.enorm.weight",
+    "hnorm.weight": "nextn.hnorm.weight",
+    "eh_proj.weight": "nextn.eh_proj.weight",
+    "shared_head.norm.weight": "nextn.shared_head_norm.weight",
 }
-_EXPERTS = {"gate": "ffn_gate_exps", "up": "ffn_up_exps", "down": "ffn_down_exps"}
 
 
 class GGUFTensor(NamedTuple):
@@ -84,40 +68,40 @@ def gguf_tensors(weights: Weights, modules: int) -> list[GGUFTensor]:
     """Every tensor of the file, in order; those of the first `modules` MTP modules included."""
     config = weights.config
     shapes = {spec.name: spec.shape for spec in weights.specs()}
-    embedding, norm, head = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-    tensors = [
-        GGUFTensor("token_embd.weight", shapes[embedding], [embedding]),
-        GGUFTensor("output_norm.weight", shapes[norm], [norm]),
-    ]
-    if not config.tie_word_embeddings:  # where it is missing, llama.cpp uses the embedding
-        tensors.append(GGUFTensor("output.weight", shapes[head], [head]))
-    for layer in range(config.num_hidden_layers + modules):
+    layers = config.num_hidden_layers + modules
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DEEPSEEK2, layers)
+    outside = ["model.embed_tokens.weight", "model.norm.weight"]
+    if not config.tie_word_embeddings:  # where the head is missing, llama.cpp uses the embedding
+        outside.append("lm_head.weight")
+    tensors = [GGUFTensor(str(names.get_name(name, (".weight",))), shapes[name], [name]) for name in outside]
+    for layer in range(layers):
         prefix = f"model.layers.{layer}."
         within = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
         for tensor in _layer_tensors(prefix, within, config):
-            tensors.append(tensor._replace(name=f"blk.{layer}.{tensor.name}"))
+            own = _OWN_NAMES.get(tensor.name)
+            name = f"blk.{layer}.{own}" if own else names.get_name(prefix + tensor.name, (".weight",))
+            tensors.append(tensor._replace(name=str(name)))
     return tensors
 
 
 def _layer_tensors(prefix: str, shapes: dict[str, tuple[int, ...]], config: ModelConfig) -> Iterator[GGUFTensor]:
+    """The layer's tensors, under the released names within it; experts are stacked, and W_kvb has one per half."""
     heads, latent = config.num_attention_heads, config.kv_lora_rank
     for name, shape in shapes.items():
         part, sources = name.removesuffix(".weight"), [prefix + name]
         if part == "self_attn.kv_b_proj":
             key_shape = (heads, latent, config.qk_nope_head_dim)
-            yield GGUFTensor("attn_k_b.weight", key_shape, sources, "key half")
-            yield GGUFTensor("attn_v_b.weight", (heads, config.v_head_dim, latent), sources, "value half")
-        elif part == "mlp.gate.e_score_correction_bias":
-            yield GGUFTensor("exp_probs_b.bias", shape, sources)
+            yield GGUFTensor("self_attn.k_b_proj.weight", key_shape, sources, "key half")
+            yield GGUFTensor("self_attn.v_b_proj.weight", (heads, config.v_head_dim, latent), sources, "value half")
         elif part in ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa") and config.rms_norm_eps != LATENT_NORM_EPS:
-            yield GGUFTensor(f"{_NAMES[part]}.weight", shape, sources, "rescaled", exact=True)
-        elif part in _NAMES:
-            yield GGUFTensor(f"{_NAMES[part]}.weight", shape, sources, exact=part == "mlp.gate")
-    for kind, stacked_name in _EXPERTS.items():
-        if (shape_of_one := shapes.get(f"mlp.experts.0.{kind}_proj.weight")) is not None:
+            yield GGUFTensor(name, shape, sources, "rescaled", exact=True)
+        elif not part.startswith("mlp.experts.") and part not in ("embed_tokens", "shared_head.head"):
+            yield GGUFTensor(name, shape, sources, exact=part == "mlp.gate")
+    for kind in ("gate_proj", "up_proj", "down_proj"):
+        if (shape_of_one := shapes.get(f"mlp.experts.0.{kind}.weight")) is not None:
             count = config.n_routed_experts
-            sources = [f"{prefix}mlp.experts.{expert}.{kind}_proj.weight" for expert in range(count)]
-            yield GGUFTensor(f"{stacked_name}.weight", (count, *shape_of_one), sources)
+            sources = [f"{prefix}mlp.experts.{expert}.{kind}.weight" for expert in range(count)]
+            yield GGUFTensor(f"mlp.experts.{kind}.weight", (count, *shape_of_one), sources)
 
 
 def encoded_chunks(weights: Weights, tensor: GGUFTensor, dtype: DType) -> Iterator[NDArray[Any]]:
