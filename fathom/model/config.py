@@ -7,7 +7,7 @@ the same keys with the same meaning. The dialects in which programs write that f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
 
 from fathom.config import check
@@ -92,15 +92,13 @@ class ModelConfig:
         self._check_tokens()
 
     def _check_sizes(self) -> None:
-        for name in _AT_LEAST_ONE:
-            value = getattr(self, name)
-            check(isinstance(value, int) and value >= 1, name, value, "an integer of at least 1")
-        for name in ("first_k_dense_replace", "num_nextn_predict_layers"):
-            value = getattr(self, name)
-            check(isinstance(value, int) and value >= 0, name, value, "an integer of at least 0")
-        for name in ("rope_theta", "rms_norm_eps", "initializer_range", "routed_scaling_factor"):
-            value = getattr(self, name)
-            check(value > 0, name, value, "a positive number")
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if field.type == "int":
+                least = 0 if name in ("first_k_dense_replace", "num_nextn_predict_layers") else 1
+                check(isinstance(value, int) and value >= least, name, value, f"an integer of at least {least}")
+            elif field.type == "float":
+                check(value > 0, name, value, "a positive number")
         rank, dense, rotated = self.q_lora_rank, self.first_k_dense_replace, self.qk_rope_head_dim
         check(rank is None or rank >= 1, "q_lora_rank", rank, "an integer of at least 1, or null")
         most = self.num_hidden_layers
@@ -110,13 +108,11 @@ class ModelConfig:
 
     def _check_tokens(self) -> None:
         size = self.vocab_size
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            value = getattr(self, name)
-            inside = value is None or (isinstance(value, int) and 0 <= value < size)
-            check(inside, name, value, f"null or a token id below vocab_size ({size})")
-        others = self.other_eos_token_ids
-        inside = all(isinstance(token, int) and 0 <= token < size for token in others)
-        check(inside, "eos_token_id", others, f"token ids below vocab_size ({size})")
+        single = {name: (getattr(self, name),) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        for name, tokens in [*single.items(), ("eos_token_id", self.other_eos_token_ids)]:
+            for token in tokens:
+                inside = token is None or (isinstance(token, int) and 0 <= token < size)
+                check(inside, name, token, f"null or a token id below vocab_size ({size})")
 
     def _check_routing(self) -> None:
         experts, groups = self.n_routed_experts, self.n_group
@@ -138,15 +134,13 @@ class ModelConfig:
 
     def _check_router_kind(self) -> None:
         """Only combinations that were released, so that other programs compute the same."""
+        hints, method = get_type_hints(ModelConfig), self.topk_method
         for name in ("scoring_func", "topk_method"):
-            choices = get_args(get_type_hints(ModelConfig)[name])
+            choices = get_args(hints[name])
             check(getattr(self, name) in choices, name, getattr(self, name), " or ".join(map(repr, choices)))
         if not self.is_v2:
-            check(
-                self.topk_method == "noaux_tc", "topk_method", self.topk_method, "'noaux_tc' when scores are sigmoids"
-            )
+            check(method == "noaux_tc", "topk_method", method, "'noaux_tc' when scores are sigmoids")
             return
-        method = self.topk_method
         check(method != "noaux_tc", "scoring_func", self.scoring_func, "'sigmoid' when topk_method is 'noaux_tc'")
         # DeepSeek's own code then leaves the scaling factor out, and `transformers` does not normalise at all.
         check(not self.norm_topk_prob, "norm_topk_prob", self.norm_topk_prob, "false when scores are softmax")
@@ -195,23 +189,3 @@ class ModelConfig:
     def to_dict(self, dtype: str = "float32") -> dict[str, Any]:
         """The content of a config.json that `transformers` 4 and 5, vLLM, SGLang and llama.cpp's converter read."""
         return hf_config.to_dict(self, dtype)
-
-
-_AT_LEAST_ONE = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "moe_intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "kv_lora_rank",
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "v_head_dim",
-    "n_routed_experts",
-    "n_shared_experts",
-    "num_experts_per_tok",
-    "n_group",
-    "topk_group",
-    "max_position_embeddings",
-)

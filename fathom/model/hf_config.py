@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from fathom.config import ConfigError, check
+from fathom.config import ConfigError, check, from_json
 from fathom.model.rope_scaling import read_rope_scaling, write_rope_scaling
 
 if TYPE_CHECKING:
@@ -83,7 +83,8 @@ def from_dict(cls: type[ModelConfig], raw: dict[str, Any]) -> ModelConfig:
     """The content of a config.json; raises ConfigError for a key whose meaning is not implemented here."""
     raw = dict(raw)
     _settle_model_type(raw)
-    values: dict[str, Any] = {"rope_scaling": read_rope_scaling(raw), "other_eos_token_ids": _split_eos(raw)}
+    rope_scaling = read_rope_scaling(raw)
+    _split_eos(raw)
     for key, allowed in (_FIXED | _FIXED_ELSEWHERE).items():
         if (value := raw.pop(key, None)) is not None:
             choices = " or ".join(map(repr, allowed))
@@ -92,17 +93,15 @@ def from_dict(cls: type[ModelConfig], raw: dict[str, Any]) -> ModelConfig:
     modules = raw.pop("num_mtp_layers", 0)
     raw.setdefault("num_nextn_predict_layers", modules)
     raw.setdefault("initializer_range", 0.02)
-    annotations = {f.name: str(f.type) for f in dataclasses.fields(cls) if f.name not in values}
+    kv_heads = raw.pop("num_key_value_heads", None)
+    known = {field.name for field in dataclasses.fields(cls)}
     for key, value in raw.items():
-        if key in annotations:
-            values[key] = _convert(key, value, annotations[key])
-        elif key not in _IGNORED and key != "num_key_value_heads":
-            raise ConfigError(_unknown(key, value, annotations))
-    config = cls(**values)
-    kv_heads = raw.get("num_key_value_heads")
+        if key not in known | _IGNORED:
+            raise ConfigError(_unknown(key, value, known))
+    config = from_json(cls, {key: raw[key] for key in known & raw.keys()}, where="")
     matches = kv_heads is None or kv_heads == config.num_attention_heads
     check(matches, "num_key_value_heads", kv_heads, f"num_attention_heads ({config.num_attention_heads})")
-    return config
+    return dataclasses.replace(config, rope_scaling=rope_scaling)
 
 
 def to_dict(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
@@ -156,30 +155,8 @@ def _unknown(key: str, value: Any, known: Iterable[str]) -> str:
     )
 
 
-def _convert(key: str, value: Any, annotation: str) -> Any:
-    """Check a JSON value's type against the field's; an integer passes for a float."""
-    if value is None:
-        check("None" in annotation, key, value, f"a value of type {annotation}")
-        return None
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if annotation == "float":
-        check(number, key, value, "a number")
-        return float(value)
-    if annotation == "bool":
-        check(isinstance(value, bool), key, value, "true or false")
-    elif annotation.startswith("Literal"):
-        check(isinstance(value, str), key, value, "a string")
-    else:
-        check(isinstance(value, int) and number, key, value, "an integer")
-    return value
-
-
-def _split_eos(raw: dict[str, Any]) -> tuple[int, ...]:
-    """Leave the first of several end tokens in `raw`; returns the others."""
-    given = raw.get("eos_token_id")
-    if not isinstance(given, list):
-        return ()
-    whole = bool(given) and all(type(token) is int for token in given)
-    check(whole, "eos_token_id", given, "a token id or a list of at least one")
-    raw["eos_token_id"], *others = given
-    return tuple(others)
+def _split_eos(raw: dict[str, Any]) -> None:
+    """Of several end tokens, leave the first under its key in `raw` and the others under ours."""
+    if isinstance(given := raw.get("eos_token_id"), list):
+        check(bool(given), "eos_token_id", given, "a token id or a list of at least one")
+        raw["eos_token_id"], *raw["other_eos_token_ids"] = given

@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from fathom.config import check
+from fathom.config import check, from_json
 
 
 @dataclass(frozen=True)
@@ -69,18 +69,9 @@ def _read_yarn(rope: dict[str, Any]) -> YarnScaling | None:
         return None
     check(kinds == {"yarn"}, "rope_scaling.type", sorted(kinds), "'yarn' or 'default'")
     for key, only in (("truncate", True), ("partial_rotary_factor", 1.0), ("attention_factor", None)):
-        if key in rope:
-            value = rope.pop(key)
-            check(value in (only, None), f"rope_scaling.{key}", value, f"{only!r}: nothing else is implemented")
-    fields = {f.name for f in dataclasses.fields(YarnScaling)}
-    unknown = sorted(set(rope) - fields)
-    check(not unknown, "rope_scaling", unknown, f"made of {', '.join(sorted(fields))} alone")
-    for key in ("factor", "original_max_position_embeddings"):
-        check(rope.get(key) is not None, f"rope_scaling.{key}", None, "given when the type is yarn")
-    for key, value in rope.items():
-        number = value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
-        check(number, f"rope_scaling.{key}", value, "a number")
-    return YarnScaling(**{key: value for key, value in rope.items() if value is not None})
+        value = rope.pop(key, None)
+        check(value in (only, None), f"rope_scaling.{key}", value, f"{only!r}: nothing else is implemented")
+    return from_json(YarnScaling, {k: v for k, v in rope.items() if v is not None}, where="rope_scaling")
 
 
 def write_rope_scaling(yarn: YarnScaling | None, theta: float) -> dict[str, Any]:

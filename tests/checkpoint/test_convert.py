@@ -23,12 +23,9 @@ from fathom.data.tokenizer import load_tokenizer, train_tokenizer
 from fathom.model.config import ModelConfig
 from fathom.model.transformer import Model
 from fathom.quantization import fp8
+from tests.checkpoint.directories import stored
 from tests.checkpoint.fp8_definition import MODEL, NOT_QUANTIZED, quantize_blocks
 from tests.model.configs import lively_model, model_configs, tiny
-
-
-def stored(directory: Path) -> dict[str, Tensor]:
-    return {k: v for file in sorted(directory.glob("*.safetensors")) for k, v in load_file(file).items()}
 
 
 def narrow_model(config: ModelConfig, seed: int = 0) -> Model:

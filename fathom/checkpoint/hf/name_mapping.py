@@ -29,11 +29,12 @@ class ParameterSlice(NamedTuple):
 
     parameter: str
     expert: int | None = None
-    rows: slice = slice(None)
+    first: int = 0
+    last: int | None = None
 
     def of(self, parameter: Tensor) -> Tensor:
         """The view of the parameter that the checkpoint tensor fills."""
-        return parameter if self.expert is None else parameter[self.expert][self.rows]
+        return parameter if self.expert is None else parameter[self.expert][self.first : self.last]
 
 
 def locate(name: str, config: ModelConfig) -> ParameterSlice | None:
@@ -57,8 +58,8 @@ def locate(name: str, config: ModelConfig) -> ParameterSlice | None:
         return ParameterSlice(name)
     if kind == "down":
         return ParameterSlice(prefix + "mlp.experts.down_proj", number)
-    rows = slice(0, width) if kind == "gate" else slice(width, 2 * width)
-    return ParameterSlice(prefix + "mlp.experts.gate_up_proj", number, rows)
+    first = 0 if kind == "gate" else width
+    return ParameterSlice(prefix + "mlp.experts.gate_up_proj", number, first, first + width)
 
 
 def is_fp8_weight(name: str) -> bool:

@@ -57,13 +57,16 @@ class StoredTensor(NamedTuple):
         """
         columns = self.shape[-1] if len(self.shape) > 1 else 1
         out = torch.empty(last - first, columns, dtype=DTYPES[self.dtype])
-        row_bytes = columns * out.element_size()
         try:
-            with open(self.file, "rb", buffering=0) as file:
-                file.seek(self.begin + first * row_bytes)
-                _read_into(_byte_view(out), file)
-        except (OSError, EOFError) as error:
+            with open(self.file, "rb") as file:
+                file.seek(self.begin + first * columns * out.element_size())
+                missing = out.nbytes - file.readinto(_byte_view(out))
+        except OSError as error:
             raise CheckpointError(f"{self.file}: tensor {self.name} cannot be read: {error}") from error
+        if missing:
+            raise CheckpointError(
+                f"{self.file}: tensor {self.name} cannot be read: the file ends {missing} bytes too early"
+            )
         return out
 
 
@@ -134,14 +137,6 @@ def _byte_view(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor, without a copy."""
     flat: NDArray[np.uint8] = tensor.detach().flatten().view(torch.uint8).numpy()
     return flat.data
-
-
-def _read_into(buffer: memoryview, file: Any) -> None:
-    while len(buffer):
-        count = file.readinto(buffer)
-        if not count:
-            raise EOFError(f"the file ends {len(buffer)} bytes too early")
-        buffer = buffer[count:]
 
 
 def check_disk_space(target: Path, needed: int) -> None:

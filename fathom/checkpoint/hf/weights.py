@@ -29,9 +29,6 @@ from fathom.quantization import fp8
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _FP8 = "F8_E4M3"
 
-_SliceKey = tuple[str, int | None, int]
-"""What identifies a `ParameterSlice`: parameter, expert, first row."""
-
 
 class TensorSpec(NamedTuple):
     """One tensor under its released name."""
@@ -161,10 +158,10 @@ class CheckpointWeights:
             raise CheckpointError(f"{directory}: no weights for {listed}")
         return sources
 
-    def _by_slice(self) -> dict[_SliceKey, StoredTensor]:
+    def _by_slice(self) -> dict[ParameterSlice, StoredTensor]:
         """Every stored tensor by what it fills of our model."""
         parameters = parameters_and_buffers(self._model)
-        found: dict[_SliceKey, StoredTensor] = {}
+        found: dict[ParameterSlice, StoredTensor] = {}
         for name, stored in self._stored.items():
             target = None if name.endswith(SCALE_SUFFIX) else locate(name, self.config)
             if target is None:
@@ -179,21 +176,21 @@ class CheckpointWeights:
                     f"{stored.file}: tensor {name} has shape {stored.shape}, config.json implies {expected}"
                 )
             self._check_type(stored)
-            if _key(target) in found:
+            if target in found:
                 raise _duplicate(stored)
-            found[_key(target)] = stored
-        for (parameter, expert, _), stored in found.items():
-            if expert is not None and (parameter, None, 0) in found:
+            found[target] = stored
+        for target, stored in found.items():
+            if target.expert is not None and ParameterSlice(target.parameter) in found:
                 raise _duplicate(stored)
         return found
 
-    def _find(self, name: str, stored: dict[_SliceKey, StoredTensor]) -> _Source | None:
+    def _find(self, name: str, stored: dict[ParameterSlice, StoredTensor]) -> _Source | None:
         target = locate(name, self.config)
         assert target is not None
-        if (own := stored.get(_key(target))) is not None:
+        if (own := stored.get(target)) is not None:
             return _Source(own)
-        if target.expert is not None and (stack := stored.get((target.parameter, None, 0))) is not None:
-            return _Source(stack, target.expert * stack.shape[1] + (target.rows.start or 0))
+        if target.expert is not None and (stack := stored.get(ParameterSlice(target.parameter))) is not None:
+            return _Source(stack, target.expert * stack.shape[1] + target.first)
         if name == _HEAD and self.config.tie_word_embeddings:
             return self._find(_EMBEDDING, stored)
         return None
@@ -267,10 +264,6 @@ def _original(name: str, config: ModelConfig) -> str:
     if locate(name, config) is not None:
         return name
     return _EMBEDDING if name.endswith("embed_tokens.weight") else _HEAD
-
-
-def _key(target: ParameterSlice) -> _SliceKey:
-    return target.parameter, target.expert, target.rows.start or 0
 
 
 def _duplicate(stored: StoredTensor) -> CheckpointError:

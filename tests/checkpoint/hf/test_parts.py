@@ -18,6 +18,7 @@ from fathom.engine.sampling.sampler import SamplingParams
 from fathom.model.quantize import quantized
 from fathom.model.transformer import Model
 from fathom.quantization.fp8_layers import FP8Experts, FP8Linear
+from tests.checkpoint.directories import tensors_of
 from tests.checkpoint.fp8_definition import MODEL
 from tests.model.configs import lively_model, random_tokens, relative_error, tiny
 
@@ -39,10 +40,6 @@ def directory(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fp8_directory(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(model, tmp_path_factory.mktemp("stored") / "fp8", storage="fp8")
     return tmp_path_factory.getbasetemp() / "stored0" / "fp8"
-
-
-def tensors_of(model: Model) -> dict[str, torch.Tensor]:
-    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
 
 
 # ----------------------------------------------------------------------------------------------------- slices

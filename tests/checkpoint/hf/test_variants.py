@@ -159,7 +159,7 @@ def test_v2_is_not_trained() -> None:
         ({"n_group": 8}, ["n_group is 8", "greedy"]),
         ({"num_nextn_predict_layers": 1}, ["num_nextn_predict_layers is 1"]),
         ({"mlp_bias": True}, ["mlp_bias is True"]),
-        ({"topk_method": "best"}, ["topk_method is 'best'", "group_limited_greedy"]),
+        ({"topk_method": "best"}, ["topk_method: got 'best'", "group_limited_greedy"]),
     ],
 )
 def test_settings_that_programs_interpret_differently_are_refused(changes: dict[str, Any], words: list[str]) -> None:
