@@ -21,7 +21,7 @@ from fathom import SamplingParams
 from fathom.cli import main
 from fathom.engine.engine import Engine
 from fathom.engine.request import Request
-from fathom.serve import server
+from fathom.serve import engine_thread
 from fathom.serve.engine_thread import EngineThread
 
 AT_A_TIME = 32
@@ -60,5 +60,5 @@ def by_itself(engine: Engine, waiting: list[tuple[str, int]]) -> float:
 
 
 if __name__ == "__main__":
-    server.EngineThread = BenchmarkedThread  # type: ignore[misc]
+    engine_thread.EngineThread = BenchmarkedThread  # type: ignore[misc]
     main(["serve", *sys.argv[1:]])

@@ -2,22 +2,16 @@
 
 import time
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import tyro
 from rich.console import Console
 
-from fathom.checkpoint.hf.directory import model_directory
-from fathom.checkpoint.hf.model import load_model
-from fathom.config import ConfigError
-from fathom.data.tokenizer import load_tokenizer
+from fathom.cli.load import Dtype, load
 from fathom.engine.detokenizer import OutputStream
 from fathom.engine.engine import Engine
 from fathom.engine.sampling.sampler import SamplingParams
-from fathom.model.quantize import quantized
 from fathom.quantization.integer import Precision
-from fathom.runtime.hardware import install_allocator
 
 
 @dataclass(frozen=True)
@@ -33,31 +27,19 @@ class ChatCommand:
     )
     speculative: bool = True
     """Let the MTP module draft where that is faster."""
-    dtype: str = "float32"
-    """float32 or bfloat16."""
+    dtype: Dtype = "float32"
+    """Data type of the weights."""
     quantize: Precision | None = None
     """Weight-only quantisation to 8 or 4 bits."""
 
 
 def run(words: list[str]) -> None:
     command = tyro.cli(ChatCommand, args=words, prog="fathom chat")
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if command.dtype not in dtypes:
-        raise ConfigError(f"--dtype is {command.dtype!r}; it must be {' or '.join(dtypes)}")
-    directory = model_directory(command.path)
-    tokenizer = load_tokenizer(directory)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        install_allocator()
-    model = load_model(directory, dtypes[command.dtype], device)
-    if command.quantize is not None:
-        model = quantized(model, command.quantize)
+    model, tokenizer = load(command.path, command.dtype, command.quantize)
     engine = Engine(model, tokenizer, speculative=command.speculative, max_batch=1)
-    try:
-        engine.chat_template  # noqa: B018 (missing packages and templates are reported before the first line)
-    except ImportError as error:
-        raise ConfigError(f"fathom chat: {error}") from error
-    console, beginning = Console(highlight=False), _system_message(command.system)
+    engine.chat_template  # noqa: B018 (missing packages and templates are reported before the first line)
+    console = Console(highlight=False)
+    beginning = [] if command.system is None else [{"role": "system", "content": command.system}]
     messages = list(beginning)
     while (line := _read_line(console)) is not None:
         if line == "/new":
@@ -72,10 +54,6 @@ def run(words: list[str]) -> None:
             messages.pop()
             continue
         messages.append({"role": "assistant", "content": _answer(engine, ids, command.sampling, console)})
-
-
-def _system_message(system: str | None) -> list[dict[str, Any]]:
-    return [] if system is None else [{"role": "system", "content": system}]
 
 
 def _read_line(console: Console) -> str | None:

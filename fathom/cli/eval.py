@@ -5,18 +5,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fathom.checkpoint.hf.directory import model_directory
-from fathom.checkpoint.hf.model import load_model
+from fathom.cli.load import Dtype, load
 from fathom.config import ConfigError
-from fathom.data.tokenizer import Tokenizer, load_tokenizer
 from fathom.eval.likelihood import text_bits
 from fathom.files import atomic_write
-from fathom.model.transformer import Model
 
 Metrics = dict[str, dict[str, Any]]
 """Of each task or text, its metrics by name."""
@@ -36,26 +32,23 @@ class EvalCommand:
     """Examples before each question of a task; None: as the task defines."""
     limit: int | None = None
     """Run only this many questions of each task, the first ones."""
-    dtype: str = "float32"
-    """float32 or bfloat16."""
+    dtype: Dtype = "float32"
+    """Data type of the weights."""
     json: Path | None = None
     """Also write the metrics to this JSON file."""
 
 
 def run(words: list[str]) -> None:
     command = tyro.cli(EvalCommand, args=words, prog="fathom eval")
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if command.dtype not in dtypes:
-        raise ConfigError(f"--dtype is {command.dtype!r}; it must be {' or '.join(dtypes)}")
     if not command.tasks and not command.text:
         raise ConfigError("nothing to measure: give --tasks (names or YAML files) or --text (files)")
     texts = {str(file): _read(file) for file in command.text}
-    directory = model_directory(command.path)
-    tokenizer = load_tokenizer(directory)
-    model = load_model(directory, dtypes[command.dtype], "cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = load(command.path, command.dtype)
     results: Metrics = {name: asdict(text_bits(model, tokenizer, text)) for name, text in texts.items()}
     if command.tasks:
-        results |= _tasks(command, model, tokenizer)
+        from fathom.eval.harness import run_tasks  # lm-eval comes with the extra "eval"
+
+        results |= run_tasks(model, tokenizer, command.tasks, command.few_shot, command.limit)
     _show(results)
     if command.json is not None:
         atomic_write(command.json, json.dumps(results, indent=2, default=str) + "\n")
@@ -66,12 +59,6 @@ def _read(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"--text: {file} is not UTF-8: {error}") from error
-
-
-def _tasks(command: EvalCommand, model: Model, tokenizer: Tokenizer) -> Metrics:
-    from fathom.eval.harness import run_tasks
-
-    return run_tasks(model, tokenizer, command.tasks, command.few_shot, command.limit)
 
 
 def _show(results: Metrics) -> None:

@@ -77,14 +77,15 @@ def _stored(info: Info) -> str:
 
 
 def _count(number: int) -> str:
-    for unit, factor in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
-        if number >= factor:
-            return f"{number / factor:.2f}{unit}"
-    return str(number)
+    return _scaled(number, ("B", "M", "K", ""))
 
 
 def _size(bytes_: int) -> str:
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
-        if bytes_ >= factor:
-            return f"{bytes_ / factor:.2f} {unit}"
-    return f"{bytes_} bytes"
+    return _scaled(bytes_, (" GB", " MB", " KB", " bytes"))
+
+
+def _scaled(number: int, units: tuple[str, str, str, str]) -> str:
+    for unit, factor in zip(units, (10**9, 10**6, 10**3), strict=False):
+        if number >= factor:
+            return f"{number / factor:.2f}{unit}"
+    return f"{number}{units[-1]}"

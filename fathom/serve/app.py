@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -23,22 +22,24 @@ from fathom.serve.openapi import Endpoint, openapi_document
 from fathom.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from fathom.serve.service import Service
 from fathom.serve.static import inspector_route, page_routes
-from fathom.serve.status import engine_status
+from fathom.serve.status import describe, engine_status
+
+_STREAM = ("application/json", "text/event-stream")
 
 
 def make_app(
     service: Service,
-    description: dict[str, Any],
-    keys: Sequence[str],
-    origins: Sequence[str],
-    hosts: Sequence[str],
-    largest_body: int,
+    keys: Sequence[str] = (),
+    origins: Sequence[str] = (),
+    hosts: Sequence[str] = ("*",),
+    largest_body: int = 1 << 20,
     inspector: bytes | None = None,
 ) -> Starlette:
     """The application around a service whose engine thread its lifespan starts and stops.
 
-    `description`: status.describe's. `origins`: web sites whose pages may send requests. `hosts`: names under which
-    the server answers, "*" for all of them. `largest_body`: bytes. `inspector`: a page to show under /inspect.
+    `keys`: accepted API keys; none: no authentication. `origins`: web sites whose pages may send requests. `hosts`:
+    names under which the server answers, "*" for all of them. `largest_body`: bytes. `inspector`: a page to show under
+    /inspect.
     """
 
     @contextlib.asynccontextmanager
@@ -47,97 +48,69 @@ def make_app(
         yield
         await run_in_threadpool(service.engine_thread.stop)
 
-    endpoints = _Api(service, description).endpoints()
-    routes = [endpoint.route() for endpoint in endpoints]
-    routes += [*page_routes(), inspector_route(inspector), _openapi_route(endpoints)]
-    # From the outermost to the innermost.
-    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)]
-    if origins:
-        methods = ["GET", "POST"]
-        middleware.append(
-            Middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=methods, allow_headers=["*"])
-        )
-    middleware.append(Middleware(AuthMiddleware, keys=keys, largest_body=largest_body))
-    return Starlette(routes=routes, middleware=middleware, exception_handlers=errors.HANDLERS, lifespan=lifespan)
-
-
-def _openapi_route(endpoints: Sequence[Endpoint]) -> Route:
+    endpoints = _endpoints(service, inspector is not None)
     document = openapi_document("Fathom", fathom.__version__, endpoints)
 
     async def openapi(request: Request) -> Response:
         return JSONResponse(document)
 
-    return Route("/openapi.json", openapi)
+    routes = [endpoint.route() for endpoint in endpoints]
+    routes += [*page_routes(), inspector_route(inspector), Route("/openapi.json", openapi)]
+    # From the outermost to the innermost.
+    middleware = [
+        Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False),
+        Middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST"], allow_headers=["*"]),
+        Middleware(AuthMiddleware, keys=keys, largest_body=largest_body),
+    ]
+    return Starlette(routes=routes, middleware=middleware, exception_handlers=errors.HANDLERS, lifespan=lifespan)
 
 
-class _Api:
-    """The endpoints of one model."""
+def _endpoints(service: Service, inspector: bool) -> list[Endpoint]:
+    """Routes and the OpenAPI document both come from this table."""
+    description = describe(service.engine, service.name, service.template is not None) | {"inspector": inspector}
+    context = description["context"]
+    card = {"id": service.name, "object": "model", "created": 0, "owned_by": "fathom", "max_model_len": context}
 
-    def __init__(self, service: Service, description: dict[str, Any]) -> None:
-        self._service = service
-        self._description = description
-        card = {"id": service.name, "object": "model", "created": 0, "owned_by": "fathom"}
-        self._card = card | {"max_model_len": description["context"]}
+    async def models(request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [card]})
 
-    def endpoints(self) -> list[Endpoint]:
-        """Routes and the OpenAPI document both come from this table."""
-        service, stream = self._service, ("application/json", "text/event-stream")
-        completions = CompletionsEndpoint(service, CompletionRequest, service.plan_completion)
-        chat = CompletionsEndpoint(service, ChatRequest, service.plan_chat)
-        return [
-            Endpoint("POST", "/v1/completions", "Continue texts or token ids", completions, CompletionRequest, stream),
-            Endpoint("POST", "/v1/chat/completions", "Answer a conversation", chat, ChatRequest, stream),
-            Endpoint("GET", "/v1/models", "The one model", self._models),
-            Endpoint("GET", "/v1/models/{name}", "The one model", self._model),
-            Endpoint(
-                "POST",
-                "/tokenize",
-                "Token ids of a text, or of a conversation by the chat template",
-                self._tokenize,
-                TokenizeRequest,
-            ),
-            Endpoint(
-                "POST", "/detokenize", "Text of token ids, without control tokens", self._detokenize, DetokenizeRequest
-            ),
-            Endpoint("GET", "/fathom/status", "The model's shape and the engine's state", self._status),
-            Endpoint("GET", "/health", "200 while requests can be served, else 503", self._health),
-            Endpoint("GET", "/metrics", "Prometheus metrics", self._metrics, content_types=("text/plain",)),
-        ]
+    async def model(request: Request) -> Response:
+        service.check_name(request.path_params["name"])
+        return JSONResponse(card)
 
-    async def _models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._card]})
-
-    async def _model(self, request: Request) -> Response:
-        self._service.check_name(request.path_params["name"])
-        return JSONResponse(self._card)
-
-    async def _tokenize(self, request: Request) -> Response:
+    async def tokenize(request: Request) -> Response:
         raw = await read_json(request)
+        ids = await run_in_threadpool(lambda: service.tokenize(parse(TokenizeRequest, raw)))
+        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": context})
 
-        def encode() -> list[int]:
-            body = parse(TokenizeRequest, raw)
-            if body.messages is not None:
-                return self._service.encode_chat([message.plain() for message in body.messages], [])
-            return self._service.tokenizer.encode(body.prompt or "", bos=body.add_special_tokens)
-
-        ids = await run_in_threadpool(encode)
-        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": self._description["context"]})
-
-    async def _detokenize(self, request: Request) -> Response:
+    async def detokenize(request: Request) -> Response:
         raw = await read_json(request)
+        text = await run_in_threadpool(lambda: service.tokenizer.decode(parse(DetokenizeRequest, raw).tokens))
+        return JSONResponse({"prompt": text})
 
-        def decode() -> str:
-            return self._service.tokenizer.decode(parse(DetokenizeRequest, raw).tokens)
+    async def status(request: Request) -> Response:
+        return JSONResponse({"model": description, "now": engine_status(service.engine_thread)})
 
-        return JSONResponse({"prompt": await run_in_threadpool(decode)})
-
-    async def _status(self, request: Request) -> Response:
-        return JSONResponse({"model": self._description, "now": engine_status(self._service.engine_thread)})
-
-    async def _health(self, request: Request) -> Response:
-        if not self._service.engine_thread.alive:
+    async def health(request: Request) -> Response:
+        if not service.engine_thread.alive:
             raise ApiError(503, "the engine has stopped", code="engine_stopped")
         return JSONResponse({"status": "ok"})
 
-    async def _metrics(self, request: Request) -> Response:
-        return Response(self._service.metrics.text(), headers={"Content-Type": metrics.CONTENT_TYPE})
+    async def prometheus(request: Request) -> Response:
+        return Response(service.metrics.text(), headers={"Content-Type": metrics.CONTENT_TYPE})
+
+    complete = CompletionsEndpoint(service, CompletionRequest, service.plan_completion)
+    chat = CompletionsEndpoint(service, ChatRequest, service.plan_chat)
+    ids_of = "Token ids of a text, or of a conversation by the chat template"
+    text_of = "Text of token ids, without control tokens"
+    return [
+        Endpoint("POST", "/v1/completions", "Continue texts or token ids", complete, CompletionRequest, _STREAM),
+        Endpoint("POST", "/v1/chat/completions", "Answer a conversation", chat, ChatRequest, _STREAM),
+        Endpoint("GET", "/v1/models", "The one model", models),
+        Endpoint("GET", "/v1/models/{name}", "The one model", model),
+        Endpoint("POST", "/tokenize", ids_of, tokenize, TokenizeRequest),
+        Endpoint("POST", "/detokenize", text_of, detokenize, DetokenizeRequest),
+        Endpoint("GET", "/fathom/status", "The model's shape and the engine's state", status),
+        Endpoint("GET", "/health", "200 while requests can be served, else 503", health),
+        Endpoint("GET", "/metrics", "Prometheus metrics", prometheus, content_types=("text/plain",)),
+    ]

@@ -33,58 +33,39 @@ class AuthMiddleware:
             await self._app(scope, receive, send)
             return
 
-        counted = _BodyCounter(receive, self._largest)
+        too_large = ApiError(413, f"the body is too large; the limit is {self._largest} bytes", code="body_too_large")
+        received = 0
 
-        async def guarded(message: Message) -> None:
-            if counted.exceeded:
-                return  # whatever the application responds: the response is the 413 below
+        async def counted() -> Message:
+            # The Content-Length header may be missing or wrong.
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._largest:
+                raise too_large
+            return message
+
+        async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 given = {name for name, _ in message["headers"]}
                 message["headers"] = [*message["headers"], *(one for one in _HEADERS if one[0] not in given)]
             await send(message)
 
-        refusal = self._refusal(scope["path"], dict(scope["headers"]))
-        if refusal is None:
-            try:
-                await self._app(scope, counted.receive, guarded)
-            except ApiError:
-                if not counted.exceeded:
-                    raise
-            if counted.exceeded:
-                counted.exceeded, refusal = False, _too_large(self._largest)
-        if refusal is not None:
-            await refusal.response()(scope, receive, guarded)
-
-    def _refusal(self, path: str, headers: dict[bytes, bytes]) -> ApiError | None:
-        if self._hashes and not (path in ("/", "/health", "/inspect") or path.startswith("/page/")):
-            kind, _, key = headers.get(b"authorization", b"").partition(b" ")
-            found = hashlib.sha256(key.strip()).digest()
-            # All of them, so that the time does not depend on which one nearly matched.
-            right = [hmac.compare_digest(found, known) for known in self._hashes]
-            if kind.lower() != b"bearer" or not any(right):
-                return ApiError(401, "an API key is required: Authorization: Bearer KEY", code="invalid_api_key")
+        headers = dict(scope["headers"])
         length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length[:19]) > self._largest:
-            return _too_large(self._largest)
-        return None
+        if self._is_refused(scope["path"], headers.get(b"authorization", b"")):
+            refusal = ApiError(401, "an API key is required: Authorization: Bearer KEY", code="invalid_api_key")
+            await refusal.response()(scope, receive, with_headers)
+        elif not length.isdigit() or int(length[:19]) > self._largest:
+            await too_large.response()(scope, receive, with_headers)
+        else:
+            await self._app(scope, counted, with_headers)
 
-
-class _BodyCounter:
-    """Counts the bytes of the body itself: the Content-Length header may be missing or wrong."""
-
-    def __init__(self, receive: Receive, largest: int) -> None:
-        self._receive = receive
-        self._largest = self._left = largest
-        self.exceeded = False
-
-    async def receive(self) -> Message:
-        message = await self._receive()
-        self._left -= len(message.get("body", b""))
-        if self._left < 0:
-            self.exceeded = True
-            raise _too_large(self._largest)
-        return message
-
-
-def _too_large(largest: int) -> ApiError:
-    return ApiError(413, f"the body is too large; the limit is {largest} bytes", code="body_too_large")
+    def _is_refused(self, path: str, authorization: bytes) -> bool:
+        if not self._hashes or path in ("/", "/health", "/inspect") or path.startswith("/page/"):
+            return False
+        kind, _, key = authorization.partition(b" ")
+        found = hashlib.sha256(key.strip()).digest()
+        # All of them, so that the time does not depend on which one nearly matched.
+        right = [hmac.compare_digest(found, known) for known in self._hashes]
+        return kind.lower() != b"bearer" or not any(right)

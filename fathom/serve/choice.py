@@ -1,7 +1,7 @@
 """One choice of a response as it grows: its tokens with their texts, and log-probabilities in OpenAI's format."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from fathom.data.tokenizer import Tokenizer
 from fathom.engine.detokenizer import OutputStream, OutputToken
@@ -10,11 +10,20 @@ from fathom.engine.sampling.verify import TokenLogprob
 
 
 class Choice(OutputStream):
-    """Follows a generation."""
+    """Follows a generation, the `number`-th of its response."""
 
-    def __init__(self, generation: Generation, tokenizer: Tokenizer, each: bool) -> None:
+    def __init__(self, generation: Generation, tokenizer: Tokenizer, each: bool, number: int = 0) -> None:
         """`each`: whether the client asks for the tokens one by one."""
         super().__init__(generation, tokenizer, each)
+        self.number = number
+        self.outputs: list[OutputToken] = []
+        """All of them, where the response is sent as a whole."""
+        self.perhaps_call: str | None = None
+        """The beginning of what may be a tool call, while that is undecided."""
+        self.offset = 0
+        """Characters sent in chunks."""
+        self.surrounding = ("", "")
+        """The JSON before and after the text in a chunk that holds nothing else."""
         self._routed = 0
 
     def routing(self) -> list[dict[str, Any]]:
@@ -42,28 +51,12 @@ class Choice(OutputStream):
         return self.generation.logprobs[token.index]
 
 
-class Spelling(NamedTuple):
-    """A token by itself."""
-
-    text: str
-    raw: list[int]
-
-
-def spelling(tokenizer: Tokenizer, token: int) -> Spelling:
-    """As OpenAI spells tokens: bytes that are not UTF-8 in hexadecimal."""
-    raw = tokenizer.token_bytes(token)
-    try:
-        return Spelling(raw.decode(), list(raw))
-    except UnicodeDecodeError:
-        return Spelling("bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), list(raw))
-
-
 def chat_logprobs(tokenizer: Tokenizer, choice: Choice, outputs: Sequence[OutputToken]) -> dict[str, Any]:
     """The logprobs of a chat's choice."""
 
     def shown(token: int, logprob: float) -> dict[str, Any]:
-        text, raw = spelling(tokenizer, token)
-        return {"token": text, "logprob": _finite(logprob), "bytes": raw}
+        raw = tokenizer.token_bytes(token)
+        return {"token": _spelling(raw), "logprob": _finite(logprob), "bytes": list(raw)}
 
     content = []
     for output in outputs:
@@ -77,22 +70,26 @@ def completion_logprobs(
     tokenizer: Tokenizer, tokens: Sequence[int], facts: Sequence[TokenLogprob | None], offset: int
 ) -> dict[str, Any]:
     """The logprobs of a completion's choice: `facts` has None for the first token, which nothing predicts."""
-    shown: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    for token, fact in zip(tokens, facts, strict=True):
-        text = spelling(tokenizer, token).text
-        shown["tokens"].append(text)
-        shown["token_logprobs"].append(None if fact is None else _finite(fact.logprob))
-        shown["text_offset"].append(offset)
+    texts = [_spelling(tokenizer.token_bytes(token)) for token in tokens]
+    offsets, likeliest = [], []
+    for token, text, fact in zip(tokens, texts, facts, strict=True):
+        offsets.append(offset)
         offset += len(text)
-        if fact is None:
-            shown["top_logprobs"].append(None)
-            continue
-        likeliest: dict[str, float] = {}
-        for other, logprob in [*fact.top, (token, fact.logprob)]:
-            name = spelling(tokenizer, other).text
-            likeliest[name] = max(likeliest.get(name, -9999.0), _finite(logprob))
-        shown["top_logprobs"].append(likeliest)
-    return shown
+        logprobs: dict[str, float] = {}
+        for other, logprob in [*fact.top, (token, fact.logprob)] if fact else []:
+            name = _spelling(tokenizer.token_bytes(other))
+            logprobs[name] = max(logprobs.get(name, -9999.0), _finite(logprob))
+        likeliest.append(logprobs if fact else None)
+    chosen = [_finite(fact.logprob) if fact else None for fact in facts]
+    return {"tokens": texts, "token_logprobs": chosen, "top_logprobs": likeliest, "text_offset": offsets}
+
+
+def _spelling(raw: bytes) -> str:
+    """A token by itself, as OpenAI spells it: bytes that are not UTF-8 in hexadecimal."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 def _finite(logprob: float) -> float:

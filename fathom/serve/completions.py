@@ -48,7 +48,7 @@ class CompletionsEndpoint:
         except ClientDisconnect:
             status = 499
         finally:
-            self._service.metrics.answered(scope["path"], status)
+            self._service.metrics.responses.labels(scope["path"], str(status)).inc()
 
     async def _answer(self, raw: bytes, scope: Scope, receive: Receive, send: Send) -> None:
         """Closes the response whatever happens."""

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fathom.engine.engine import Engine
 from fathom.engine.outputs import Generation, Stats, Update
@@ -91,20 +91,13 @@ class Job:
         raise self._failure
 
 
-class Rate(NamedTuple):
-    """Tokens generated until a moment."""
-
-    at: float
-    generated: int
-
-
 class EngineThread:
     """Runs an engine. Call `start` inside the event loop, `stop` when it ends."""
 
-    def __init__(self, engine: Engine, on_failure: Callable[[BaseException], None] = lambda error: None) -> None:
-        """`on_failure` is called, in the event loop, if the engine raises."""
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._on_failure = on_failure
+        self.on_failure: Callable[[BaseException], None] = lambda error: None
+        """Called, in the event loop, if the engine raises."""
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._preparation = ThreadPoolExecutor(_PREPARATION_THREADS, "preparing")
         self._open_jobs: set[Job] = set()
@@ -112,7 +105,8 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopping = False
         self._snapshot_at = 0.0
-        self._history: deque[Rate] = deque(maxlen=512)
+        self._history: deque[tuple[float, int]] = deque(maxlen=512)
+        """At a moment, how many tokens had been generated."""
         self._held: dict[tuple[Job, int], Event] = {}
         self._handed_on = 0.0
         self.stats: Stats = engine.stats()
@@ -162,10 +156,8 @@ class EngineThread:
     def tokens_per_second(self) -> float:
         """Generation throughput over the last seconds."""
         now = time.monotonic()
-        recent = [each for each in list(self._history) if each.at > now - _RATE_SECONDS]
-        if len(recent) < 2:
-            return 0.0
-        return (recent[-1].generated - recent[0].generated) / (now - recent[0].at)
+        recent = [each for each in list(self._history) if each[0] > now - _RATE_SECONDS]
+        return (recent[-1][1] - recent[0][1]) / (now - recent[0][0]) if recent else 0.0
 
     def _run(self) -> None:
         try:
@@ -177,8 +169,7 @@ class EngineThread:
                 self._update_stats(force=not self._engine.has_work)
         except BaseException as error:
             self.failure = error
-            with contextlib.suppress(RuntimeError):  # the event loop may have ended
-                self._loop.call_soon_threadsafe(self._notify_death, error)
+            self._call_soon(self._notify_death, error)
 
     def _run_commands(self) -> None:
         """Run the queued commands; an idle engine waits for one."""
@@ -214,14 +205,14 @@ class EngineThread:
             events += [(job, event) for (job, _), event in self._held.items()]
             self._held.clear()
         if events:
-            self._loop.call_soon_threadsafe(_notify, events)
+            self._call_soon(_notify, events)
 
     def _update_stats(self, force: bool) -> None:
         now = time.monotonic()
         if force or now - self._snapshot_at >= _SNAPSHOT_SECONDS:
             self._snapshot_at = now
             self.stats = self._engine.stats()
-            self._history.append(Rate(now, self.stats.generated_tokens))
+            self._history.append((now, self.stats.generated_tokens))
 
     def _prepare(self, job: Job, prepare: Callable[[], Sequence[Request]]) -> None:
         if job.closed:
@@ -229,7 +220,7 @@ class EngineThread:
         try:
             requests = prepare()
         except Exception as error:
-            self._fail(job, error)
+            self._call_soon(job.notify, error)
         else:
             self._commands.put(lambda: self._submit(requests, job))
 
@@ -243,7 +234,7 @@ class EngineThread:
         except Exception as error:  # this request's own fault, or a full queue
             for generation in generations:
                 self._engine.cancel(generation)
-            self._fail(job, error)
+            self._call_soon(job.notify, error)
             return
         job.generations, job.submitted = generations, time.monotonic()
         self._jobs.update({generation: (job, choice) for choice, generation in enumerate(generations)})
@@ -254,14 +245,14 @@ class EngineThread:
             self._jobs.pop(generation, None)
             self._held.pop((job, choice), None)
 
-    def _fail(self, job: Job, error: Exception) -> None:
+    def _call_soon(self, callback: Callable[[Any], None], argument: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the event loop may have ended
-            self._loop.call_soon_threadsafe(job.notify, error)
+            self._loop.call_soon_threadsafe(callback, argument)
 
     def _notify_death(self, error: BaseException) -> None:
         for job in self._open_jobs:
             job.notify(EngineDeadError("the engine has stopped"))
-        self._on_failure(error)
+        self.on_failure(error)
 
 
 def _notify(events: Iterable[tuple[Job, Event]]) -> None:

@@ -1,5 +1,6 @@
 """Errors in OpenAI's shape."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
@@ -10,43 +11,26 @@ from starlette.types import ExceptionHandler
 
 _TYPES = {401: "authentication_error", 408: "timeout_error", 429: "rate_limit_error"}
 
+_TEXT, _OPTIONAL = {"type": "string"}, {"type": ["string", "null"]}
+_FIELDS = {"message": _TEXT, "type": _TEXT, "param": _OPTIONAL, "code": _OPTIONAL}
 SCHEMA: dict[str, Any] = {
     "type": "object",
     "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-        }
-    },
+    "properties": {"error": {"type": "object", "required": [*_FIELDS], "properties": _FIELDS}},
 }
 """JSON schema of an error's body."""
 
 
+@dataclass(eq=False)
 class ApiError(Exception):
     """A request that is refused or has failed, as the client sees it."""
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        retry_after: int | None = None,
-    ) -> None:
-        """`retry_after`: seconds until another attempt makes sense."""
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.param = param
-        self.code = code
-        self.retry_after = retry_after
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None
+    retry_after: int | None = None
+    """Seconds until another attempt makes sense."""
 
     def body(self) -> dict[str, Any]:
         """The JSON object."""

@@ -21,25 +21,14 @@ class Metrics:
     def __init__(self, engine_thread: EngineThread) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(engine_thread))
-        self._answers = Counter(
-            "fathom_requests", "Responses, by path and status", ["path", "status"], registry=self._registry
-        )
-        self._first = Histogram(
-            "fathom_time_to_first_token_seconds",
-            "From submission to the engine to the first token",
-            registry=self._registry,
-            buckets=_FIRST,
-        )
-        self._each = Histogram(
-            "fathom_time_per_output_token_seconds",
-            "Mean time per token after the first, one observation per request",
-            registry=self._registry,
-            buckets=_EACH,
-        )
-
-    def answered(self, path: str, status: int) -> None:
-        """Count a response."""
-        self._answers.labels(path, str(status)).inc()
+        described = "Responses, by path and status"
+        self.responses = Counter("fathom_requests", described, ["path", "status"], registry=self._registry)
+        described = "From submission to the engine to the first token"
+        name = "fathom_time_to_first_token_seconds"
+        self._first = Histogram(name, described, registry=self._registry, buckets=_FIRST)
+        described = "Mean time per token after the first, one observation per request"
+        name = "fathom_time_per_output_token_seconds"
+        self._each = Histogram(name, described, registry=self._registry, buckets=_EACH)
 
     def finished(self, job: Job) -> None:
         """Observe the latencies of a finished request."""
@@ -60,14 +49,11 @@ class _EngineCollector(Collector):
         self._engine_thread = engine_thread
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._engine_thread.stats
+        stats, rate = self._engine_thread.stats, self._engine_thread.tokens_per_second()
         gauges = {
             "requests_running": (stats.running, "Requests in prefill or decode"),
             "requests_waiting": (stats.waiting, "Requests in the queue"),
-            "tokens_per_second": (
-                self._engine_thread.tokens_per_second(),
-                "Generation throughput over the last seconds",
-            ),
+            "tokens_per_second": (rate, "Generation throughput over the last seconds"),
             "cache_pages": (stats.pages, "Pages of the latent cache"),
             "cache_pages_used": (stats.pages_used, "Pages held by requests"),
             "cache_pages_reusable": (stats.pages_reusable, "Evictable pages of the prefix cache"),

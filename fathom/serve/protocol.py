@@ -71,7 +71,7 @@ class _Body(BaseModel):
 
 class StreamOptions(_Body):
     include_usage: bool = False
-    continuous_usage_stats: bool = Field(False, description="The usage so far in every chunk, as in vLLM.")
+    continuous_usage_stats: bool = Field(default=False, description="The usage so far in every chunk, as in vLLM.")
 
 
 class Extension(_Body):

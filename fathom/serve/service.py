@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fathom.data.chat_template import ChatError, ChatTemplate
@@ -15,7 +16,7 @@ from fathom.serve.engine_thread import EngineDeadError, EngineThread, Event
 from fathom.serve.errors import ApiError
 from fathom.serve.grammar import GrammarError, Grammars
 from fathom.serve.metrics import Metrics
-from fathom.serve.protocol import ChatRequest, CompletionRequest, Sampling
+from fathom.serve.protocol import ChatRequest, CompletionRequest, Message, Sampling, TokenizeRequest
 from fathom.serve.response import Plan, ResponseBuilder
 from fathom.serve.tools import render_tools
 
@@ -29,20 +30,17 @@ class Service:
         """`name`: the model's, in responses. `deadline`: seconds per request. The engine must have a tokenizer."""
         assert engine.tokenizer is not None
         self.tokenizer: Tokenizer = engine.tokenizer
-        self.engine_thread = engine_thread
+        self.engine, self.engine_thread, self.name = engine, engine_thread, name
         self.metrics = Metrics(engine_thread)
-        self.name = name
         self._deadline = deadline
-        self._engine = engine
         self._context = engine.max_length
         self._vocabulary = engine.model.config.vocab_size
         self._grammars = Grammars(self.tokenizer, self._vocabulary)
-        self.template: ChatTemplate | None
+        self.template: ChatTemplate | None = None
         try:
             self.template = ChatTemplate(self.tokenizer)
-            self.no_chat = ""
         except ChatError as error:
-            self.template, self.no_chat = None, str(error)
+            self._no_chat = ApiError(400, str(error), "messages", "no_chat_template")
 
     def check_name(self, name: str | None) -> None:
         """Raises ApiError unless `name` is the model's, or None."""
@@ -57,32 +55,33 @@ class Service:
         self.check_name(body.model)
         one = isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
         prompts: Any = [body.prompt] if one else body.prompt
-        top = body.logprobs
         limit = 16 if body.max_tokens is None else body.max_tokens
-        shown = top if body.echo else None
         encoded = [self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-        requests = [
-            self._request(body, ids, max(limit, 1), top, shown, place * body.n + choice, None, "prompt")
-            for place, ids in enumerate(encoded)
-            for choice in range(body.n)
-        ]
-        return Plan(body, requests, False, top, echo=body.echo, silent=limit == 0)
+        prompt_logprobs = body.logprobs if body.echo else None
+        requests = self._requests(body, encoded, "prompt", max(limit, 1), body.logprobs, prompt_logprobs)
+        return Plan(body, requests, False, body.logprobs, echo=body.echo, silent=limit == 0)
 
     def plan_chat(self, body: ChatRequest) -> Plan:
         """Raises ApiError for requests that cannot be served."""
         self.check_name(body.model)
         tools = body.chosen_tools()
-        ids = self.encode_chat([message.plain() for message in body.messages], tools)
+        ids = self._encode_chat(body.messages, tools)
         grammar = self._grammar(body, tools)
-        limit = body.max_completion_tokens or body.max_tokens or max(self._context - len(ids), 1)
+        limit = body.max_completion_tokens or body.max_tokens or self._context
         top = (body.top_logprobs or 0) if body.logprobs else None
-        requests = [self._request(body, ids, limit, top, None, choice, grammar, "messages") for choice in range(body.n)]
+        requests = self._requests(body, [ids], "messages", limit, top, grammar=grammar)
         return Plan(body, requests, True, top, calls=bool(tools))
 
-    def encode_chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[int]:
-        """The conversation's token ids. Raises ApiError where there is no template, or it refuses."""
+    def tokenize(self, body: TokenizeRequest) -> list[int]:
+        """The token ids of a text or of a conversation. Raises ApiError where the template refuses it."""
+        if body.messages is not None:
+            return self._encode_chat(body.messages, [])
+        return self.tokenizer.encode(body.prompt or "", bos=body.add_special_tokens)
+
+    def _encode_chat(self, conversation: Sequence[Message], tools: list[dict[str, Any]]) -> list[int]:
+        messages = [message.plain() for message in conversation]
         if self.template is None:
-            raise ApiError(400, self.no_chat, "messages", "no_chat_template")
+            raise self._no_chat
         try:
             if self.template.supports_tools:
                 return self.template.encode(messages, tools or None)
@@ -124,59 +123,53 @@ class Service:
         self.engine_thread.close(reply.job)
         self.metrics.finished(reply.job)
 
-    def _request(
+    def _requests(
         self,
         body: Sampling,
-        ids: Sequence[int],
+        prompts: Sequence[Sequence[int]],
+        param: str,
         limit: int,
         top: int | None,
-        prompt_top: int | None,
-        stream: int,
-        grammar: str | None,
-        param: str,
-    ) -> Request:
-        if len(ids) >= self._context:
-            raise ApiError(
-                400,
-                f"the prompt has {len(ids)} tokens; the context length is {self._context}, the completion included",
-                param,
-                "context_length_exceeded",
-            )
-        wrong = next((token for token in ids if token >= self._vocabulary), None)
-        if wrong is not None:
-            raise ApiError(400, f"the prompt has token {wrong}; the vocabulary has {self._vocabulary}", param)
-        limit = min(limit, self._context - len(ids))
-        try:
-            params = SamplingParams(
-                temperature=_temperature(body.temperature),
-                top_k=body.top_k,
-                top_p=1.0 if body.top_p is None else body.top_p,
-                min_p=body.min_p,
-                repetition_penalty=body.repetition_penalty,
-                presence_penalty=body.presence_penalty or 0.0,
-                frequency_penalty=body.frequency_penalty or 0.0,
-                logit_bias={int(token): bias for token, bias in (body.logit_bias or {}).items()},
-                seed=secrets.randbits(63) if body.seed is None else body.seed % 2**64,
-                stop_ids=tuple(body.stop_token_ids),
-                stop=body.stops(),
-                ignore_eos=body.ignore_eos,
-                max_tokens=limit,
-                min_tokens=body.min_tokens,
-                logprobs=top,
-                prompt_logprobs=prompt_top,
-            )
-        except ValueError as error:
-            raise ApiError(400, str(error)) from error
-        constraint = None if grammar is None else self._grammars.constraint(grammar)
-        routing = body.fathom.routing
-        return Request(
-            ids,
-            params,
-            stream=stream,
-            return_routed_experts=routing,
-            return_routing_weights=routing,
-            constraint=constraint,
+        prompt_top: int | None = None,
+        grammar: str | None = None,
+    ) -> list[Request]:
+        """`body.n` for each prompt. `param`: the prompts' field; `top`, `prompt_top`: alternatives a token."""
+        for ids in prompts:
+            if len(ids) >= self._context:
+                message = f"the prompt has {len(ids)} tokens; the context length is {self._context}"
+                raise ApiError(400, f"{message}, the completion included", param, "context_length_exceeded")
+            wrong = next((token for token in ids if token >= self._vocabulary), None)
+            if wrong is not None:
+                raise ApiError(400, f"the prompt has token {wrong}; the vocabulary has {self._vocabulary}", param)
+        params = SamplingParams(
+            temperature=_temperature(body.temperature),
+            top_k=body.top_k,
+            top_p=1.0 if body.top_p is None else body.top_p,
+            min_p=body.min_p,
+            repetition_penalty=body.repetition_penalty,
+            presence_penalty=body.presence_penalty or 0.0,
+            frequency_penalty=body.frequency_penalty or 0.0,
+            logit_bias={int(token): bias for token, bias in (body.logit_bias or {}).items()},
+            seed=secrets.randbits(63) if body.seed is None else body.seed % 2**64,
+            stop_ids=tuple(body.stop_token_ids),
+            stop=body.stops(),
+            ignore_eos=body.ignore_eos,
+            max_tokens=limit,
+            min_tokens=body.min_tokens,
+            logprobs=top,
+            prompt_logprobs=prompt_top,
         )
+        return [
+            Request(
+                ids,
+                replace(params, max_tokens=min(limit, self._context - len(ids))),
+                stream=stream,
+                return_routed_experts=body.fathom.routing,
+                return_routing_weights=body.fathom.routing,
+                constraint=None if grammar is None else self._grammars.constraint(grammar),
+            )
+            for stream, ids in enumerate(ids for ids in prompts for _ in range(body.n))
+        ]
 
     def _grammar(self, body: ChatRequest, tools: list[dict[str, Any]]) -> str | None:
         wanted = body.response_format

@@ -4,22 +4,21 @@ import time
 from typing import Any
 
 from fathom.engine.engine import Engine
-from fathom.model.config import ModelConfig
 from fathom.serve.engine_thread import EngineThread
 
 
-def describe(config: ModelConfig, name: str, engine: Engine, chat: bool) -> dict[str, Any]:
+def describe(engine: Engine, name: str, chat: bool) -> dict[str, Any]:
     """The constant part: sizes in parameters and in bytes."""
+    config = engine.model.config
     counts = config.parameter_counts()
     per_token = engine.stats().bytes_per_token
     latent = config.kv_lora_rank + config.qk_rope_head_dim
     keys = config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
     values = config.num_attention_heads * config.v_head_dim
-    moe_layers = [layer for layer in range(config.num_hidden_layers) if layer >= config.first_k_dense_replace]
     return {
         "name": name,
         "layers": config.num_hidden_layers,
-        "moe_layers": moe_layers,
+        "moe_layers": list(range(config.first_k_dense_replace, config.num_hidden_layers)),
         "experts": config.n_routed_experts,
         "experts_per_token": config.num_experts_per_tok,
         "shared_experts": config.n_shared_experts,

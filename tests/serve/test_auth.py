@@ -14,6 +14,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from fathom.serve.auth import AuthMiddleware
+from fathom.serve.errors import HANDLERS
 
 
 async def inside(request: Any) -> PlainTextResponse:
@@ -21,7 +22,9 @@ async def inside(request: Any) -> PlainTextResponse:
 
 
 def guarded(keys: list[str], largest: int = 100) -> AuthMiddleware:
-    return AuthMiddleware(Starlette(routes=[Route("/in", inside, methods=["POST"])]), keys, largest)
+    return AuthMiddleware(
+        Starlette(routes=[Route("/in", inside, methods=["POST"])], exception_handlers=HANDLERS), keys, largest
+    )
 
 
 def send(app: Any, **options: Any) -> httpx.Response:

@@ -11,11 +11,11 @@ pytest.importorskip("llguidance", reason="the server needs llguidance")
 from prometheus_client.parser import text_string_to_metric_families
 
 from fathom.checkpoint.hf.model import load_model
+from fathom.cli.serve import ServeCommand
 from fathom.config import ConfigError
 from fathom.engine.engine import Engine
 from fathom.serve.engine_thread import EngineThread
 from fathom.serve.metrics import Metrics
-from fathom.serve.server import ServeCommand, serve
 from tests.serve.random_model import save_random_model
 
 DOCS = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
@@ -41,9 +41,9 @@ def test_every_metric_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("flags", "named"), [({"drafts": 0}, "--drafts is 0"), ({"drafts": 17}, "--drafts is 17")])
 def test_wrong_flags_are_named(flags: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
-        serve(ServeCommand("nowhere", **flags))
+        ServeCommand("nowhere", **flags)
 
 
 def test_drafts_exclude_no_speculative() -> None:
     with pytest.raises(ConfigError, match="--no-speculative"):
-        serve(ServeCommand("nowhere", speculative=False, drafts=2))
+        ServeCommand("nowhere", speculative=False, drafts=2)

@@ -27,7 +27,6 @@ from fathom.serve.engine_thread import EngineThread, Job
 from fathom.serve.grammar import Grammars
 from fathom.serve.server import listen
 from fathom.serve.service import Service
-from fathom.serve.status import describe
 from tests.serve.random_model import CONFIG, save_random_model
 
 
@@ -144,13 +143,11 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required"
 FORMAT = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
 
 
-def responses(
-    engine: Engine, *requests: tuple[str, dict[str, Any]], on_failure: Any = lambda error: None
-) -> list[httpx.Response]:
+def responses(engine: Engine, *requests: tuple[str, dict[str, Any]]) -> list[httpx.Response]:
     """Sent one after the other to an application in this process, whose event loop runs in this thread."""
     engine_thread = EngineThread(engine)
     service = Service(engine, engine_thread, "small", 30)
-    app = make_app(service, describe(CONFIG, "small", engine, True), [], [], ["*"], 1 << 20)
+    app = make_app(service)
 
     async def serve() -> list[httpx.Response]:
         async with app.router.lifespan_context(app):
@@ -235,7 +232,7 @@ def test_health_is_503_once_the_engine_has_failed(engine: Engine, monkeypatch: p
     engine.step_phases = fail  # type: ignore[method-assign]
     engine_thread = EngineThread(engine)
     service = Service(engine, engine_thread, "small", 30)
-    app = make_app(service, describe(CONFIG, "small", engine, True), [], [], ["*"], 1 << 20)
+    app = make_app(service)
 
     async def serve() -> list[int]:
         async with (

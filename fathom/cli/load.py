@@ -1,0 +1,36 @@
+"""Loading a model with its tokenizer, for the commands that run one."""
+
+from typing import Literal
+
+import torch
+
+from fathom.checkpoint.hf.directory import model_directory
+from fathom.checkpoint.hf.model import load_model
+from fathom.config import ConfigError
+from fathom.data.tokenizer import Tokenizer, load_tokenizer
+from fathom.model.quantize import quantized
+from fathom.model.transformer import Model
+from fathom.quantization.integer import Precision
+from fathom.runtime.hardware import install_allocator
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+def load(
+    path: str, dtype: Dtype, quantize: Precision | None = None, device: str | None = None
+) -> tuple[Model, Tokenizer]:
+    """A model directory, or a name on the hub; without `device` on a GPU if there is one.
+
+    Raises ConfigError for an unknown device, and whatever a model that cannot be loaded raises.
+    """
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device is {name!r}; it must be a torch device such as cpu, cuda or cuda:1") from error
+    if place.type == "cpu":
+        install_allocator()
+    directory = model_directory(path)
+    tokenizer = load_tokenizer(directory)  # before the weights, which may take minutes
+    model = load_model(directory, getattr(torch, dtype), place)
+    return model if quantize is None else quantized(model, quantize), tokenizer
