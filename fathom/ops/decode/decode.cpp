@@ -2,103 +2,24 @@
 //
 // In plain torch a step is some hundred small operators a layer, each of which waits for the one before. Here one call
 // runs the whole model, and threads synchronise only at the barriers between its phases. Attention takes the absorbed
-// form, experts that no token chose are not read. Sums are float32 whatever the weights are; results are
+// form. Sums are float32 whatever the weights are; results are
 // batch-invariant: a token's values do not depend on the other tokens of the step. What is computed is defined by
-// Model.forward_with_cache and Model.forward_mtp_with_cache in fathom/model/transformer.py; the structures here are
-// filled in by fathom/engine/backends/cpu.py.
+// Model.forward_with_cache and Model.forward_mtp_with_cache in fathom/model/transformer.py.
 //
-// Letters as everywhere: N tokens, D hidden, H heads, P nope, R rope, V value, C latent, W = C+R, E experts, K choices.
+// Letters as everywhere: N tokens, D hidden, H heads, P nope, R rope, V value, C latent, W = C+R.
 
 #include "attention/latents.h"
-#include "linear/gemv.h"
-#include "moe/select.h"
+#include "decode/buffers.h"
+#include "decode/feed_forward.h"
+#include "decode/plan.h"
 
 #include <algorithm>
 #include <vector>
 
-#include <omp.h>
-
-extern "C" {
-
-struct Layer {
-    Weight input_norm, q_a, q_a_norm, q_b, kv_a, kv_a_norm, kv_b, o;  // q_a has no data in a model without it
-    Weight post_norm, router, bias, gate_up, down;                   // router has no data in a dense layer
-    Weight gate, up, out;                                            // the shared experts or the dense feed-forward
-};
-
-struct Module {
-    Weight embed_norm, state_norm, join;
-    Layer layer;
-    Weight norm;
-};
-
-struct Plan {
-    int64_t hidden, heads, nope, rope, value, latent;
-    int64_t experts, choices, groups, topk_group, normalise;
-    int64_t page_size, slots;  // slots of one layer of the cache
-    int64_t widest;            // of the feed-forwards, and of what a module joins
-    double eps, latent_eps, scale, routed_scale;
-    Weight embed, norm, head;
-    int64_t layer_count;
-    const Layer* layers;
-    const Module* modules;
-    const float *cosines, *sines;  // (positions, R/2)
-};
-
-// The tokens of one step. Token n stands at positions[n] of the sequence whose pages are row seq_indices[n] of
-// `block_tables`.
-struct Step {
-    int64_t tokens, max_blocks_per_seq;
-    // slot_mapping: where each token's latent is written
-    const int64_t *token_ids, *positions, *slot_mapping, *seq_indices;
-    const int64_t* block_tables;
-    void* cache;          // (layers, slots, W)
-    const float* prev_hidden;  // (N, D) hidden states that an MTP module joins to the tokens
-    float* hidden;             // (N, D) final hidden states; null: a module only writes its latents
-    int64_t logits_count;      // tokens whose logits are computed
-    const int64_t* logits_indices;
-    float* logits;  // (logits_count, vocabulary)
-    int64_t* experts;  // (MoE layers, N, K) experts taken by the main model, with their weights
-    float* weights;
-};
-}
-
 namespace {
 
-constexpr int64_t kRowBlock = 32;    // rows of a matrix a thread takes at a time
 constexpr int64_t kLeastPart = 128;  // cached tokens that one thread attends at a time, while a token has few parts
 constexpr int64_t kMostParts = 32;   // of one token: each leaves a row per head to be combined in the end
-constexpr int64_t kPadding = 16;     // keeps the same column of neighbouring rows out of the same cache set
-
-// (rows, columns) floats, rows padded apart.
-class Rows {
-  public:
-    void shape(int64_t rows, int64_t columns) {
-        stride_ = (columns + kPadding - 1) / kPadding * kPadding + kPadding;
-        if (int64_t(elements_.size()) < rows * stride_) elements_.resize(rows * stride_);
-        at_.resize(rows);
-        for (int64_t i = 0; i < rows; i++) at_[i] = elements_.data() + i * stride_;
-    }
-    float* operator[](int64_t row) { return at_[row]; }
-    float* const* all() { return at_.data(); }
-
-  private:
-    std::vector<float> elements_;
-    std::vector<float*> at_;
-    int64_t stride_ = 0;
-};
-
-// What passes between the phases; kept from call to call.
-struct Buffers {
-    Rows x, normed, q_a, kv, q, queries, parts, heads, router, gates;
-    std::vector<float> highest, total;          // of each part: the largest score, the sum of the powers
-    std::vector<int64_t> part_token, part_first;  // of each part: its token, and the first position it attends
-    std::vector<int64_t> parts_before;          // of each token: the parts of the tokens before it
-    std::vector<int64_t> chosen, order, first;  // (N, K) experts; places sorted by expert; where each expert's begin
-    std::vector<float> weights;
-    std::vector<int64_t> busy;                  // experts with tokens
-    std::vector<float*> inputs, outputs;        // rows of `normed` in the order of the places; of `gates` likewise
-};
 
 void normalise(const float* x, const Weight& weight, double eps, float* y, int64_t size) {
     Floats squares = {};
@@ -133,8 +54,8 @@ template <class T>
 class Pass {
   public:
     Pass(const Plan& plan, const Step& step, Buffers& b)
-        : plan_(plan), step_(step), b_(b), width_(plan.latent + plan.rope), tokens_(step.tokens), from_(tokens_),
-          to_(tokens_) {}
+        : plan_(plan), step_(step), b_(b), feed_forward_(plan, step, b), width_(plan.latent + plan.rope),
+          tokens_(step.tokens), from_(tokens_), to_(tokens_) {}
 
     void main_model() {
 #pragma omp for schedule(static)
@@ -176,8 +97,7 @@ class Pass {
         merge(layer);
         linear(layer.o, b_.heads.all(), b_.x.all(), tokens_, true);
         normalise_all(b_.x, layer.post_norm);
-        if (layer.router.data) route(layer, sparse);
-        feed_forward(layer);
+        feed_forward_.run(layer, sparse);
     }
 
     void finish(const Weight& norm) {
@@ -366,143 +286,14 @@ class Pass {
         }
     }
 
-    // The experts of every token, and for each expert its places: (token, top-k rank) pairs n·K + k. They are reported
-    // as those of MoE layer `sparse`, unless that is negative.
-    void route(const Layer& layer, int64_t sparse) {
-        // In float32: a rounding here may change which experts are taken.
-#pragma omp for schedule(dynamic)
-        for (int64_t row = 0; row < plan_.experts; row += kRowBlock)
-            gemv_float32(layer.router, row, std::min(row + kRowBlock, plan_.experts), b_.normed.all(), b_.router.all(),
-                         tokens_);
-#pragma omp single
-        {
-            const int64_t choices = plan_.choices;
-            const float* bias = static_cast<const float*>(layer.bias.data);
-            std::vector<float> biased(plan_.experts);
-            ExpertSelector select(plan_.experts, choices, plan_.groups, plan_.topk_group);
-            for (int64_t n = 0; n < tokens_; n++) {
-                float* scores = b_.router[n];
-                each(plan_.experts, [&](int64_t i, int64_t k) { store(scores + i, sigmoid(load(scores + i, k)), k); });
-                for (int64_t e = 0; e < plan_.experts; e++) biased[e] = scores[e] + bias[e];
-                int64_t* chosen = &b_.chosen[n * choices];
-                select(biased.data(), chosen);
-                float total = 0;
-                for (int64_t k = 0; k < choices; k++) total += scores[chosen[k]];
-                const float by = float(plan_.routed_scale) / (plan_.normalise ? total + 1e-20f : 1.0f);
-                for (int64_t k = 0; k < choices; k++) b_.weights[n * choices + k] = scores[chosen[k]] * by;
-            }
-            if (sparse >= 0) {
-                const int64_t places = tokens_ * choices;
-                std::copy_n(b_.chosen.data(), places, step_.experts + sparse * places);
-                std::copy_n(b_.weights.data(), places, step_.weights + sparse * places);
-            }
-            sort_places();
-        }
-    }
-
-    void sort_places() {
-        const int64_t places = tokens_ * plan_.choices;
-        std::fill(b_.first.begin(), b_.first.end(), 0);
-        for (int64_t i = 0; i < places; i++) b_.first[b_.chosen[i] + 1]++;
-        b_.busy.clear();
-        for (int64_t e = 0; e < plan_.experts; e++) {
-            if (b_.first[e + 1]) b_.busy.push_back(e);
-            b_.first[e + 1] += b_.first[e];
-        }
-        std::vector<int64_t> next(b_.first.begin(), b_.first.end() - 1);
-        b_.inputs.resize(places);
-        b_.outputs.resize(places);
-        for (int64_t i = 0; i < places; i++) {
-            const int64_t at = next[b_.chosen[i]]++;
-            b_.order[at] = i;
-            b_.inputs[at] = b_.normed[i / plan_.choices];
-            b_.outputs[at] = b_.x[i / plan_.choices];
-        }
-    }
-
-    // The routed experts, and the shared ones as one more expert that all tokens take; or the dense feed-forward alone.
-    void feed_forward(const Layer& layer) {
-        const bool routed = layer.router.data;
-        const int64_t width = layer.gate_up.rows / 2, busy = routed ? b_.busy.size() : 0;
-        const int64_t blocks = (width + kRowBlock - 1) / kRowBlock;
-        const int64_t common = (layer.gate.rows + kRowBlock - 1) / kRowBlock;
-        // Rows of `gates`: one for every place, in the experts' order, then one for every token's common part.
-        const int64_t places = routed ? tokens_ * plan_.choices : 0;
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < busy * blocks + common; i++) {
-            if (i >= busy * blocks) {
-                const int64_t row = (i - busy * blocks) * kRowBlock;
-                gated(layer.gate, layer.up, row, std::min(row + kRowBlock, layer.gate.rows), b_.normed.all(),
-                      b_.gates.all() + places, nullptr, tokens_);
-                continue;
-            }
-            const int64_t e = b_.busy[i / blocks], row = i % blocks * kRowBlock, first = b_.first[e];
-            gated(layer.gate_up.part(e, 0, width), layer.gate_up.part(e, width, width), row,
-                  std::min(row + kRowBlock, width), b_.inputs.data() + first, b_.gates.all() + first,
-                  b_.order.data() + first, b_.first[e + 1] - first);
-        }
-        // Few large blocks: each rounds every expert's inputs again.
-        const int64_t shared = plan_.hidden / (4 * omp_get_num_threads()) / kRowBlock * kRowBlock;
-        const int64_t rows = std::max(kRowBlock, shared);
-#pragma omp for schedule(dynamic)
-        for (int64_t row = 0; row < plan_.hidden; row += rows) {
-            const int64_t last = std::min(row + rows, plan_.hidden);
-            for (int64_t i = 0; i < busy; i++) {
-                const int64_t e = b_.busy[i], first = b_.first[e];
-                const Weight down = layer.down.part(e, 0, plan_.hidden);
-                GemvInputs(down, b_.gates.all() + first, b_.first[e + 1] - first)
-                    .gemv(down, row, last, b_.outputs.data() + first, true);
-            }
-            GemvInputs(layer.out, b_.gates.all() + places, tokens_).gemv(layer.out, row, last, b_.x.all(), true);
-        }
-    }
-
-    // out = silu(gate·x)·(up·x), times the weight of the place where there is one.
-    void gated(const Weight& gate, const Weight& up, int64_t row, int64_t last, float* const* xs, float* const* outs,
-               const int64_t* places, int64_t vectors) {
-        constexpr int64_t together = 16;
-        float gates[together][kRowBlock], ups[together][kRowBlock];
-        float *gate_at[together], *up_at[together];
-        for (int64_t v = 0; v < vectors; v += together) {
-            const int64_t count = std::min(together, vectors - v);
-            for (int64_t i = 0; i < count; i++) gate_at[i] = gates[i] - row, up_at[i] = ups[i] - row;
-            const GemvInputs some(gate, xs + v, count);
-            some.gemv(gate, row, last, gate_at);
-            some.gemv(up, row, last, up_at);
-            for (int64_t i = 0; i < count; i++) {
-                const float weight = places ? b_.weights[places[v + i]] : 1.0f;
-                each(last - row, [&](int64_t j, int64_t n) {
-                    Floats g = load(gates[i] + j, n);
-                    store(outs[v + i] + row + j, g * sigmoid(g) * load(ups[i] + j, n) * weight, n);
-                });
-            }
-        }
-    }
-
     const Plan& plan_;
     const Step& step_;
     Buffers& b_;
+    FeedForward feed_forward_;
     const int64_t width_, tokens_;
     std::vector<float*> from_, to_;  // one head's rows of every token; each thread has its own
     int64_t begin_ = 0;  // the first slot that is attended; positions count from it
 };
-
-void make_room(Buffers& b, const Plan& plan, int64_t tokens) {
-    const Layer& any = plan.layers[0];
-    b.x.shape(tokens, plan.hidden);
-    b.normed.shape(tokens, plan.hidden);
-    b.q_a.shape(tokens, any.q_a.rows);
-    b.kv.shape(tokens, plan.latent + plan.rope);
-    b.q.shape(tokens, plan.heads * (plan.nope + plan.rope));
-    b.queries.shape(tokens * plan.heads, plan.latent + plan.rope);
-    b.heads.shape(tokens, plan.heads * plan.value);
-    b.router.shape(tokens, plan.experts);
-    b.gates.shape(tokens * (plan.choices + 1), plan.widest);
-    b.chosen.resize(tokens * plan.choices);
-    b.order.resize(tokens * plan.choices);
-    b.weights.resize(tokens * plan.choices);
-    b.first.resize(plan.experts + 1);
-}
 
 // The main model, or MTP module `module` where that is not negative.
 template <class T>
