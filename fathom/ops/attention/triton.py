@@ -207,6 +207,41 @@ def _rotated_queries(q_rope, q_rope_h, cosines, sines, h_H, heads, pairs, TYPE: 
 
 
 @triton.jit
+def _slots(row, page, start, end, t_T, t_ok, PAGE: tl.constexpr, BLOCK_T: tl.constexpr):
+    """The slots of a tile of past tokens, by their sequence's block table, and the page of the next tile.
+
+    Where a tile lies within one page, the page's id is loaded one iteration ahead: waiting for it would take as long as
+    loading the tile.
+    """
+    if PAGE % BLOCK_T == 0:
+        at_T = page * PAGE + start % PAGE + tl.arange(0, BLOCK_T)
+        page = tl.load(row + (start + BLOCK_T) // PAGE, mask=start + BLOCK_T < end, other=0)
+    else:
+        at_T = tl.load(row + t_T // PAGE, mask=t_ok, other=0) * PAGE + t_T % PAGE
+    return at_T, page
+
+
+@triton.jit
+def _latents(at_T, t_ok, latent, pairs, BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr):
+    """A tile of past tokens: their latents, and the halves of their rotated keys."""
+    c_C, j_J = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_J)
+    # Masked slots may hold anything, and NaN times 0 is NaN.
+    latent_TC = tl.load(at_T[:, None] + c_C[None, :], mask=t_ok[:, None] & (c_C < latent)[None, :], other=0.0)
+    at_TJ, ok_TJ = at_T[:, None] + latent + j_J[None, :], t_ok[:, None] & (j_J < pairs)[None, :]
+    return latent_TC, tl.load(at_TJ, mask=ok_TJ, other=0.0), tl.load(at_TJ + pairs, mask=ok_TJ, other=0.0)
+
+
+@triton.jit
+def _online_softmax(score_HT, value_TC, best_H, sum_H, out_HC, TYPE: tl.constexpr):
+    """Take in a tile: the largest score so far, and the sums of exponentials and of values relative to it."""
+    new_H = tl.maximum(best_H, tl.max(score_HT, 1))
+    prob_HT = tl.exp2(score_HT - new_H[:, None])
+    keep_H = tl.exp2(best_H - new_H)
+    sum_H = sum_H * keep_H + tl.sum(prob_HT, 1)
+    return new_H, sum_H, tl.dot(prob_HT.to(TYPE), value_TC, out_HC * keep_H[:, None], input_precision="ieee")
+
+
+@triton.jit
 def _attend(
     q,
     q_rope,
@@ -238,56 +273,35 @@ def _attend(
 ):
     n, part = tl.program_id(0), tl.program_id(2)
     position = tl.load(positions + n)
-    length = position + 1
-    size = _part_length(length, PARTS, BLOCK_T)
-    begin, end = part * size, tl.minimum(part * size + size, length)
+    size = _part_length(position + 1, PARTS, BLOCK_T)
+    begin, end = part * size, tl.minimum(part * size + size, position + 1)
     if begin >= end:
         return
-    h_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    c_C, j_J = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_J)
-    h_ok, c_ok, j_ok = h_H < heads, c_C < latent, j_J < pairs
-    q_HC = tl.load(q + n * q_n + h_H[:, None] * q_h + c_C[None, :], mask=h_ok[:, None] & c_ok[None, :], other=0.0)
-    q_HC = q_HC.to(TYPE)
+    h_H, c_C = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_C)
+    ok_HC = (h_H < heads)[:, None] & (c_C < latent)[None, :]
+    q_HC = tl.load(q + n * q_n + h_H[:, None] * q_h + c_C[None, :], mask=ok_HC, other=0.0).to(TYPE)
     q_rope += n * q_rope_n
-    angles = position * pairs
-    first_HJ, second_HJ = _rotated_queries(
-        q_rope, q_rope_h, cosines + angles, sines + angles, h_H, heads, pairs, TYPE, BLOCK_J
-    )
+    cosines += position * pairs
+    sines += position * pairs
+    first_HJ, second_HJ = _rotated_queries(q_rope, q_rope_h, cosines, sines, h_H, heads, pairs, TYPE, BLOCK_J)
     row = pages + 1 + tl.load(owners + n) * tl.load(pages)
-
     best_H = tl.full((BLOCK_H,), float("-inf"), tl.float32)
     sum_H = tl.zeros((BLOCK_H,), tl.float32)
     out_HC = tl.zeros((BLOCK_H, BLOCK_C), tl.float32)
-    # Where a tile lies within one page, the page's id is loaded one iteration ahead: waiting for it would take as long
-    # as loading the tile.
     page = tl.load(row + begin // PAGE)
     for start in range(begin, end, BLOCK_T):
         t_T = start + tl.arange(0, BLOCK_T)
         t_ok = (t_T >= FIRST) & (t_T < end)
-        if PAGE % BLOCK_T == 0:
-            at_T = cache + (page * PAGE + start % PAGE + tl.arange(0, BLOCK_T)) * cache_m
-            page = tl.load(row + (start + BLOCK_T) // PAGE, mask=start + BLOCK_T < end, other=0)
-        else:
-            page_T = tl.load(row + t_T // PAGE, mask=t_ok, other=0)
-            at_T = cache + (page_T * PAGE + t_T % PAGE) * cache_m
-        # Masked slots may hold anything, and NaN times 0 is NaN.
-        latent_TC = tl.load(at_T[:, None] + c_C[None, :], mask=t_ok[:, None] & c_ok[None, :], other=0.0)
-        at_TJ = at_T[:, None] + latent + j_J[None, :]
-        first_TJ = tl.load(at_TJ, mask=t_ok[:, None] & j_ok[None, :], other=0.0)
-        second_TJ = tl.load(at_TJ + pairs, mask=t_ok[:, None] & j_ok[None, :], other=0.0)
+        at_T, page = _slots(row, page, start, end, t_T, t_ok, PAGE, BLOCK_T)
+        latent_TC, first_TJ, second_TJ = _latents(cache + at_T * cache_m, t_ok, latent, pairs, BLOCK_C, BLOCK_J)
         score_HT = tl.dot(q_HC, tl.trans(latent_TC), input_precision="ieee")
         score_HT = tl.dot(first_HJ, tl.trans(first_TJ), score_HT, input_precision="ieee")
         score_HT = tl.dot(second_HJ, tl.trans(second_TJ), score_HT, input_precision="ieee")
         score_HT = tl.where(t_ok[None, :], score_HT * scale, float("-inf"))
-        new_H = tl.maximum(best_H, tl.max(score_HT, 1))
-        prob_HT = tl.exp2(score_HT - new_H[:, None])
-        keep_H = tl.exp2(best_H - new_H)
-        sum_H = sum_H * keep_H + tl.sum(prob_HT, 1)
-        out_HC = tl.dot(prob_HT.to(TYPE), latent_TC, out_HC * keep_H[:, None], input_precision="ieee")
-        best_H = new_H
+        best_H, sum_H, out_HC = _online_softmax(score_HT, latent_TC, best_H, sum_H, out_HC, TYPE)
     at_H = ((n * heads + h_H) * PARTS + part).to(tl.int64)
-    tl.store(parts + at_H[:, None] * latent + c_C[None, :], out_HC / sum_H[:, None], mask=h_ok[:, None] & c_ok[None, :])
-    tl.store(log_sums + at_H, best_H + tl.log2(sum_H), mask=h_ok)
+    tl.store(parts + at_H[:, None] * latent + c_C[None, :], out_HC / sum_H[:, None], mask=ok_HC)
+    tl.store(log_sums + at_H, best_H + tl.log2(sum_H), mask=h_H < heads)
 
 
 @triton.jit

@@ -82,8 +82,8 @@ def feed_forward(x_ND: Tensor, routed: Routed | None, shared: Shared, scratch: S
 
 
 @triton.jit
-def _expert(ids, group, PAIRS: tl.constexpr):
-    """A program group's expert; −1 where an earlier group has it.
+def _tokens_of(ids, group, n_N, n_ok, CHOICES: tl.constexpr, PAIRS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A program group's expert, −1 where an earlier group has it; which tokens take it, and at which top-k rank.
 
     PAIRS: room for all choices where these are the groups, else 0.
     """
@@ -93,17 +93,11 @@ def _expert(ids, group, PAIRS: tl.constexpr):
         expert = tl.load(ids + group)
         earlier_P = (tl.load(ids + p_P, mask=p_P < group, other=-1) == expert).to(tl.int32)
         expert = tl.where(tl.max(earlier_P, 0) > 0, -1, expert)
-    return expert
-
-
-@triton.jit
-def _tokens_of(ids, n_N, n_ok, expert, CHOICES: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Which tokens take the expert, and at which top-k rank."""
     k_K = tl.arange(0, BLOCK_K)
     ok_NK = n_ok[:, None] & (k_K < CHOICES)[None, :]
     id_NK = tl.load(ids + n_N[:, None] * CHOICES + k_K[None, :], mask=ok_NK, other=-1)
     is_NK = ((id_NK == expert) & (expert >= 0)).to(tl.int32)
-    return tl.sum(is_NK, 1) > 0, tl.sum(is_NK * k_K[None, :], 1)
+    return expert, tl.sum(is_NK, 1) > 0, tl.sum(is_NK * k_K[None, :], 1)
 
 
 @triton.jit
@@ -137,14 +131,11 @@ def _up(
     group = tl.program_id(0)
     n_N = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
     f_F = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    takes_N = n_N < tokens
-    row_N = n_N
-    weight_N = tl.full((BLOCK_N,), 1.0, tl.float32)
+    takes_N, row_N, weight_N = n_N < tokens, n_N, tl.full((BLOCK_N,), 1.0, tl.float32)
     g_F, u_F, out, size = f_F, f_F, hidden_shared, common
     if CHOICES > 0:  # noqa: SIM102  (a compile-time condition, the inner one at run time)
         if group < groups:
-            expert = _expert(ids, group, PAIRS)
-            takes_N, k_N = _tokens_of(ids, n_N, takes_N, expert, CHOICES, BLOCK_K)
+            expert, takes_N, k_N = _tokens_of(ids, group, n_N, takes_N, CHOICES, PAIRS, BLOCK_K)
             row_N = n_N * CHOICES + k_N
             weight_N = tl.load(weights + row_N, mask=takes_N, other=0.0)
             out, size = hidden_routed, width
@@ -156,8 +147,7 @@ def _up(
     if tl.max(takes_N.to(tl.int32), 0) == 0:
         return
     f_ok = f_F < size
-    gate_NF = tl.zeros((BLOCK_N, BLOCK_O), tl.float32)
-    up_NF = tl.zeros((BLOCK_N, BLOCK_O), tl.float32)
+    gate_NF, up_NF = tl.zeros((BLOCK_N, BLOCK_O), tl.float32), tl.zeros((BLOCK_N, BLOCK_O), tl.float32)
     for start in range(0, inputs, BLOCK_I):
         i_I = start + tl.arange(0, BLOCK_I)
         ok_NI = takes_N[:, None] & (i_I < inputs)[None, :]
@@ -206,8 +196,7 @@ def _down(
     hidden, size, w, scales, o_D = hidden_shared, common, shared_down, shared_down_scales, d_D
     if CHOICES > 0:  # noqa: SIM102  (a compile-time condition, the inner one at run time)
         if group < groups:
-            expert = _expert(ids, group, PAIRS)
-            takes_N, k_N = _tokens_of(ids, n_N, takes_N, expert, CHOICES, BLOCK_K)
+            expert, takes_N, k_N = _tokens_of(ids, group, n_N, takes_N, CHOICES, PAIRS, BLOCK_K)
             row_N = n_N * CHOICES + k_N
             hidden, size, w, scales = hidden_routed, width, down, down_scales
             o_D = (expert * outputs).to(tl.int32) + d_D
