@@ -1,9 +1,12 @@
 """Files and directories that appear, or replace older ones, only when they are complete."""
 
 import errno
+import fcntl
 import os
 import shutil
+import socket
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +31,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         return
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with _full_disk_named(path):
+        with full_disk_named(path):
             yield aside
             sync(aside)
             os.replace(aside, path)
@@ -60,7 +63,7 @@ def atomic_directory(target: Path, replaced: Sequence[str] = ("*",)) -> Iterator
     staging = _temporary_sibling(target)
     try:
         os.chmod(staging, 0o755)
-        with _full_disk_named(target):
+        with full_disk_named(target):
             yield staging
             _replace(target, staging, replaced)
     finally:
@@ -94,10 +97,32 @@ def _replace(target: Path, staging: Path, replaced: Sequence[str]) -> None:
     sync(target.parent)
 
 
-def remove_leftovers(target: Path) -> None:
-    """Delete what killed processes left beside `target`; no other process may be writing it."""
-    for path in target.parent.glob(f".{target.name}.*tmp"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+def remove_leftovers(directory: Path, *names: str) -> None:
+    """Delete what killed processes left of files and directories with these names, which may be patterns."""
+    for name in names:
+        for path in directory.glob(f".{name}.*tmp"):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+@contextmanager
+def exclusive_lock(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`; the kernel releases it when the process ends, however that happens.
+
+    Raises ValueError, which names the holder, where another process has it. A file system without locks is a warning.
+    """
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise ValueError(f"{path.parent} is in use by {holder}: wait for it or end it, or name another") from error
+        except OSError as error:
+            warnings.warn(f"nothing keeps a second process out of {path.parent}: {error.strerror}", stacklevel=1)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
 def sync(path: Path) -> None:
@@ -110,7 +135,7 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def _full_disk_named(path: Path) -> Iterator[None]:
+def full_disk_named(path: Path) -> Iterator[None]:
     """A failed write names no file; the error of a full disk or quota then names `path`."""
     try:
         yield

@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import Any, SupportsFloat
 
-from fathom.files import atomic_write
+from fathom.files import atomic_write, full_disk_named
 
 
 class JsonLines:
@@ -24,7 +24,8 @@ class JsonLines:
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one line."""
-        with open(self.path, "a", encoding="utf-8") as file:  # closing it flushes the line
+        # Closing the file flushes the line.
+        with full_disk_named(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(_line(record))
 
     def truncate_after(self, step: int) -> None:

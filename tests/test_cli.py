@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from fathom.checkpoint.hf.model import load_config
 from fathom.cli import main
+from fathom.data.tokenizer import save_tokenizer, train_tokenizer
 
 
 def test_help_names_every_command_and_preset(capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,15 +69,44 @@ def test_train_then_generate(tiny_flags: list[str], tmp_path: Path, capsys: pyte
     assert capsys.readouterr().out.startswith("the cat")
 
 
-def test_resume_refuses_flags_of_another_run(
+def test_resume_takes_harmless_flags_and_refuses_those_of_another_run(
     tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = str(tmp_path / "run")
-    main(["train", *tiny_flags, "--train.steps", "1", "--out", out])
-    with pytest.raises(SystemExit):
-        main(["train", *tiny_flags, "--train.steps", "2", "--out", out, "--resume"])
-    assert "train.steps 1, the command line 2" in " ".join(capsys.readouterr().err.split())
-    main(["train", *tiny_flags, "--train.steps", "1", "--out", out, "--resume"])
+    checkpoints = tmp_path / "run" / "checkpoints"
+    main(["train", *tiny_flags, "--train.steps", "1", "--train.eval-sequences", "3", "--out", out])
+    for words, name in ((["--resume"], "0.5"), ([*tiny_flags, "--resume"], "0.5"), (["nano", "--resume"], "has ")):
+        with pytest.raises(SystemExit):
+            main(["train", *words, "--optimizer.learning-rate", "0.5", "--out", out])
+        message = " ".join(capsys.readouterr().err.split())
+        assert name in message and "out to continue the run as it is" in message
+    main(["train", *tiny_flags, "--out", out, "--resume"])  # what only measures keeps its value: 1 step, 3 sequences
+    record = json.loads((tmp_path / "run" / "run.json").read_text())["train"]
+    assert (record["steps"], record["eval_sequences"]) == (12, 4)
+    assert (checkpoints / "step-000012").is_dir()
+    main(["train", "--resume", "--train.steps", "14", "--out", out])
+    assert (checkpoints / "step-000014").is_dir()
+    record = json.loads((tmp_path / "run" / "run.json").read_text())["train"]
+    assert (record["steps"], record["eval_sequences"]) == (14, 4)
+
+
+def test_a_run_from_a_model_refuses_what_it_would_ignore(
+    tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["train", *tiny_flags, "--train.steps", "1", "--out", str(tmp_path / "first")])
+    model, second = str(tmp_path / "first" / "model"), str(tmp_path / "second")
+    words = ["train", "nano", "--init", model, *tiny_flags[tiny_flags.index("--train.steps") :], "--out", second]
+    for flags, message in (
+        (["--model.hidden-size", "256"], "--model.hidden-size is 256; --init"),
+        (["--model.num_nextn_predict_layers=0"], "--model.num-nextn-predict-layers is 0; --init"),
+        (["--data.tokenizer", str(tmp_path / "other")], "data.tokenizer is"),
+    ):
+        save_tokenizer(train_tokenizer(["other words"] * 9, 300), tmp_path / "other")
+        with pytest.raises(SystemExit):
+            main([*words, *flags])
+        assert message in " ".join(capsys.readouterr().err.split())
+    main([*words, "--train.steps", "1", "--model.hidden-size", "32", "--model.num-nextn-predict-layers", "2"])
+    assert load_config(second + "/model").num_nextn_predict_layers == 2
 
 
 def test_old_flags_work_and_are_named_in_one_plain_line(

@@ -89,5 +89,5 @@ def test_leftovers_of_the_killed_are_removed_and_nothing_else(tmp_path: Path) ->
     (tmp_path / ".data.123.tmp").touch()
     for other in ("data.tmp", ".database.x.tmp", ".data"):
         (tmp_path / other).touch()
-    remove_leftovers(tmp_path / "data")
+    remove_leftovers(tmp_path, "data")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".data", ".database.x.tmp", "data.tmp"]

@@ -2,18 +2,18 @@
 
     RUN/checkpoints/step-000200/            config.json, model.safetensors, tokenizer: opens anywhere
     RUN/checkpoints/step-000200/ema/        the exponential moving average of the weights, also a model directory
-    RUN/checkpoints/step-000200/training_state/state.pt
+    RUN/checkpoints/step-000200/training_state/   state.pt, and the digests of all files
     RUN/model                               link to the newest complete checkpoint
 
-A checkpoint is written under a hidden name, flushed, and renamed last: one that has its final name is complete, no
-matter when the process was killed.
+A checkpoint is written under a hidden name, flushed, and renamed last, and renamed before it is deleted: one that has
+its final name is complete, no matter when the process was killed.
 """
 
 import os
 import pickle
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fathom.checkpoint.digests import DIGESTS, verify_digests, write_digests
 from fathom.checkpoint.hf.model import load_model, save_model
 from fathom.checkpoint.hf.safetensors_io import CheckpointError
+from fathom.checkpoint.hf.weights import CheckpointWeights
 from fathom.data.tokenizer import Tokenizer
-from fathom.files import sync
+from fathom.files import atomic_directory, remove_leftovers, sync
 from fathom.model.transformer import Model
 
 _NAME = re.compile(r"step-(\d{6,})")
@@ -33,22 +35,48 @@ _STATE = Path("training_state") / "state.pt"
 
 def checkpoints(run: Path) -> list[Path]:
     """The run's complete checkpoints, oldest first."""
-    found = [path for path in (run / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The number of optimizer steps before a checkpoint; raises CheckpointError for any other directory."""
-    step = checkpoint_step(checkpoint)
-    if step is None:
-        raise CheckpointError(f"{checkpoint} is not named like a checkpoint (step-000200)")
-    return step
+    found = [path for path in (run / "checkpoints").glob("step-*") if checkpoint_step(path) is not None]
+    return sorted(found, key=checkpoint_step)  # type: ignore[arg-type]  # no None is left
 
 
 def checkpoint_step(directory: Path) -> int | None:
-    """As `step_of`, but None for a directory that is not named like a checkpoint."""
+    """The number of optimizer steps before a checkpoint; None for a directory that is not named like one."""
     match = _NAME.fullmatch(directory.name)
     return None if match is None else int(match[1])
+
+
+def newest_whole_checkpoint(run: Path, report: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose files are as they were written, to which RUN/model then points; None without any.
+
+    Newer ones are damaged: they are reported, and renamed so that they no longer count. Raises CheckpointError where
+    none is whole.
+    """
+    damaged: dict[Path, CheckpointError] = {}
+    for checkpoint in reversed(checkpoints(run)):
+        try:
+            _verify(checkpoint)
+        except CheckpointError as error:
+            damaged[checkpoint] = error
+            continue
+        for path, problem in damaged.items():
+            aside = path.with_name(f"{path.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(path, aside)
+            report(f"{problem}; set aside as {aside.name}")
+        _replace_link(run / "model", checkpoint)
+        return checkpoint
+    if damaged:
+        raise CheckpointError(f"{run} has no whole checkpoint: " + "; ".join(map(str, damaged.values())))
+    return None
+
+
+def _verify(checkpoint: Path) -> None:
+    """Raise CheckpointError for a damaged checkpoint; in one of an earlier version, without digests, by its headers."""
+    if (checkpoint / DIGESTS).exists():
+        verify_digests(checkpoint)
+    else:
+        CheckpointWeights(checkpoint)
+        load_state(checkpoint)
 
 
 def save_checkpoint(
@@ -67,23 +95,26 @@ def save_checkpoint(
     final = run / "checkpoints" / f"step-{step:06d}"
     if final.exists():
         return final
-    staging = final.with_name(f".{final.name}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    save_model(model, staging, tokenizer)
-    if ema is not None:
-        with _swapped_weights(model, ema):
-            save_model(model, staging / "ema", tokenizer)
-    (staging / _STATE).parent.mkdir()
-    with open(staging / _STATE, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(staging, final)
-    sync(final.parent)
+    with atomic_directory(final) as staging:
+        save_model(model, staging, tokenizer)
+        if ema is not None:
+            with _swapped_weights(model, ema):
+                save_model(model, staging / "ema", tokenizer)
+        (staging / _STATE).parent.mkdir()
+        with open(staging / _STATE, "wb") as file:  # given a path, torch.save hides why it failed
+            torch.save(state, file)
+        sync(staging / _STATE)
+        write_digests(staging)
     _replace_link(run / "model", final)
     for old in checkpoints(run)[:-keep_last]:
-        shutil.rmtree(old)
+        shutil.rmtree(old.rename(old.with_name(f".{old.name}.old.tmp")))
     return final
+
+
+def remove_unfinished(run: Path) -> None:
+    """Delete what processes that were killed while saving left behind; none may be saving now."""
+    remove_leftovers(run, "model", "run.json", "metrics.jsonl", "loads.jsonl", "evaluation.json")
+    remove_leftovers(run / "checkpoints", "step-*")
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
@@ -91,7 +122,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     file = checkpoint / _STATE
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
     return state
 

@@ -1,9 +1,11 @@
 """`fathom info`: the size and cost of a model, without loading it."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import tyro
 
+from fathom.checkpoint.digests import verify_digests
 from fathom.checkpoint.info import Info, model_info
 
 _NO_INT4 = "not possible: a matrix has a number of columns that is not a multiple of 32"
@@ -15,6 +17,8 @@ class InfoCommand:
 
     path: tyro.conf.Positional[str]
     """A Hugging Face model directory, or a name on the hub (offline: an earlier download)."""
+    verify: bool = False
+    """Also compare every file of a run's checkpoint with its digest; this reads them all."""
 
 
 def run(words: list[str]) -> None:
@@ -24,6 +28,8 @@ def run(words: list[str]) -> None:
     print(command.path)
     for name, value in rows:
         print(f"  {name:{width}}  {value}")
+    if command.verify:
+        print(f"  all {verify_digests(Path(command.path))} files are as they were written")
 
 
 def _rows(info: Info) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ token.
 
 from __future__ import annotations
 
+import glob
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ def tokenize_corpus(
     if previous and previous.corpus_hash == stats.sha256:
         return previous
     _refuse_foreign_files(directory)
-    remove_leftovers(directory)
+    remove_leftovers(directory.parent, glob.escape(directory.name))
     with atomic_directory(directory) as staging:
         tokenizer = _make_tokenizer(config, vocab_size, stats, report)
         save_tokenizer(tokenizer, staging)

@@ -40,6 +40,10 @@ class RunLog:
         content = json.dumps({"step": step, **result.to_json()}, indent=2) + "\n"
         atomic_write(self._directory / "evaluation.json", content)
 
+    def close(self) -> None:
+        """Flush TensorBoard's events, which are written in the background."""
+        self._metrics.close()
+
 
 def step_values(metrics: StepMetrics, run: Run, step: int, tokens_per_second: float, mfu: float) -> dict[str, Any]:
     """What metrics.jsonl and the progress line hold of a step (from 0)."""

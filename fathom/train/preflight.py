@@ -1,32 +1,45 @@
 """Before the first step: open the run's directory, print what the run will take, refuse what cannot work."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from fathom.checkpoint.training_state import remove_unfinished
 from fathom.config import ConfigError, load_json
 from fathom.data.tokenize import TokenizedCorpus
 from fathom.distributed.ranks import Ranks
+from fathom.files import exclusive_lock
 from fathom.ops import cpu
 from fathom.runtime.hardware import compile_unavailable_reason, free_memory
 from fathom.train.errors import TrainingError
 from fathom.train.estimate import Estimate, estimate, memory_refusal
 from fathom.train.progress import Progress, duration
+from fathom.train.resume import resumed_run
 from fathom.train.run import Run
 from fathom.train.schedule import batch_sizes
 from fathom.train.setup import compute_dtype, with_initial_model
 
 
-def open_directory(run: Run, directory: Path, ranks: Ranks, resume: bool) -> Run:
-    """The run to train: what run.json holds when resuming, else `run` in a directory without one."""
+@contextmanager
+def open_directory(run: Run, directory: Path, ranks: Ranks, resume: bool) -> Iterator[Run]:
+    """The run to train in `directory`, which other processes are kept out of within the block."""
     record = directory / "run.json"
-    if resume:
-        if not record.exists():
-            raise ConfigError(f"{directory} holds no run to resume: {record} does not exist")
-        return load_json(Run, record)
-    if record.exists():
-        raise ConfigError(f"{directory} already holds a run: continue it with --resume, or choose another --out")
-    if ranks.is_main:
-        directory.mkdir(parents=True, exist_ok=True)
-    return with_initial_model(run)
+    if resume and not record.exists():
+        raise ConfigError(f"{directory} holds no run to resume: {record} does not exist")
+    if directory.resolve() == Path(directory.resolve().anchor):
+        raise ConfigError(f"--out is {str(directory)!r}, the root of the file system; name a directory for the run")
+    with _lock(directory) if ranks.is_main else nullcontext():
+        if record.exists() and not resume:
+            raise ConfigError(f"{directory} already holds a run: continue it with --resume, or choose another --out")
+        yield resumed_run(load_json(Run, record), run, record) if resume else with_initial_model(run)
+
+
+@contextmanager
+def _lock(directory: Path) -> Iterator[None]:
+    directory.mkdir(parents=True, exist_ok=True)
+    with exclusive_lock(directory / ".lock"):
+        remove_unfinished(directory)
+        yield
 
 
 def preflight(

@@ -5,16 +5,17 @@ checkpoints. Nothing is drawn at random inside the loop.
 """
 
 import time
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from fathom.checkpoint.training_state import checkpoints, save_checkpoint
+from fathom.checkpoint.training_state import checkpoints, newest_whole_checkpoint, save_checkpoint
 from fathom.config import ConfigError, save_json
 from fathom.data.batch import Batch
 from fathom.data.dataset import TokenRows
-from fathom.data.tokenizer import Tokenizer
+from fathom.data.tokenize import TokenizedCorpus
 from fathom.distributed.ranks import Ranks
 from fathom.runtime.hardware import install_allocator, matmul_flops
 from fathom.train.errors import TrainingError
@@ -24,7 +25,15 @@ from fathom.train.preflight import open_directory, preflight
 from fathom.train.progress import Progress
 from fathom.train.run import Run
 from fathom.train.schedule import batch_sizes, hyperparameters
-from fathom.train.setup import build_state, compute_dtype, open_rows, resolve, restore_state, tokenize_once
+from fathom.train.setup import (
+    build_state,
+    compute_dtype,
+    open_rows,
+    reopen_corpus,
+    resolve,
+    restore_state,
+    tokenize_once,
+)
 from fathom.train.signals import stop_signals
 from fathom.train.step import LossOutput, StepMetrics, TrainState, optimizer_step
 
@@ -32,63 +41,73 @@ from fathom.train.step import LossOutput, StepMetrics, TrainState, optimizer_ste
 def train(run: Run, directory: Path, ranks: Ranks, resume: bool = False, console: Console | None = None) -> bool:
     """Train `run` in `directory`; returns whether it finished (False: a signal stopped it, after saving).
 
-    Raises TrainingError where memory will not do or the loss stays infinite, and ConfigError for a directory that
-    holds another run.
+    With `resume` the run in `directory` goes on; `run` may change what `fathom.train.resume.CHANGEABLE` names of it.
+
+    Raises TrainingError where memory will not do or the loss stays infinite, CheckpointError where no checkpoint is
+    whole, and ConfigError for a directory that another process trains in or that holds another run.
     """
     arena_problem = install_allocator()
-    run = open_directory(run, directory, ranks, resume)
+    with ExitStack() as stack:
+        run = stack.enter_context(open_directory(run, directory, ranks, resume))
 
-    # Data: tokenised once, cut into rows, as many of them in each step as the schedule gives.
-    corpus = tokenize_once(run, directory / "data", ranks)
-    run = run if resume else resolve(run, corpus, ranks)
-    rows, validation = open_rows(corpus, run, "train"), Validation(run, corpus, ranks)
-    sizes = batch_sizes(run.train)
-    peak_flops = matmul_flops(compute_dtype(run), ranks.device) * ranks.world
-    flops_per_token = run.model.flops_per_token(run.train.sequence_length, mtp=True)
-
-    with Progress(console or Console(), run.train.steps, visible=ranks.is_main) as progress:
+        # Data: tokenised once, cut into rows, as many of them in each step as the schedule gives.
+        corpus = (reopen_corpus if resume else tokenize_once)(run, directory / "data", ranks)
+        run = run if resume else resolve(run, corpus, ranks)
+        rows, validation = open_rows(corpus, run, "train"), Validation(run, corpus, ranks)
+        sizes = batch_sizes(run.train)
+        peak_flops = matmul_flops(compute_dtype(run), ranks.device) * ranks.world
+        flops_per_token = run.model.flops_per_token(run.train.sequence_length, mtp=True)
+        progress = stack.enter_context(Progress(console or Console(), run.train.steps, visible=ranks.is_main))
         preflight(run, corpus, peak_flops, arena_problem, ranks, progress)
+
+        # Model and optimizers: fresh, or as the newest whole checkpoint holds them.
+        found = _checkpoint_to_resume(directory, ranks, progress) if resume else None
+        state = restore_state(run, corpus, found, ranks) if found else build_state(run, ranks)
+        if found:
+            progress.print(f"resuming after step {state.step} ({found})")
+        log = None
         if ranks.is_main:
             save_json(run, directory / "run.json")
+            log = stack.enter_context(closing(RunLog(directory, run, state.step)))
 
-        # Model and optimizers: fresh, or as the newest checkpoint holds them.
-        found = checkpoints(directory) if resume else []
-        state = restore_state(run, found[-1], ranks) if found else build_state(run, ranks)
-        if found:
-            progress.print(f"resuming after step {state.step} ({found[-1]})")
-        log = RunLog(directory, run, state.step) if ranks.is_main else None
+        stop_requested = stack.enter_context(stop_signals())
+        while state.step < run.train.steps:
+            step, began = state.step, time.perf_counter()
+            first, sequences = int(sizes[:step].sum()), int(sizes[step])
+            batches = micro_batches(rows, first, sequences, run, ranks)
+            metrics = pretrain_step(state, batches, sequences, run, ranks)
 
-        with stop_signals() as stop_requested:
-            while state.step < run.train.steps:
-                step, began = state.step, time.perf_counter()
-                first, sequences = int(sizes[:step].sum()), int(sizes[step])
-                batches = micro_batches(rows, first, sequences, run, ranks)
-                metrics = pretrain_step(state, batches, sequences, run, ranks)
+            speed = sequences * run.train.sequence_length / (time.perf_counter() - began)
+            values = step_values(metrics, run, step, speed, mfu=speed * flops_per_token / peak_flops)
+            if log is not None:
+                log.stepped(state.step, values, metrics.tokens_per_expert_LE)
+            progress.stepped(state.step, values)
+            _check_divergence(state, run, directory, progress)
 
-                speed = sequences * run.train.sequence_length / (time.perf_counter() - began)
-                values = step_values(metrics, run, step, speed, mfu=speed * flops_per_token / peak_flops)
+            done = state.step == run.train.steps
+            if done or _due(state.step, run.train.eval_every):
+                limit = run.train.final_eval_sequences if done else run.train.eval_sequences
+                result = validation.evaluate(state.model, limit)
+                progress.evaluated(state.step, result.metrics())
                 if log is not None:
-                    log.stepped(state.step, values, metrics.tokens_per_expert_LE)
-                progress.stepped(state.step, values)
-                _check_divergence(state, run, directory, progress)
+                    log.evaluated(state.step, result)
 
-                done = state.step == run.train.steps
-                if done or _due(state.step, run.train.eval_every):
-                    limit = run.train.final_eval_sequences if done else run.train.eval_sequences
-                    result = validation.evaluate(state.model, limit)
-                    progress.evaluated(state.step, result.metrics())
-                    if log is not None:
-                        log.evaluated(state.step, result)
-
-                stopping = ranks.any(stop_requested())
-                # A run of bad steps must not push the last good checkpoint out.
-                if (done or stopping or _due(state.step, run.train.save_every)) and not state.skipped_in_a_row:
-                    saved = save(directory, state, run, corpus.tokenizer, ranks)
-                    progress.print(f"saved {saved}")
-                if stopping and not done:
-                    progress.print("stopped by a signal; continue with --resume")
-                    return False
+            stopping = ranks.any(stop_requested())
+            # A run of bad steps must not push the last good checkpoint out; whatever ends the run is saved.
+            due = _due(state.step, run.train.save_every) and not state.skipped_in_a_row
+            if done or stopping or due:
+                saved = save(directory, state, run, corpus, ranks)
+                progress.print(f"saved {saved}")
+            if stopping and not done:
+                progress.print("stopped by a signal; continue with --resume")
+                return False
     return True
+
+
+def _checkpoint_to_resume(directory: Path, ranks: Ranks, progress: Progress) -> Path | None:
+    """The newest whole checkpoint, which the main rank verifies; None where nothing was saved yet."""
+    found = newest_whole_checkpoint(directory, progress.print) if ranks.is_main else None
+    return ranks.gather(found)[0]
 
 
 def pretrain_step(state: TrainState, batches: list[Batch], sequences: int, run: Run, ranks: Ranks) -> StepMetrics:
@@ -115,16 +134,17 @@ def micro_batches(rows: TokenRows, first: int, sequences: int, run: Run, ranks: 
     return [rows.shuffled(at, min(size, begin + own - at)).to(ranks.device) for at in starts]
 
 
-def save(directory: Path, state: TrainState, run: Run, tokenizer: Tokenizer, ranks: Ranks) -> Path:
+def save(directory: Path, state: TrainState, run: Run, corpus: TokenizedCorpus, ranks: Ranks) -> Path:
     """Write a checkpoint. A collective call: all ranks hold the same, so the main one writes and the others wait."""
     if ranks.is_main:
         training_state = {
             "optimizers": [optimizer.state_dict() for optimizer in state.optimizers],
             "skipped": state.skipped,
             "skipped_in_a_row": state.skipped_in_a_row,
+            "corpus_hash": corpus.corpus_hash,
         }
         ema = None if state.ema is None else state.ema.weights
-        save_checkpoint(directory, state.step, state.model, tokenizer, training_state, ema, run.train.keep_last)
+        save_checkpoint(directory, state.step, state.model, corpus.tokenizer, training_state, ema, run.train.keep_last)
     ranks.barrier()
     return checkpoints(directory)[-1]
 

@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 
 from fathom.checkpoint.hf.model import load_config, load_model, model_directory
-from fathom.checkpoint.training_state import load_ema, load_state, step_of
-from fathom.config import ConfigError
+from fathom.checkpoint.training_state import checkpoint_step, load_ema, load_state
+from fathom.config import ConfigError, check
 from fathom.data.dataset import TokenRows
 from fathom.data.tokenize import TokenizedCorpus, open_tokenized, tokenize_corpus
+from fathom.data.tokenizer import load_tokenizer
 from fathom.distributed.ranks import Ranks
 from fathom.model.config import ModelConfig
 from fathom.model.transformer import Model
@@ -17,6 +18,7 @@ from fathom.runtime.hardware import faster_dtype
 from fathom.train.bf16_weights import Bf16Weights
 from fathom.train.loss import PretrainLoss
 from fathom.train.optim import EMA, build_optimizers
+from fathom.train.resume import check_checkpoint, check_corpus
 from fathom.train.run import Run, TrainConfig
 from fathom.train.step import TrainState
 
@@ -29,16 +31,30 @@ def tokenize_once(run: Run, directory: Path, ranks: Ranks) -> TokenizedCorpus:
     return open_tokenized(directory)
 
 
+def reopen_corpus(run: Run, directory: Path, ranks: Ranks) -> TokenizedCorpus:
+    """A resumed run's own tokens, whatever has become of the corpus; made anew only where they are gone."""
+    if ranks.is_main and not directory.exists():
+        tokenize_corpus(run.data, run.model.vocab_size, directory, run.train.seed)
+    ranks.barrier()
+    corpus = open_tokenized(directory)
+    check_corpus(run, corpus)
+    return corpus
+
+
 def with_initial_model(run: Run) -> Run:
     """A run that starts from a checkpoint takes its architecture and tokenizer from there.
 
-    `run` may have more MTP modules than the checkpoint: those start fresh.
+    `run` may have more MTP modules than the checkpoint: those start fresh. Raises ConfigError where it names another
+    tokenizer, whose ids would have other meanings.
     """
     if run.init is None:
         return run
-    config = load_config(run.init)
+    config, directory = load_config(run.init), model_directory(run.init)
+    if (other := run.data.tokenizer) is not None:
+        same = load_tokenizer(Path(other)).tokenizer_json == load_tokenizer(directory).tokenizer_json
+        check(same, "data.tokenizer", other, f"left out, or the tokenizer of the model in init ({run.init})")
     modules = max(config.num_nextn_predict_layers, run.model.num_nextn_predict_layers)
-    data = run.data if run.data.tokenizer else replace(run.data, tokenizer=str(model_directory(run.init)))
+    data = replace(run.data, tokenizer=other or str(directory))
     return replace(run, model=replace(config, num_nextn_predict_layers=modules), data=data)
 
 
@@ -78,19 +94,22 @@ def build_state(run: Run, ranks: Ranks) -> TrainState:
     return init_train_state(model.train(), run, ranks)
 
 
-def restore_state(run: Run, checkpoint: Path, ranks: Ranks) -> TrainState:
+def restore_state(run: Run, corpus: TokenizedCorpus, checkpoint: Path, ranks: Ranks) -> TrainState:
     """The state exactly as `checkpoint` holds it."""
+    saved = load_state(checkpoint)
+    check_checkpoint(run, corpus, checkpoint, saved.get("corpus_hash"))
     model = load_model(checkpoint, device=ranks.device)
     state = init_train_state(model.train(), run, ranks)
     for optimizer in state.optimizers:
         optimizer.state.clear()  # else fresh and loaded moments exist at the same time
-    saved = load_state(checkpoint)
     for optimizer, content in zip(state.optimizers, saved["optimizers"], strict=True):
         optimizer.load_state_dict(content)
     if state.ema is not None:
         state.ema.weights = load_ema(checkpoint, ranks.device)
-    state.step, state.skipped = step_of(checkpoint), saved["skipped"]
-    state.skipped_in_a_row = saved["skipped_in_a_row"]
+    state.step = checkpoint_step(checkpoint) or 0
+    state.skipped, state.skipped_in_a_row = saved["skipped"], saved["skipped_in_a_row"]
+    if state.step > run.train.steps:
+        raise ConfigError(f"train.steps is {run.train.steps}; {checkpoint} has {state.step} steps already")
     return state
 
 

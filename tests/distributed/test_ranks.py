@@ -39,7 +39,7 @@ def test_two_ranks_equal_one(tiny_flags: list[str], tmp_path: Path) -> None:
             assert a[key] == pytest.approx(b[key], rel=1e-4), key
 
 
-BARRIER = """
+BARRIER = r"""
 import sys
 import time
 from datetime import timedelta
