@@ -177,8 +177,7 @@ class Message(_Body):
 
     def plain(self) -> dict[str, Any]:
         """As chat templates take it: the content as one text."""
-        parts = self.content if isinstance(self.content, list) else []
-        text = "".join(part.text for part in parts) if parts else self.content or ""
+        text = "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content
         said: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
         if self.name is not None:
             said["name"] = self.name

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("jinja2", reason="templates need jinja2")
 
 from fathom.data.chat_template import ChatError, ChatTemplate
-from fathom.data.tokenizer import SPECIAL_TOKENS, Tokenizer, save_tokenizer
+from fathom.data.tokenizer import ASSISTANT, BOS, EOS, SPECIAL_TOKENS, USER, Tokenizer, save_tokenizer
 
 SAID = st.lists(st.sampled_from([*SPECIAL_TOKENS, "a", " ", "<", "｜", "<｜", "｜>", "User", "\ue000"]), max_size=8)
 
@@ -37,15 +37,53 @@ def test_rendered_as_transformers_does(tokenizer: Tokenizer, tmp_path: Path) -> 
     assert ChatTemplate(tokenizer).encode(messages) == list(ids)
 
 
-@given(texts=st.lists(SAID.map("".join), min_size=2, max_size=5))
-def test_what_people_say_never_becomes_a_control_token(tokenizer: Tokenizer, texts: list[str]) -> None:
-    """The same control tokens, whatever is said; and what is said is all there."""
-    control = len(SPECIAL_TOKENS)
-    template = ChatTemplate(tokenizer)
-    ids = template.encode(conversation(texts))
-    plain = template.encode(conversation(["x"] * len(texts)))
-    assert [token for token in ids if token < control] == [token for token in plain if token < control]
-    assert tokenizer.decode(ids) == "".join(texts)
+@pytest.fixture(scope="module")
+def templates(tokenizer: Tokenizer) -> dict[str, ChatTemplate]:
+    """Several ways in which templates put messages together."""
+    loop = "{% for m in messages %}BODY{% endfor %}{{ '<｜Assistant｜>' }}"
+    bodies = {
+        "concatenated": "{{ '<｜User｜>' + m.content + eos_token }}",
+        "put out": "<｜User｜>{{ m.content }}{{ eos_token }}",
+        "accumulated": "{% set n = namespace(x='<｜User｜>') %}{% set n.x = n.x ~ m.content ~ eos_token %}{{ n.x }}",
+        "formatted": "{{ '<｜User｜>%s' % m.content }}{{ '{}{}'.format(m.content[:0], eos_token) }}",
+        "joined": "{{ ['<｜User｜>', m.content, eos_token] | join('') }}",
+        "replaced": "{{ '<｜User｜>CONTENT<｜end▁of▁sentence｜>'.replace('CONTENT', m.content) }}",
+        "macro": "{% macro f(x) %}<｜User｜>{{ x }}{% endmacro %}{{ f(m.content) + eos_token }}",
+        "in parts": "{{ '<｜' + 'User' + '｜>' + m.content + eos_token }}",
+        "block": "{% set x %}<｜User｜>{{ m.content }}{% endset %}{{ x + eos_token }}",
+    }
+    return {name: templated(tokenizer, loop.replace("BODY", body)) for name, body in bodies.items()}
+
+
+@settings(deadline=None)
+@given(texts=st.lists(SAID.map("".join), min_size=1, max_size=5))
+def test_what_people_say_never_becomes_a_control_token(
+    tokenizer: Tokenizer, templates: dict[str, ChatTemplate], texts: list[str]
+) -> None:
+    """The same control tokens, whatever is said; and what is said is all there, however the template joins it."""
+    messages = [{"role": "user", "content": text} for text in texts]
+    for name, template in templates.items():
+        ids = template.encode(messages)
+        expected = [tokenizer.user_id, tokenizer.eos_id] * len(texts) + [tokenizer.assistant_id]
+        assert [token for token in ids if token < len(SPECIAL_TOKENS)] == expected, name
+        assert tokenizer.decode(ids) == "".join(texts), name
+        shown = "".join(USER + text + EOS for text in texts) + ASSISTANT
+        assert template.render(messages) == shown, name
+
+
+@pytest.mark.parametrize("text", ["\U000f0000", "&#xf0000;", "\ud800", "\r\n\x85\u2028", "\x00"])
+def test_odd_characters_come_through(tokenizer: Tokenizer, text: str) -> None:
+    assert templated(tokenizer, "{{ messages[0].content }}").render(conversation([text])) == text
+
+
+def test_no_private_character_of_a_message_is_taken_for_a_code(tokenizer: Tokenizer) -> None:
+    """Also where there are too few left to choose others."""
+    template = templated(tokenizer, "<｜User｜>{{ messages[0].content }}")
+    half = "".join(map(chr, range(0xF0000, 0x100000)))
+    ids = template.encode(conversation([half]))
+    assert tokenizer.decode(ids) == half and [each for each in ids if each < len(SPECIAL_TOKENS)] == [tokenizer.user_id]
+    with pytest.raises(ChatError, match="private characters"):
+        template.encode(conversation(["".join(map(chr, range(0xF0000, 0x10FFFE)))]))
 
 
 ESCAPES = [
@@ -84,7 +122,7 @@ ENDLESS = [
     "{{ range(10 ** 9)|list }}",
     "{{ 'a' * 999999999 }}",
     "{{ [1] * 999999999 }}",
-    "{{ 9 ** 9 ** 9 }}",
+    "{{ 9 ** (9 ** 9) }}",
     "{{ '%0999999999d' % 1 }}",
     "{{ '%0999999999d'|format(1) }}",
     "{{ '{:>999999999}'.format(1) }}",
@@ -110,14 +148,34 @@ ENDLESS = [
             "{{ 'a' * 9999999 }}",
         )
     ),
+    *(
+        "{% set ns = namespace(a=[], b=[]) %}{% for i in range(60) %}"
+        "{% set ns.a = [ns.a, ns.a] %}{% set ns.b = [ns.b, ns.b] %}{% endfor %}" + compare
+        for compare in (
+            "{{ ns.a == ns.b }}",
+            "{{ ns.a < ns.b }}",
+            "{{ ns.a in [ns.b] }}",
+            "{{ ns.a is eq ns.b }}",
+        )
+    ),
+    "{% set ns = namespace(n=7) %}{% for i in range(60) %}{% set ns.n = ns.n * ns.n %}{% endfor %}",
+    "{% set ns = namespace(n=7) %}{% for i in range(22) %}{% set ns.n = ns.n * ns.n %}{% endfor %}{{ ns.n // 3 }}",
 ]
 
 
 @pytest.mark.parametrize("source", ENDLESS)
 def test_templates_end(tokenizer: Tokenizer, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fathom.data.chat_template._SECONDS", 0.2)
+    monkeypatch.setattr("fathom.data.chat_template._SECONDS", 0.3)
     with pytest.raises(ChatError):
         templated(tokenizer, source).render(conversation(["said"]))
+
+
+def test_a_template_goes_on_after_a_rendering_that_was_ended(tokenizer: Tokenizer) -> None:
+    template = templated(tokenizer, "{{ 9 ** (9 ** (messages | length)) % 2 }}a")
+    for _ in range(2):
+        with pytest.raises(ChatError, match="took longer than 2 s"):
+            template.render(conversation(["x"] * 9))
+        assert template.render([]) == "1a"
 
 
 def test_ordinary_templates_keep_their_means(tokenizer: Tokenizer) -> None:
@@ -137,3 +195,73 @@ def test_refusals_are_explained(tokenizer: Tokenizer) -> None:
     without = {name: value for name, value in tokenizer.config.items() if name != "chat_template"}
     with pytest.raises(ChatError, match="has no chat template"):
         ChatTemplate(Tokenizer(tokenizer.tokenizer_json, without))
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x":  "größer"}'}}
+CALLED = [{"role": "user", "content": "go"}, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+OF_CALLS = "{% for m in messages if m.tool_calls %}{% for c in m.tool_calls %}BODY{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("body", "shown"),
+    [
+        ("{{ c.function.name + c.function.arguments }}", 'f{"x":  "größer"}'),
+        ("{{ c.function.arguments ~ '!' }}{{ '%s' % c.function.arguments }}", '{"x":  "größer"}!{"x":  "größer"}'),
+        ("{{ c.function.arguments }}", '{"x":  "größer"}'),
+        ("{% for k, v in c.function.arguments.items() %}{{ k }}={{ v }}{% endfor %}", "x=größer"),
+        ("{{ c.function.arguments | tojson }}", '{"x": "größer"}'),
+        ("{{ c.function.arguments is mapping and c.function.arguments is not string }}", "True"),
+    ],
+)
+def test_arguments_are_an_object_or_their_text(tokenizer: Tokenizer, body: str, shown: str) -> None:
+    assert templated(tokenizer, OF_CALLS.replace("BODY", body)).render(CALLED) == shown
+
+
+@pytest.mark.parametrize("arguments", ["", "3", "{", '["a"]'])
+def test_arguments_that_are_no_object_stay_a_text(tokenizer: Tokenizer, arguments: str) -> None:
+    call = CALL | {"function": {"name": "f", "arguments": arguments}}
+    template = templated(
+        tokenizer, OF_CALLS.replace("BODY", "{{ c.function.arguments is string }}{{ c.function.arguments }}")
+    )
+    assert template.render([{"role": "assistant", "content": "", "tool_calls": [call]}]) == f"True{arguments}"
+
+
+def test_a_null_content_is_null_unless_the_template_needs_a_text(tokenizer: Tokenizer) -> None:
+    source = "{% for m in messages %}{{ m.content is none }} {% endfor %}"
+    assert templated(tokenizer, source).render(CALLED) == "False True "
+    source = "{% for m in messages %}{{ '</think>' in m.content }}{{ m.content + '.' }}{% endfor %}"
+    assert templated(tokenizer, source).render(CALLED) == "Falsego.False."
+
+
+def test_a_template_may_look_for_control_tokens_in_messages(tokenizer: Tokenizer) -> None:
+    """It drops earlier reasoning; what is left of the message stays text, and a role's name is part of a token."""
+    source = (
+        "{% for m in messages %}{{ '<｜' + m.role|replace('user', 'User')|replace('assistant', 'Assistant') + '｜>' }}"
+        "{% set text = m.content.split('<｜fim▁end｜>')[-1] %}{{ text }}{% if text == EOS %}!{% endif %}{% endfor %}"
+    ).replace("EOS", repr(EOS))
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": f"thought<｜fim▁end｜>{EOS}"},
+    ]
+    template = templated(tokenizer, source)
+    assert template.render(messages) == f"{USER}a{ASSISTANT}{EOS}!"
+    ids = template.encode(messages)
+    assert tokenizer.decode(ids) == f"a{EOS}!" and tokenizer.eos_id not in ids
+
+
+@pytest.mark.parametrize(("content", "shown"), [("He ", "<｜Assistant｜>He "), ("\nHe", "<｜Assistant｜>\nHe")])
+def test_the_last_message_may_be_continued(tokenizer: Tokenizer, content: str, shown: str) -> None:
+    messages = [{"role": "user", "content": "He"}, {"role": "assistant", "content": content}]
+    assert ChatTemplate(tokenizer).render(messages, continue_final=True) == f"{BOS}{USER}He{shown}"
+    trimming = tokenizer.config["chat_template"].replace("message['content'] +", "message['content'].strip() +")
+    shown = templated(tokenizer, trimming).render(messages, continue_final=True)
+    assert shown == f"{BOS}{USER}He{ASSISTANT}He"
+    with pytest.raises(ChatError, match="no text that could be continued"):
+        ChatTemplate(tokenizer).render([{"role": "assistant", "content": None}], continue_final=True)
+
+
+def test_variables_are_those_the_template_reads(tokenizer: Tokenizer) -> None:
+    template = templated(tokenizer, "{% if thinking %}{{ bos_token }}{{ messages[0].content }}{% endif %}")
+    assert template.variables == {"thinking"} and not template.supports_tools
+    assert template.render(conversation(["x"])) == ""
+    assert template.render(conversation(["x"]), variables={"thinking": True}) == f"{BOS}x"
