@@ -94,8 +94,9 @@ install_fathom() {
     quiet=
     if [ ! -t 1 ]; then quiet=--quiet; fi
     say "installing Fathom and its dependencies into .venv (torch is the large one)"
+    # Not compiled to bytecode: that takes longer than all the rest, and most of these modules are never imported.
     # shellcheck disable=SC2086  # an empty $quiet must vanish
-    .venv/bin/python -m pip install $quiet --disable-pip-version-check -c .venv/constraints.txt \
+    .venv/bin/python -m pip install $quiet --no-compile --disable-pip-version-check -c .venv/constraints.txt \
         ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -e ".[${extra:-serve,eval,gguf}]" ||
         fail "pip failed; its reason is printed above. No network: check the proxy settings. No torch for this machine:
         try another TORCH_VERSION (2.11.0 to 2.15.0) or TORCH_INDEX. Then run the same command again."
@@ -104,7 +105,7 @@ install_fathom() {
 # GGUF files are tested against llama.cpp. It comes as source: building takes some minutes, and pip caches the wheel.
 install_llama() {
     say "installing llama.cpp for the tests (the first time on this machine it is built: 3 minutes on 2 cores)"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c .venv/constraints.txt llama-cpp-python ||
+    .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -c .venv/constraints.txt llama-cpp-python ||
         say "llama-cpp-python could not be built (its reason is printed above); tests that need it are skipped.
         Building takes a C++ compiler. Later: .venv/bin/python -m pip install llama-cpp-python"
 }
@@ -112,7 +113,7 @@ install_llama() {
 # The GPU's kernels are tested in Triton's interpreter. torch's CUDA builds bring their own Triton, its CPU builds none.
 install_triton() {
     if .venv/bin/python -c 'import triton' 2>/dev/null; then return; fi
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check triton==3.7.1 ||
+    .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check triton==3.7.1 ||
         say "Triton could not be installed (its reason is printed above); the tests of the GPU's kernels are skipped."
 }
 

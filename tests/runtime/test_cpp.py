@@ -1,5 +1,6 @@
 """Building the kernels: what decides whether they are used, and what happens without a compiler."""
 
+import ctypes
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from fathom.ops import cpu
+from fathom.runtime.cpp import load_library
 
 _WITH_KERNELS = pytest.mark.skipif(cpu.missing() is not None, reason=f"no kernels here: {cpu.missing()}")
 
@@ -66,10 +68,14 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path) -> None:
 
 
 @_WITH_KERNELS
-def test_the_library_is_built_once_and_kept(tmp_path: Path) -> None:
-    path = "/usr/local/bin:/usr/bin:/bin"
-    assert run(PATH=path, XDG_CACHE_HOME=str(tmp_path))[0] == "None"
-    (library,) = tmp_path.rglob("*.so")
-    made = library.stat().st_mtime_ns
-    assert run(PATH=path, XDG_CACHE_HOME=str(tmp_path))[0] == "None"
-    assert library.stat().st_mtime_ns == made
+def test_a_library_is_built_once_for_each_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = tmp_path / "answer.cpp"
+    made = []
+    for answer in (42, 42, 43):
+        source.write_text(f'extern "C" int answer() {{ return {answer}; }}')
+        library = load_library("answer", [source])
+        assert isinstance(library, ctypes.CDLL) and library.answer() == answer
+        made.append({path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*") if path.is_file()})
+    assert made[0] == made[1] and len(made[1]) == 1
+    assert made[1].items() < made[2].items() and len(made[2]) == 2
