@@ -1,15 +1,17 @@
 """Structured output by llguidance: JSON, JSON of a schema, and tool calls.
 
 The matcher follows the output token by token and computes a mask of the tokens allowed next. With drafts it advances
-over them for one mask each, and is rolled back.
+over them for one mask each, and is rolled back. Masks are computed between the engine's steps, where all other requests
+wait, so that a request has a budget for them.
 """
 
 import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from torch import Tensor
 
 from fathom.data.tokenizer import Tokenizer
@@ -18,8 +20,18 @@ _WHITESPACE = r"\n?[ \t]{0,16}"
 """Between the parts of a JSON text. Without a bound a weak model generates blanks forever."""
 
 
+_SECONDS_PER_MASK, _RESERVE_SECONDS = 0.002, 0.1
+"""Budget of a request: what its masks may take on average, ten times what usual ones do, and by how much exceed."""
+
+_FIRST_SECONDS = 2.0
+"""Budget of the first mask, which is computed before the engine has the request."""
+
+_LIMITS = LLParserLimits(step_lexer_fuel=100_000, verbose_errors=False)
+"""Of llguidance, for one mask: some ten milliseconds."""
+
+
 class GrammarError(ValueError):
-    """A schema that cannot be compiled or enforced."""
+    """A schema that cannot be compiled or enforced, or only too slowly."""
 
 
 class Grammars:
@@ -34,9 +46,8 @@ class Grammars:
         self._tokenizer = LLTokenizer(json.dumps(content), n_vocab=vocab_size, eos_token=tokenizer.eos_id)
 
     def of_schema(self, schema: dict[str, Any] | bool) -> str:
-        """The grammar of JSON texts that match a JSON schema. Raises GrammarError for what cannot be compiled."""
-        spaced = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides={"whitespace_pattern": _WHITESPACE})
-        return self._checked(spaced)
+        """The grammar of JSON texts that match a JSON schema."""
+        return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides={"whitespace_pattern": _WHITESPACE})
 
     def of_calls(self, tools: Sequence[dict[str, Any]], or_text: bool) -> str:
         """The grammar of a call of one of `tools`: {"name": …, "arguments": {…}}; or, if so, of any text instead.
@@ -47,29 +58,48 @@ class Grammars:
         if not or_text:
             return self.of_schema(calls)
         lark = f"start: call | text\ncall: %json {json.dumps(calls)}\ntext: /([^{{](.|\\n)*)?/"
-        return self._checked(LLMatcher.grammar_from_lark(lark))
+        return LLMatcher.grammar_from_lark(lark)
 
-    def constraint(self, grammar: str) -> "GrammarConstraint":
-        """A new matcher of a grammar that was compiled here."""
-        return GrammarConstraint(LLMatcher(self._tokenizer, grammar), self._vocab_size)
+    def constraints(self, grammar: str, count: int = 1) -> list["GrammarConstraint"]:
+        """For the choices of one request: compiled, and with the first mask, once for all of them.
 
-    def _checked(self, grammar: str) -> str:
-        error = LLMatcher.validate_grammar(grammar, self._tokenizer)
-        if error:
-            raise GrammarError(" ".join(error.split())[:300])
-        return grammar
+        Raises GrammarError where that is not possible. May take long: not for the engine's thread.
+        """
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
+        first_TO = GrammarConstraint(matcher, self._vocab_size, _Budget(_FIRST_SECONDS)).allowed([])
+        if not first_TO.any():
+            raise GrammarError("nothing matches it")
+        matchers, budget = [matcher, *(matcher.deep_copy() for _ in range(count - 1))], _Budget(_RESERVE_SECONDS)
+        return [GrammarConstraint(each, self._vocab_size, budget, first_TO) for each in matchers]
+
+
+class _Budget:
+    """Processor time that the masks of one request may still take."""
+
+    def __init__(self, reserve: float) -> None:
+        self._left = self._reserve = reserve
+
+    def spend(self, seconds: float) -> None:
+        self._left += _SECONDS_PER_MASK - seconds
+        if self._left < 0:
+            raise GrammarError("following it takes too long")
+        self._left = min(self._left, self._reserve)
 
 
 class GrammarConstraint:
-    """Follows one output; a choose.Constraint."""
+    """Follows one output; a verify.Constraint."""
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
-        self._matcher = matcher
-        self._vocab_size = vocab_size
+    def __init__(self, matcher: LLMatcher, vocab_size: int, budget: _Budget, first_TO: Tensor | None = None) -> None:
+        """`first_TO`: what `allowed([])` returns until a token has been taken, if it is known."""
+        self._matcher, self._vocab_size = matcher, vocab_size
         self._words = (vocab_size + 31) // 32
+        self._budget, self._first_TO = budget, first_TO
 
     def allowed(self, drafts: Sequence[int]) -> Tensor:
-        """As choose.Constraint.allowed."""
+        """As verify.Constraint.allowed."""
+        if self._first_TO is not None and not drafts:
+            return self._first_TO
+        began = time.thread_time()
         rows_TW = torch.zeros(len(drafts) + 1, self._words, dtype=torch.int32)
         tried = 0
         for place in range(len(drafts) + 1):
@@ -81,11 +111,13 @@ class GrammarConstraint:
         if tried:
             self._matcher.rollback(tried)
         self._raise()
+        self._budget.spend(time.thread_time() - began)
         bits_TW32 = (rows_TW[..., None] >> torch.arange(32, dtype=torch.int32)) & 1
         return bits_TW32.flatten(1)[:, : self._vocab_size].bool()
 
     def take(self, tokens: Sequence[int]) -> None:
-        """As choose.Constraint.take."""
+        """As verify.Constraint.take."""
+        self._first_TO = None
         for token in tokens:
             # An end token that came after a complete text has stopped the matcher; it takes no more.
             if self._matcher.is_stopped():
@@ -95,7 +127,7 @@ class GrammarConstraint:
 
     def _raise(self) -> None:
         if self._matcher.is_error():
-            raise GrammarError(f"the output left the grammar: {self._matcher.get_error()}"[:300])
+            raise GrammarError(" ".join(self._matcher.get_error().split())[:300])
 
 
 def _call_schema(function: dict[str, Any]) -> dict[str, Any]:

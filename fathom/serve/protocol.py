@@ -1,11 +1,12 @@
 """The request bodies: OpenAI's protocol, and our extensions under one key. All numbers have ranges, all texts limits.
 
-Unknown fields are refused, and so are OpenAI's fields that this server does not implement. Those that do not change the
-response (user, metadata, store) are accepted and ignored. Lists are validated up to their first error and objects have
-a size: a body with a million errors would otherwise produce a million messages.
+What would change the response and is not implemented is refused by name, as are unknown fields. What changes nothing is
+accepted: null or an empty list for whatever is optional, values that mean «off», and the fields named in `ignored`.
+Lists are validated up to their first error and objects have a size: a body with a million errors would otherwise
+produce a million messages.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -22,7 +23,6 @@ MAX_STOPS = 8
 MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
 MAX_BIASES = 1024
-MAX_METADATA = 16
 MAX_MESSAGES = 4096
 MAX_PARTS = 256
 MAX_PROMPTS = 64
@@ -54,22 +54,28 @@ _Biases = Annotated[
     BeforeValidator(lambda value: _at_most(value, MAX_BIASES)),
     Field(max_length=MAX_BIASES),
 ]
-_Metadata = Annotated[
-    dict[str, str], BeforeValidator(lambda value: _at_most(value, MAX_METADATA)), Field(max_length=MAX_METADATA)
-]
 _Count = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
 
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    ignored: ClassVar[frozenset[str]] = frozenset()
 
     @model_validator(mode="before")
     @classmethod
-    def _limit_fields(cls, value: Any) -> Any:
-        return _at_most(value, MAX_FIELDS)
+    def _drop_what_changes_nothing(cls, value: Any) -> Any:
+        if not isinstance(_at_most(value, MAX_FIELDS), dict):
+            return value
+        required = {field.alias or name for name, field in cls.model_fields.items() if field.is_required()}
+        return {
+            name: given
+            for name, given in value.items()
+            if name in required or not (given is None or given == [] or name in cls.ignored)
+        }
 
 
 class StreamOptions(_Body):
+    ignored = frozenset(("include_obfuscation",))
     include_usage: bool = False
     continuous_usage_stats: bool = Field(default=False, description="The usage so far in every chunk, as in vLLM.")
 
@@ -87,33 +93,48 @@ class Extension(_Body):
 
 
 class Sampling(_Body):
-    """What both endpoints that generate text have in common."""
+    """What the endpoints that generate text have in common."""
+
+    ignored = frozenset(
+        (
+            *("user", "metadata", "store", "service_tier", "safety_identifier", "request_id"),
+            *("prompt_cache_key", "prompt_cache_retention", "cache_salt", "prediction", "verbosity"),
+            "spaces_between_special_tokens",
+        )
+    )
 
     model: Annotated[str, StringConstraints(max_length=512)] | None = Field(None, description="The served name.")
     n: int = Field(1, ge=1, le=MAX_CHOICES, strict=True)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    temperature: float | None = Field(1.0, ge=0, le=2, description="0: greedy.")
-    top_p: float | None = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, lt=2**31, strict=True, description="0: no limit.")
+    temperature: float = Field(1.0, ge=0, le=2, description="0: greedy.")
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=-1, lt=2**31, strict=True, description="0 or -1: no limit.")
     min_p: float = Field(0.0, ge=0, le=1)
     repetition_penalty: float = Field(1.0, gt=0, le=10)
-    presence_penalty: float | None = Field(0.0, ge=-2, le=2)
-    frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
-    logit_bias: _Biases | None = None
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: _Biases = Field(default_factory=dict)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, strict=True)
     stop: _Stop | Annotated[list[_Stop], Field(fail_fast=True, max_length=MAX_STOPS)] | None = None
     stop_token_ids: Annotated[list[_TokenId], Field(fail_fast=True)] = Field(default_factory=list, max_length=MAX_STOPS)
     ignore_eos: bool = False
     min_tokens: int = Field(0, ge=0, lt=2**31, strict=True)
-    user: Annotated[str, StringConstraints(max_length=512)] | None = None
+    best_of: int | None = Field(None, ge=1, strict=True, description="Choices are not ranked: only n, or 1.")
+    use_beam_search: Literal[False] = False
+    length_penalty: float = Field(1.0, ge=1, le=1)
+    skip_special_tokens: Literal[True] = True
+    include_stop_str_in_output: Literal[False] = False
+    priority: Literal[0] = 0
     fathom: Extension = Extension()
 
     @model_validator(mode="after")
     def _streams(self) -> "Sampling":
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is given, but stream is not true")
-        for token in self.logit_bias or {}:
+        if self.best_of not in (None, 1, self.n):
+            raise ValueError(f"best_of is {self.best_of}; choices are not ranked, so it must be n or 1")
+        for token in self.logit_bias:
             if not token.isascii() or not token.isdigit() or len(token) > 9:
                 raise ValueError(f"logit_bias has {token[:20]!r}; it must map token ids to biases")
         return self
@@ -132,7 +153,7 @@ class CompletionRequest(Sampling):
         | Annotated[list[_Text], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
         | Annotated[list[_TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
     ) = Field(description="A text, token ids, or several of either. A text is preceded by the BOS token.")
-    max_tokens: int | None = Field(16, ge=0, lt=2**31, strict=True, description="0 only with echo.")
+    max_tokens: int = Field(16, ge=0, lt=2**31, strict=True, description="0 only with echo.")
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, strict=True)
     echo: bool = Field(False, description="Return the prompt too, with its log-probabilities if logprobs is given.")
 
@@ -159,15 +180,21 @@ class Call(_Body):
     id: Annotated[str, StringConstraints(max_length=128)]
     type: Literal["function"] = "function"
     function: CalledFunction
+    ignored = frozenset(("index",))
 
 
 class Message(_Body):
+    """Also as a response has it: its `model_dump()` is the history of the next request."""
+
+    ignored = frozenset(("annotations",))
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: _Text | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_PARTS)] | None = None
     name: Annotated[str, StringConstraints(max_length=64)] | None = None
     tool_calls: Annotated[list[Call], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
     tool_call_id: Annotated[str, StringConstraints(max_length=128)] | None = None
-    refusal: None = None
+    reasoning_content: _Text | None = Field(None, description="For templates that show earlier reasoning.")
+    reasoning: _Text | None = Field(None, description="Another name of it.")
 
     @model_validator(mode="after")
     def _has_content(self) -> "Message":
@@ -179,13 +206,10 @@ class Message(_Body):
         """As chat templates take it: the content as one text."""
         text = "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content
         said: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
-        if self.name is not None:
-            said["name"] = self.name
-        if self.tool_calls:
-            said["tool_calls"] = [call.model_dump() for call in self.tool_calls]
-        if self.tool_call_id is not None:
-            said["tool_call_id"] = self.tool_call_id
-        return said
+        reasoning = self.reasoning_content or self.reasoning
+        calls = [call.model_dump() for call in self.tool_calls or []]
+        given = {"name": self.name, "reasoning_content": reasoning, "tool_call_id": self.tool_call_id}
+        return said | {key: value for key, value in (given | {"tool_calls": calls}).items() if value}
 
 
 _Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
@@ -236,21 +260,33 @@ class ChatRequest(Sampling):
     messages: _Messages
     max_tokens: _Count | None = None
     max_completion_tokens: _Count | None = None
-    logprobs: bool | None = False
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, strict=True)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS, strict=True)
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(fail_fast=True, min_length=1, max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
-    parallel_tool_calls: bool | None = Field(None, description="A response calls one function at most.")
-    metadata: _Metadata | None = None
-    store: bool | None = None
+    parallel_tool_calls: bool = Field(True, description="A response calls one function at most.")
+    chat_template_kwargs: dict[str, JsonValue] = Field({}, description="Only names that the template reads.")
+    reasoning_effort: Annotated[str, StringConstraints(max_length=64)] | None = Field(
+        None, description="For templates that read it."
+    )
+    add_generation_prompt: bool = Field(True, description="False only with continue_final_message.")
+    continue_final_message: bool = Field(False, description="Continue the last message, an assistant's.")
+    modalities: list[Literal["text"]] = Field(["text"], max_length=1)
+    function_call: Literal["none", "auto"] = "none"
+    echo: Literal[False] = False
 
     @model_validator(mode="after")
     def _fits(self) -> "ChatRequest":
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs is given, but logprobs is not true")
-        if self.tool_choice not in (None, "none") and not self.tools:
+        if self.tool_choice not in (None, "none", "auto") and not self.tools:
             raise ValueError("tool_choice is given without tools")
+        if not self.add_generation_prompt and not self.continue_final_message:
+            raise ValueError("add_generation_prompt is false, but continue_final_message is not true")
+        if self.continue_final_message and self.messages[-1].role != "assistant":
+            raise ValueError("continue_final_message is true, but the last message is not an assistant's")
+        check_schema(self.chat_template_kwargs, "chat_template_kwargs")
         if isinstance(self.tool_choice, ToolChoice):
             names = [tool.function.name for tool in self.tools or []]
             if self.tool_choice.function.name not in names:

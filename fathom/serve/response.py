@@ -111,7 +111,8 @@ class ResponseBuilder:
         outputs = choice.take(event.tokens, event.finished)
         if choice.finish_reason in ("error", "cancelled"):
             why = choice.generation.error or "it was cancelled"
-            raise ApiError(500, f"the answer could not be completed: {why}")
+            status = 400 if why.startswith("GrammarError") else 500  # the request's own fault, or ours
+            raise ApiError(status, f"the answer could not be completed: {why}")
         return outputs
 
     def _new_chunks(self, choice: Choice, new: list[OutputToken]) -> list[str]:
@@ -192,7 +193,9 @@ class ResponseBuilder:
             shown["delta"] = {"content": said} if said else {}
         else:
             shown["delta"] = said
-        return self._frame(".chunk") | {"choices": [shown | (extra or {})]}
+        # OpenAI's clients may rely on the key: null in all chunks but the last.
+        usage = {"usage": None} if self._options.include_usage else {}
+        return self._frame(".chunk") | {"choices": [shown | (extra or {})]} | usage
 
     def _usage(self) -> dict[str, Any]:
         prompts = self.job.generations[:: self.plan.body.n]

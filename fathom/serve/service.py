@@ -4,6 +4,7 @@ import asyncio
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 from fathom.data.chat_template import ChatError, ChatTemplate
@@ -14,7 +15,7 @@ from fathom.engine.sampling.sampler import SamplingParams
 from fathom.engine.scheduler import QueueFull
 from fathom.serve.engine_thread import EngineDeadError, EngineThread, Event
 from fathom.serve.errors import ApiError
-from fathom.serve.grammar import GrammarError, Grammars
+from fathom.serve.grammar import GrammarConstraint, GrammarError, Grammars
 from fathom.serve.metrics import Metrics
 from fathom.serve.protocol import ChatRequest, CompletionRequest, Message, Sampling, TokenizeRequest
 from fathom.serve.response import Plan, ResponseBuilder
@@ -55,21 +56,20 @@ class Service:
         self.check_name(body.model)
         one = isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
         prompts: Any = [body.prompt] if one else body.prompt
-        limit = 16 if body.max_tokens is None else body.max_tokens
         encoded = [self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         prompt_logprobs = body.logprobs if body.echo else None
-        requests = self._requests(body, encoded, "prompt", max(limit, 1), body.logprobs, prompt_logprobs)
-        return Plan(body, requests, False, body.logprobs, echo=body.echo, silent=limit == 0)
+        requests = self._requests(body, encoded, "prompt", max(body.max_tokens, 1), body.logprobs, prompt_logprobs)
+        return Plan(body, requests, False, body.logprobs, echo=body.echo, silent=body.max_tokens == 0)
 
     def plan_chat(self, body: ChatRequest) -> Plan:
         """Raises ApiError for requests that cannot be served."""
         self.check_name(body.model)
         tools = body.chosen_tools()
-        ids = self._encode_chat(body.messages, tools)
-        grammar = self._grammar(body, tools)
+        ids = self._encode_chat(body.messages, tools, self._template_variables(body), body.continue_final_message)
+        constraints = self._constraints(body, tools)
         limit = body.max_completion_tokens or body.max_tokens or self._context
-        top = (body.top_logprobs or 0) if body.logprobs else None
-        requests = self._requests(body, [ids], "messages", limit, top, grammar=grammar)
+        top = body.top_logprobs if body.logprobs else None
+        requests = self._requests(body, [ids], "messages", limit, top, constraints=constraints)
         return Plan(body, requests, True, top, calls=bool(tools))
 
     def tokenize(self, body: TokenizeRequest) -> list[int]:
@@ -78,14 +78,29 @@ class Service:
             return self._encode_chat(body.messages, [])
         return self.tokenizer.encode(body.prompt or "", bos=body.add_special_tokens)
 
-    def _encode_chat(self, conversation: Sequence[Message], tools: list[dict[str, Any]]) -> list[int]:
+    def _template_variables(self, body: ChatRequest) -> dict[str, Any]:
+        known = frozenset() if self.template is None else self.template.variables
+        unknown = body.chat_template_kwargs.keys() - known
+        if unknown:
+            reads = f"the template reads {', '.join(sorted(known)) or 'none'}"
+            raise ApiError(400, f"chat_template_kwargs has {min(unknown)[:64]!r}; {reads}", "chat_template_kwargs")
+        effort = {"reasoning_effort": body.reasoning_effort} if body.reasoning_effort else {}
+        return {name: value for name, value in effort.items() if name in known} | body.chat_template_kwargs
+
+    def _encode_chat(
+        self,
+        conversation: Sequence[Message],
+        tools: list[dict[str, Any]],
+        variables: dict[str, Any] | None = None,
+        continue_final: bool = False,
+    ) -> list[int]:
         messages = [message.plain() for message in conversation]
         if self.template is None:
             raise self._no_chat
         try:
             if self.template.supports_tools:
-                return self.template.encode(messages, tools or None)
-            return self.template.encode(render_tools(messages, tools))
+                return self.template.encode(messages, tools or None, variables, continue_final)
+            return self.template.encode(render_tools(messages, tools), None, variables, continue_final)
         except ChatError as error:
             raise ApiError(400, str(error), "messages") from error
 
@@ -131,9 +146,13 @@ class Service:
         limit: int,
         top: int | None,
         prompt_top: int | None = None,
-        grammar: str | None = None,
+        constraints: Sequence[GrammarConstraint | None] = (),
     ) -> list[Request]:
         """`body.n` for each prompt. `param`: the prompts' field; `top`, `prompt_top`: alternatives a token."""
+        queue = self.engine.config.max_waiting
+        if queue is not None and len(prompts) * body.n > queue:
+            message = f"{len(prompts)} prompts of {body.n} choices are {len(prompts) * body.n} requests"
+            raise ApiError(400, f"{message}; the queue holds {queue} (--max-waiting)", "n")
         for ids in prompts:
             if len(ids) >= self._context:
                 message = f"the prompt has {len(ids)} tokens; the context length is {self._context}"
@@ -142,14 +161,15 @@ class Service:
             if wrong is not None:
                 raise ApiError(400, f"the prompt has token {wrong}; the vocabulary has {self._vocabulary}", param)
         params = SamplingParams(
-            temperature=_temperature(body.temperature),
-            top_k=body.top_k,
-            top_p=1.0 if body.top_p is None else body.top_p,
+            # Too small for the sampler to divide by is greedy.
+            temperature=body.temperature if body.temperature >= 1e-5 else 0.0,
+            top_k=max(body.top_k, 0),
+            top_p=body.top_p,
             min_p=body.min_p,
             repetition_penalty=body.repetition_penalty,
-            presence_penalty=body.presence_penalty or 0.0,
-            frequency_penalty=body.frequency_penalty or 0.0,
-            logit_bias={int(token): bias for token, bias in (body.logit_bias or {}).items()},
+            presence_penalty=body.presence_penalty,
+            frequency_penalty=body.frequency_penalty,
+            logit_bias={int(token): bias for token, bias in body.logit_bias.items()},
             seed=secrets.randbits(63) if body.seed is None else body.seed % 2**64,
             stop_ids=tuple(body.stop_token_ids),
             stop=body.stops(),
@@ -159,6 +179,7 @@ class Service:
             logprobs=top,
             prompt_logprobs=prompt_top,
         )
+        each = [ids for ids in prompts for _ in range(body.n)]
         return [
             Request(
                 ids,
@@ -166,27 +187,23 @@ class Service:
                 stream=stream,
                 return_routed_experts=body.fathom.routing,
                 return_routing_weights=body.fathom.routing,
-                constraint=None if grammar is None else self._grammars.constraint(grammar),
+                constraint=constraint,
             )
-            for stream, ids in enumerate(ids for ids in prompts for _ in range(body.n))
+            for stream, (ids, constraint) in enumerate(zip_longest(each, constraints))
         ]
 
-    def _grammar(self, body: ChatRequest, tools: list[dict[str, Any]]) -> str | None:
-        wanted = body.response_format
+    def _constraints(self, body: ChatRequest, tools: list[dict[str, Any]]) -> list[GrammarConstraint]:
+        """One for each choice; none where the output is free."""
+        wanted, grammars = body.response_format, self._grammars
+        if not tools and (wanted is None or wanted.type == "text"):
+            return []
         try:
-            if tools:
-                return self._grammars.of_calls(tools, or_text=body.tool_choice in (None, "auto"))
-            if wanted is None or wanted.type == "text":
-                return None
-            if wanted.json_schema is None:
-                return self._grammars.of_schema({"type": "object"})
-            return self._grammars.of_schema(wanted.json_schema.schema_)
+            if wanted is None or tools:
+                grammar = grammars.of_calls(tools, or_text=body.tool_choice in (None, "auto"))
+            else:
+                schema = wanted.json_schema
+                grammar = grammars.of_schema({"type": "object"} if schema is None else schema.schema_)
+            return grammars.constraints(grammar, body.n)
         except GrammarError as error:
             param = "tools" if tools else "response_format"
             raise ApiError(400, f"the schema cannot be followed: {error}", param, "invalid_schema") from error
-
-
-def _temperature(temperature: float | None) -> float:
-    """Too small for the sampler to divide by is 0, greedy."""
-    temperature = 1.0 if temperature is None else temperature
-    return temperature if temperature >= 1e-5 else 0.0

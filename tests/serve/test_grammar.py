@@ -41,9 +41,9 @@ def test_masks_of_drafts_do_not_advance_the_matcher(grammars: Grammars, tokenize
     """With drafts each row says what a follower says that was given them for good; afterwards nothing has changed."""
     rng = random.Random(seed)
     grammar = grammars.of_schema(SCHEMA)
-    ours, taken = grammars.constraint(grammar), []
+    ours, taken = grammars.constraints(grammar)[0], []
     while len(taken) < 60:
-        plain, drafts, rows = grammars.constraint(grammar), [], []
+        plain, drafts, rows = grammars.constraints(grammar)[0], [], []
         plain.take(taken)
         for _ in range(rng.randint(0, 4)):
             rows.append(plain.allowed([])[0])
@@ -64,7 +64,7 @@ def test_masks_of_drafts_do_not_advance_the_matcher(grammars: Grammars, tokenize
 
 
 def test_no_grammar_allows_control_tokens_or_unused_ids(grammars: Grammars, tokenizer: Tokenizer) -> None:
-    follower = grammars.constraint(grammars.of_schema({"type": "string"}))
+    follower = grammars.constraints(grammars.of_schema({"type": "string"}))[0]
     follower.take(tokenizer.encode('"', bos=False))
     allowed = follower.allowed([])[0]
     assert allowed.sum() > 150
@@ -99,7 +99,7 @@ def test_complex_schemas_do_not_stall_a_step(grammars: Grammars, name: str) -> N
     rng, worst = random.Random(0), 0.0
     began = time.thread_time()
     try:
-        follower = grammars.constraint(grammars.of_schema(COSTLY[name]))
+        follower = grammars.constraints(grammars.of_schema(COSTLY[name]))[0]
         assert time.thread_time() - began < 1.0
         for _ in range(100):
             began = time.thread_time()
@@ -109,3 +109,24 @@ def test_complex_schemas_do_not_stall_a_step(grammars: Grammars, name: str) -> N
     except GrammarError as error:
         assert str(error)
     assert worst < 0.2
+
+
+def test_choices_share_a_compiled_grammar_and_a_budget(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    """Each follows its own text; together they do not stop the engine: one that costs too much is given up."""
+    first, second = grammars.constraints(grammars.of_schema(SCHEMA), 2)
+    brace = tokenizer.encode("{", bos=False)
+    assert torch.equal(first.allowed([]), second.allowed([])) and first.allowed([])[0, brace].all()
+    first.take(brace)
+    assert not first.allowed([])[0, brace].any() and second.allowed([])[0, brace].all()
+    pattern = {"type": "string", "pattern": "^((a|ab|b){1,60}c?){1,60}$"}
+    followers, spent = grammars.constraints(grammars.of_schema(pattern), 16), 0.0
+    steps = 0
+    with pytest.raises(GrammarError):
+        for token in tokenizer.encode('"' + "a" * 400, bos=False):
+            for follower in followers:
+                began = time.thread_time()
+                follower.allowed([])
+                spent += time.thread_time() - began
+                follower.take([token])
+            steps += 1
+    assert spent < 0.2 + 0.002 * 16 * (steps + 1)

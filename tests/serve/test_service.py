@@ -37,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def engine(model: Path) -> Engine:
-    return Engine(load_model(model), load_tokenizer(model), max_batch=4, cache_tokens=4096)
+    return Engine(load_model(model), load_tokenizer(model), max_batch=4, max_waiting=4, cache_tokens=4096)
 
 
 async def ended(job: Job) -> None:
@@ -161,7 +161,7 @@ def responses(engine: Engine, *requests: tuple[str, dict[str, Any]]) -> list[htt
 def test_tokenising_templates_and_grammars_stay_off_the_event_loop(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    where: dict[str, set[str]] = {"encode": set(), "render": set(), "of_schema": set()}
+    where: dict[str, set[str]] = {"encode": set(), "_pieces": set(), "of_schema": set()}
 
     def noted(owner: Any, name: str) -> None:
         real = getattr(owner, name)
@@ -173,7 +173,7 @@ def test_tokenising_templates_and_grammars_stay_off_the_event_loop(
         monkeypatch.setattr(owner, name, call)
 
     noted(type(engine.tokenizer), "encode")
-    noted(ChatTemplate, "render")
+    noted(ChatTemplate, "_pieces")
     noted(Grammars, "of_schema")
     replies = responses(
         engine,
@@ -183,8 +183,11 @@ def test_tokenising_templates_and_grammars_stay_off_the_event_loop(
         ("/tokenize", {"messages": CHAT["messages"]}),
     )
     assert [reply.status_code for reply in replies] == [200] * 4
-    assert where == {"encode": {"elsewhere"}, "render": {"elsewhere"}, "of_schema": {"elsewhere"}}
+    assert where == {"encode": {"elsewhere"}, "_pieces": {"elsewhere"}, "of_schema": {"elsewhere"}}
 
+
+# Compiles, and fails with the first mask.
+MANY_PROPERTIES = {"type": "object", "properties": {f"p{number}": True for number in range(8000)}}
 
 REFUSED = [
     {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "no"}}}},
@@ -194,6 +197,9 @@ REFUSED = [
     {"prompt_embeds": "gASVBAAAAAAAAABLAS4="},
     {"chat_template": "{{ messages.__class__ }}"},
     {"chat_template_kwargs": {"tokenize": True}},
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": MANY_PROPERTIES}}},
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": []}}}},
+    {"n": 5},
 ]
 
 
