@@ -9,7 +9,7 @@ from fathom.checkpoint.hf.directory import INDEX, SINGLE, load_config, model_dir
 from fathom.checkpoint.hf.name_mapping import locate, released_tensors
 from fathom.checkpoint.hf.safetensors_io import CheckpointError
 from fathom.checkpoint.hf.save import Storage, plan_save
-from fathom.checkpoint.hf.weights import TensorSpec, meta_model
+from fathom.checkpoint.hf.weights import TensorSpec, check_size, meta_model
 from fathom.model.config import ModelConfig
 from fathom.model.counts import ParameterCounts
 from fathom.model.quantize import quantizable_weights
@@ -54,13 +54,14 @@ def model_info(path: str | Path) -> Info:
     """
     directory = model_directory(path, weights=False)
     config = load_config(directory)
+    stored = _stored(path, directory, config)  # first: it bounds what is built next
     return Info(
         config=config,
         parameters=config.parameter_counts(),
         cache_bytes=cache_bytes(config),
         cache_bytes_mtp=cache_bytes(config, mtp=True),
         memory=weight_bytes(config),
-        stored=_stored(path, directory),
+        stored=stored,
     )
 
 
@@ -106,20 +107,22 @@ def _quantized_bytes(model: Model, bf16: int, precision: Precision) -> int | Non
         return None
 
 
-def _stored(path: str | Path, directory: Path) -> StoredFiles | None:
+def _stored(path: str | Path, directory: Path, config: ModelConfig) -> StoredFiles | None:
     local = Path(path).is_dir()
     if local and not any((directory / name).exists() for name in (INDEX, SINGLE)):
         return None
     try:
-        return _stored_locally(directory)
+        return _stored_locally(directory, config)
     except CheckpointError:
         if local:
             raise
         return _stored_on_hub(str(path))
 
 
-def _stored_locally(directory: Path) -> StoredFiles:
-    tensors = stored_tensors(directory).values()
+def _stored_locally(directory: Path, config: ModelConfig) -> StoredFiles:
+    by_name = stored_tensors(directory)
+    check_size(config, by_name, directory)
+    tensors = by_name.values()
     elements = Counter[str]()
     for tensor in tensors:
         elements[tensor.dtype] += math.prod(tensor.shape)

@@ -45,7 +45,7 @@ class ModelConfig:
     v_head_dim: int = 128
     """Width of a head's value V."""
     n_routed_experts: int = 256
-    """Routed experts in a MoE layer E."""
+    """Routed experts in a MoE layer E; may be 0 where no layer is MoE."""
     n_shared_experts: int = 1
     """Shared experts: one SwiGLU of this many experts' width."""
     num_experts_per_tok: int = 8
@@ -95,8 +95,9 @@ class ModelConfig:
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
             if field.type == "int":
-                least = 0 if name in ("first_k_dense_replace", "num_nextn_predict_layers") else 1
-                check(isinstance(value, int) and value >= least, name, value, f"an integer of at least {least}")
+                least = 0 if name in _MAY_BE_ZERO else 1
+                fits = isinstance(value, int) and least <= value < 2**31
+                check(fits, name, value, f"an integer of at least {least} and below 2**31")
             elif field.type == "float":
                 check(value > 0, name, value, "a positive number")
         rank, dense, rotated = self.q_lora_rank, self.first_k_dense_replace, self.qk_rope_head_dim
@@ -116,6 +117,10 @@ class ModelConfig:
 
     def _check_routing(self) -> None:
         experts, groups = self.n_routed_experts, self.n_group
+        if experts == 0:
+            sparse = self.num_moe_layers + self.num_nextn_predict_layers
+            check(sparse == 0, "n_routed_experts", 0, f"at least 1: {sparse} layers are MoE, MTP modules included")
+            return
         check(
             experts % groups == 0 and experts // groups >= 2,
             "n_group",
@@ -189,3 +194,6 @@ class ModelConfig:
     def to_dict(self, dtype: str = "float32") -> dict[str, Any]:
         """The content of a config.json that `transformers` 4 and 5, vLLM, SGLang and llama.cpp's converter read."""
         return hf_config.to_dict(self, dtype)
+
+
+_MAY_BE_ZERO = ("first_k_dense_replace", "num_nextn_predict_layers", "n_routed_experts")

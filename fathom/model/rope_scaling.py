@@ -63,15 +63,16 @@ def read_rope_scaling(raw: dict[str, Any]) -> YarnScaling | None:
 
 def _read_yarn(rope: dict[str, Any]) -> YarnScaling | None:
     """The content of rope_scaling or rope_parameters; None when its type is default."""
-    kinds = {str(rope.pop(key)) for key in ("type", "rope_type") if key in rope} or {"default"}
-    if kinds == {"default"}:
-        check(not rope, "rope_parameters", rope, "only rope_type and rope_theta when the type is default")
-        return None
-    check(kinds == {"yarn"}, "rope_scaling.type", sorted(kinds), "'yarn' or 'default'")
+    kinds = {str(rope.pop(key)) for key in ("type", "rope_type") if rope.get(key) is not None} or {"default"}
+    check(kinds in ({"yarn"}, {"default"}), "rope_scaling.type", sorted(kinds), "'yarn' or 'default'")
     for key, only in (("truncate", True), ("partial_rotary_factor", 1.0), ("attention_factor", None)):
         value = rope.pop(key, None)
         check(value in (only, None), f"rope_scaling.{key}", value, f"{only!r}: nothing else is implemented")
-    return from_json(YarnScaling, {k: v for k, v in rope.items() if v is not None}, where="rope_scaling")
+    rope = {key: value for key, value in rope.items() if value is not None}
+    if kinds == {"default"}:
+        check(not rope, "rope_parameters", rope, "only rope_type and rope_theta when the type is default")
+        return None
+    return from_json(YarnScaling, rope, where="rope_scaling")
 
 
 def write_rope_scaling(yarn: YarnScaling | None, theta: float) -> dict[str, Any]:

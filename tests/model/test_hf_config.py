@@ -53,6 +53,72 @@ def test_unknown_keys_are_refused_not_dropped(key: str, meant: str) -> None:
     assert_says(error, key, 7, "refused", meant)
 
 
+MEANINGLESS = {
+    "_attn_implementation_autoset": False, "_commit_hash": "abc", "pruned_heads": {}, "prefix": None,
+    "is_decoder": True, "sliding_window": None, "unsloth_fixed": True, "unsloth_version": "2025.9.1",
+    "tie_encoder_decoder": False, "torchscript": False, "layer_types": ["full_attention"] * 3, "temperature": 0.6,
+    "tf_legacy_loss": False, "cross_attention_hidden_size": None, "task_specific_params": None, "top_k": 50,
+    "tokenizer_class": "PreTrainedTokenizerFast", "sep_token_id": None, "top_p": 0.9, "do_sample": True,
+    "max_length": 20, "num_beams": 1, "num_beam_groups": 1, "repetition_penalty": 1.0, "typical_p": 1.0,
+    "bad_words_ids": None, "length_penalty": 1.0, "id2label": {"0": "LABEL_0"}, "partial_rotary_factor": 1.0,
+    "mlp_layer_types": ["dense", "sparse", "sparse"], "quantization_config": {}, "a_key_of_tomorrow": False,
+    "another_one": [], "vision_config": None, "index_topk": None,
+}  # fmt: skip
+"""What `transformers` of any version, Unsloth and others write into a config.json without changing the model."""
+
+
+@pytest.mark.parametrize("key", MEANINGLESS)
+def test_what_means_nothing_is_not_refused(key: str) -> None:
+    assert ModelConfig.from_dict({**tiny().to_dict(), key: MEANINGLESS[key]}) == tiny()
+
+
+def test_an_unused_sliding_window_means_nothing() -> None:
+    unused = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+    assert ModelConfig.from_dict({**tiny().to_dict(), **unused}) == tiny()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sliding_window": 128}, ["sliding_window", 128]),
+        ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, ["layer_types"]),
+        ({"mlp_layer_types": ["dense", "sparse", "dense"]}, ["mlp_layer_types", "'sparse' for the others"]),
+        ({"mlp_layer_types": ["dense", "dense", "sparse"]}, ["first_k_dense_replace is 1", "2, as mlp_layer_types"]),
+        ({"mlp_layer_types": 3}, ["mlp_layer_types is 3"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor is 0.5"]),
+        ({"is_causal": False}, ["is_causal is False"]),
+        ({"is_encoder_decoder": True}, ["is_encoder_decoder"]),
+        ({"architectures": ["DeepseekV3ForSequenceClassification"]}, ["architectures", "causal language model"]),
+        ({"vision_config": {"depth": 2}}, ["vision_config", "vision tower"]),
+        ({"llama_4_scaling": {"beta": 0.1}}, ["llama_4_scaling"]),
+        ({"zero_expert_num": 256}, ["zero_expert_num", 256]),
+        ({"first_k_dense_replace": 3, "n_routed_experts": None}, ["n_routed_experts is None", "0 where no layer"]),
+    ],
+)
+def test_what_changes_the_mathematics_is_refused_by_name(changes: dict[str, Any], words: list[object]) -> None:
+    with pytest.raises(ConfigError) as error:
+        ModelConfig.from_dict({**tiny().to_dict(), **changes})
+    assert_says(error, *words)
+
+
+@pytest.mark.parametrize(
+    ("key", "given", "named"),
+    [
+        ("quantization_config", {"quant_method": "awq", "bits": 4}, "awq"),
+        ("quantization_config", {"quant_method": "gptq", "bits": 4}, "gptq"),
+        ("quantization_config", {"quant_method": "modelopt", "quant_algo": "NVFP4"}, "modelopt NVFP4"),
+        ("quantization_config", {"quant_method": "compressed-tensors", "format": "pack-quantized"}, "pack-quantized"),
+        ("quantization_config", {"quant_method": "fp8", "weight_block_size": None}, "weight_block_size is None"),
+        ("quantization", {"group_size": 64, "bits": 4}, "group_size"),
+        ("compression_config", {"format": "int-quantized"}, "int-quantized"),
+    ],
+)
+def test_other_quantised_formats_are_refused_by_name(key: str, given: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        ModelConfig.from_dict({**tiny().to_dict(), key: given})
+    assert_says(error, key, named)
+
+
 def test_the_model_type_must_be_given() -> None:
     raw = tiny().to_dict()
     del raw["model_type"]

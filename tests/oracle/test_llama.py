@@ -101,6 +101,7 @@ RELEASED_YARN = YarnScaling(40.0, 16, mscale=1.0, mscale_all_dim=1.0)
 @example(tiny(rope_scaling=YarnScaling(4.0, 16, mscale=0.7, mscale_all_dim=0.8), q_lora_rank=None), 1)
 @example(tiny(topk_group=4), 2)
 @example(tiny(first_k_dense_replace=3, tie_word_embeddings=True), 3)
+@example(tiny(first_k_dense_replace=3, n_routed_experts=0), 4)
 def test_float32_logits_are_equal(tmp_path_factory: pytest.TempPathFactory, config: ModelConfig, seed: int) -> None:
     note(f"{config}")
     model = lively_model(config, seed)

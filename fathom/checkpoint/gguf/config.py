@@ -94,13 +94,13 @@ def _add_attention(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
 def _add_experts(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
     writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     writer.add_expert_count(config.n_routed_experts)
-    writer.add_expert_used_count(config.num_experts_per_tok)
+    writer.add_expert_used_count(min(config.num_experts_per_tok, config.n_routed_experts))
     writer.add_expert_shared_count(config.n_shared_experts)
     writer.add_expert_weights_scale(config.routed_scaling_factor)
     writer.add_expert_weights_norm(config.norm_topk_prob)
     writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
     # Choosing all groups is no restriction, and llama.cpp aborts on it.
-    if config.topk_group < config.n_group:
+    if config.topk_group < config.n_group and config.n_routed_experts:
         writer.add_expert_group_count(config.n_group)
         writer.add_expert_group_used_count(config.topk_group)
 

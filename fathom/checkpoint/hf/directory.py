@@ -12,7 +12,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 WEIGHT_FILES = (INDEX, "model*.safetensors")
 """Patterns of the files that a new model replaces; other files of an older one stay."""
-_DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "*.model"]
+BESIDE_WEIGHTS = ["*.json", "*.jinja", "*.model", "merges.txt", "LICENSE*"]
+"""Patterns of what a model consists of besides its weights: configuration, tokenizer, chat template."""
 
 
 def model_directory(path: str | Path, weights: bool = True) -> Path:
@@ -26,9 +27,18 @@ def model_directory(path: str | Path, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = _DOWNLOADED if weights else ["*.json"]
+    def download(patterns: list[str]) -> Path:
+        return Path(snapshot_download(str(path), allow_patterns=patterns, ignore_patterns=["*/*"]))
+
     try:
-        return Path(snapshot_download(str(path), allow_patterns=patterns))
+        directory = download(["*.json"])
+        if weights:
+            load_config(directory)  # a model that cannot be loaded is refused before its weights are fetched
+            index = directory / INDEX
+            directory = download(
+                [*BESIDE_WEIGHTS, *(set(_weight_map(index).values()) if index.is_file() else [SINGLE])]
+            )
+        return directory
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         message = f"{path} is neither a directory nor a model that can be downloaded from the hub: {error}"
         raise CheckpointError(message) from error
@@ -82,18 +92,24 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
 
 def _shards(index: Path) -> dict[Path, list[str]]:
     """The shards that the index lists, each with the names of its tensors."""
-    weight_map = read_json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} has no valid weight_map: it must map each tensor's name to a file")
     shards: dict[Path, list[str]] = {}
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not shard or Path(shard).name != shard:
-            raise CheckpointError(f"{index} maps {name} to {shard!r:.200}, which is not a file of this directory")
+    for name, shard in _weight_map(index).items():
         shards.setdefault(index.parent / shard, []).append(name)
     for path in shards:
         if not _is_file(path):
             raise CheckpointError(f"{path} is listed in {index.name} but does not exist")
     return shards
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor, by the index."""
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no valid weight_map: it must map each tensor's name to a file")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not shard or Path(shard).name != shard:
+            raise CheckpointError(f"{index} maps {name} to {shard!r:.200}, which is not a file of this directory")
+    return weight_map
 
 
 def _is_file(path: Path) -> bool:

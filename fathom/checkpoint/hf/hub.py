@@ -3,20 +3,12 @@
 import re
 from pathlib import Path
 
+from fathom.checkpoint.hf.directory import BESIDE_WEIGHTS
 from fathom.checkpoint.hf.safetensors_io import CheckpointError
 from fathom.checkpoint.hf.weights import CheckpointWeights
 
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
-_UPLOADED = [
-    "*.safetensors",
-    "*.gguf",
-    "*.json",
-    "*.jinja",
-    "*.model",
-    "merges.txt",
-    "README.md",
-    "LICENSE*",
-]
+_UPLOADED = [*BESIDE_WEIGHTS, "*.safetensors", "*.gguf", "README.md"]
 _IGNORED = ["*/*"]
 """Subdirectories, such as a checkpoint's training state, are not uploaded."""
 

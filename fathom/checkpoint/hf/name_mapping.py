@@ -20,6 +20,7 @@ _FP8_WEIGHT = re.compile(
     r"model\.layers\.\d+\.(self_attn\.(q_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)"
     r"|mlp\.((experts\.\d+|shared_experts)\.)?(gate|up|down)_proj)\.weight"
 )
+_DERIVED = re.compile(r"(.+\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)")
 SCALE_SUFFIX = "_scale_inv"
 """An FP8 matrix `NAME.weight` has its scales in the tensor `NAME.weight_scale_inv`."""
 
@@ -65,6 +66,11 @@ def locate(name: str, config: ModelConfig) -> ParameterSlice | None:
 def is_fp8_weight(name: str) -> bool:
     """Whether the released FP8 checkpoints hold the tensor of this name in FP8."""
     return _FP8_WEIGHT.fullmatch(name) is not None
+
+
+def is_derived(name: str) -> bool:
+    """Whether a tensor of this name follows from the configuration: the rotary tables that some programs store."""
+    return _DERIVED.fullmatch(name) is not None
 
 
 def layer_of(name: str) -> int | None:

@@ -5,7 +5,7 @@ whatever can be loaded can be converted, without ever being in memory as a whole
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -17,6 +17,8 @@ from fathom.checkpoint.hf.directory import load_config, stored_tensors
 from fathom.checkpoint.hf.name_mapping import (
     SCALE_SUFFIX,
     ParameterSlice,
+    is_derived,
+    layer_of,
     locate,
     parameters_and_buffers,
     released_tensors,
@@ -100,7 +102,8 @@ class CheckpointWeights:
 
     def __init__(self, directory: Path) -> None:
         config = load_config(directory)
-        self._stored = stored_tensors(directory)
+        self._stored = {name: stored for name, stored in stored_tensors(directory).items() if not is_derived(name)}
+        check_size(config, self._stored, directory)
         self.config = _without_absent_mtp(config, self._stored, directory)
         self._model = meta_model(self.config)
         self._sources = self._find_all(directory)
@@ -247,10 +250,31 @@ class CheckpointWeights:
                 )
 
 
+def check_size(config: ModelConfig, stored: Mapping[str, StoredTensor], directory: Path) -> None:
+    """Raise CheckpointError where config.json has more layers or experts than the files, before a model is built."""
+    layers, modules, experts = config.num_hidden_layers, config.num_nextn_predict_layers, config.n_routed_experts
+    found = {layer_of(name) for name in stored}
+    missing = next((layer for layer in range(layers) if layer not in found), None)
+    if missing is not None or modules > len(found):
+        raise CheckpointError(
+            f"{directory}: no weights for model.layers.{layers if missing is None else missing}; config.json has "
+            f"num_hidden_layers {layers} and num_nextn_predict_layers {modules}"
+        )
+    routers = [each.shape for name, each in stored.items() if name.endswith("mlp.gate.weight")]
+    rows = max((shape[0] for shape in routers if shape), default=0)
+    if experts > rows and (layers > config.first_k_dense_replace or layers in found):
+        raise CheckpointError(
+            f"{directory}: config.json has n_routed_experts {experts}; the routers (mlp.gate.weight) have {rows} rows"
+        )
+
+
 def meta_model(config: ModelConfig) -> Model:
     """A model on the meta device: shapes and types, without memory for its weights."""
-    with torch.device("meta"):
-        return Model(config)
+    try:
+        with torch.device("meta"):
+            return Model(config)
+    except RuntimeError as error:
+        raise CheckpointError(f"config.json describes a model beyond any memory: {error}") from error
 
 
 def _read_dtype(stored: StoredTensor) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fathom.checkpoint.hf.model import CheckpointError, load_config, save_model
+from fathom.checkpoint.hf.model import CheckpointError, load_config, load_model, save_model
+from fathom.checkpoint.info import model_info
 from tests.checkpoint.directories import (
     EMBEDDING,
     INDEX,
     SINGLE,
     assert_refused,
+    assert_same_model,
     edit,
     edit_json,
 )
@@ -62,13 +65,48 @@ def test_a_missing_tensor_is_named(directory: Path, missing: str) -> None:
         "model.layers.01.input_layernorm.weight",
         "model.layers.0.mlp.gate.weight",
         "model.layers.0.mlp.experts.0.up_proj.weight",
-        "model.layers.1.rotary_emb.inv_freq",
+        "model.layers.1.rotary_emb.weight",
         "visual.patch_embed.weight",
     ],
 )
 def test_an_unexpected_tensor_is_named(directory: Path, name: str) -> None:
     edit(directory, lambda tensors: tensors.update({name: torch.ones(2)}))
     assert_refused(directory, SINGLE, name, "no part of the model")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": 10**9},
+        {"num_nextn_predict_layers": 10**9},
+        {"n_routed_experts": 4 * 10**9},
+        {"hidden_size": 10**18},
+        {"vocab_size": 10**30},
+    ],
+)
+def test_what_config_json_claims_is_bounded_by_what_the_files_hold(directory: Path, changes: dict[str, int]) -> None:
+    edit_json(directory / "config.json", **changes)
+    began = time.perf_counter()
+    assert_refused(directory, "config.json")
+    with pytest.raises(CheckpointError):
+        model_info(directory)
+    assert time.perf_counter() - began < 2
+
+
+@pytest.mark.parametrize("key", ["rope_theta", "rms_norm_eps", "num_hidden_layers", "eos_token_id"])
+@pytest.mark.parametrize("value", ["1e400", "-Infinity", "NaN"])
+def test_numbers_beyond_float64_are_named(directory: Path, key: str, value: str) -> None:
+    edit_json(directory / "config.json", rope_parameters=None, **{key: "marker"})
+    text = (directory / "config.json").read_text()
+    (directory / "config.json").write_text(text.replace('"marker"', value))
+    assert_refused(directory, "config.json", key)
+
+
+def test_rotary_tables_that_others_store_are_passed_over(directory: Path) -> None:
+    before = load_model(directory)
+    names = ["model.rotary_emb.inv_freq", "model.layers.1.self_attn.rotary_emb.inv_freq", "rotary_emb.cos_cached"]
+    edit(directory, lambda tensors: tensors.update({name: torch.ones(2) for name in names}))
+    assert_same_model(load_model(directory), before)
 
 
 def test_the_same_tensor_under_two_names_is_refused(directory: Path) -> None:

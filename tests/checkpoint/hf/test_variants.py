@@ -4,10 +4,12 @@ The fields are those of the released files, written down by hand, sizes and book
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -180,6 +182,14 @@ V4 = {"model_type": "deepseek_v4", "hc_mult": 4, "hidden_size": 4096, "scoring_f
         (V32 | {"model_type": "deepseek_v3"}, ["index_topk is 2048", "DeepSeek-V3.2", "indexer"]),
         (V4, ["'deepseek_v4'", "DeepSeek-V4", "hyper-connections"]),
         ({"model_type": "kimi_k25", "text_config": KIMI_K2}, ["'kimi_k25'", "vision"]),
+        (V4 | {"model_type": "deepseek_v4_flash"}, ["'deepseek_v4_flash'", "DeepSeek-V4"]),
+        (V32 | {"model_type": "glm_moe_dsa"}, ["'glm_moe_dsa'", "GLM-5", "indexer"]),
+        ({"model_type": "glm5_next", "text_config": {}}, ["'glm5_next'", "GLM-5"]),
+        ({"model_type": "kimi_k3", "text_config": {}}, ["'kimi_k3'", "Kimi-K3", "linear attention"]),
+        ({"model_type": "longcat_flash"}, ["'longcat_flash'", "LongCat"]),
+        ({"model_type": "mistral3", "text_config": {}}, ["'mistral3'", "Mistral-Large-3"]),
+        (R1 | {"text_config": KIMI_K2}, ["text_config", "larger model"]),
+        ({"model_type": ["deepseek_v3"]}, ["model_type is ['deepseek_v3']", "'deepseek_v3'"]),
         ({"model_type": "llama"}, ["'llama'", "'deepseek_v3'", "'deepseek_v2'", "'kimi_k2'"]),
     ],
 )
@@ -189,3 +199,38 @@ def test_related_architectures_are_refused_by_name(raw: dict[str, Any], words: l
         load_model(tmp_path)
     for word in [str(tmp_path / "config.json"), *words]:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize("changes", [{"model_type": "deepseek_v4"}, {"quantization_config": {"quant_method": "awq"}}])
+def test_a_model_on_the_hub_is_refused_before_its_weights_are_fetched(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(R1 | changes))
+    fetched: list[str] = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download_to(tmp_path, fetched))
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        load_model("org/model")
+    assert fetched == ["*.json"]
+
+
+def test_of_a_model_on_the_hub_only_what_the_index_lists_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Repositories often hold the same weights a second time, consolidated or in another format."""
+    save_model(lively_model(tiny()), tmp_path, max_shard_size=40_000)
+    shards = {file.name for file in tmp_path.glob("*.safetensors")}
+    fetched: list[str] = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download_to(tmp_path, fetched))
+    load_model("org/model")
+    assert len(shards) > 1 and {name for name in fetched if name.endswith(".safetensors")} == shards
+
+
+def download_to(directory: Path, fetched: list[str]) -> Callable[..., str]:
+    """Stands for the hub: everything is in `directory` already; the requested patterns are noted."""
+
+    def download(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        assert ignore_patterns == ["*/*"]
+        fetched.extend(allow_patterns)
+        return str(directory)
+
+    return download
