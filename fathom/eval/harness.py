@@ -7,7 +7,9 @@ differ: one that a text merely spells stays text.
 A task's YAML file can name Python functions, which lm-eval runs: whoever chooses a task chooses to run its code.
 """
 
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from fathom.data.tokenizer import Tokenizer
@@ -89,18 +91,24 @@ class HarnessModel(TemplateLM):
         return [sum(next(found).logprob for _ in parts) for parts in texts]
 
     def generate_until(self, requests: list[Instance], **_: Any) -> list[str]:
-        """Each context's continuation up to the first of its stop strings, the end of the text or max_gen_toks."""
+        """Each context's continuation up to the first of its stop strings, the end of the text or max_gen_toks.
+
+        Where max_gen_toks would leave no room for a context, half of the model's context is generated, with a warning.
+        """
         engine = Engine(self._model, self._tokenizer)
         prompts, params = [], []
         for request in requests:
             context, options = request.args
             own = _sampling_params(options)
-            room = self.max_length - own.max_tokens
-            if room < 1:
-                raise ValueError(
-                    f"max_gen_toks is {own.max_tokens}; it must leave room in the model's {self.max_length} tokens"
+            if own.max_tokens >= self.max_length:
+                most = self.max_length // 2
+                warnings.warn(
+                    f"task {request.task_name}: max_gen_toks is {own.max_tokens}, and the model's context "
+                    f"{self.max_length}: answers end after {most} tokens",
+                    stacklevel=1,
                 )
-            prompts.append(self.tok_encode(context)[-room:])
+                own = replace(own, max_tokens=most)
+            prompts.append(self.tok_encode(context)[-(self.max_length - own.max_tokens) :])
             params.append(own)
         return [completion.text or "" for completion in engine.generate(prompts, params)]
 

@@ -47,3 +47,15 @@ def test_a_models_own_modules_are_kept(tiny_run: Run, tmp_path: Path) -> None:
     save_model(Model(replace(tiny_run.model, num_nextn_predict_layers=2)), tmp_path / "two")
     run = with_initial_model(replace(tiny_run, init=str(tmp_path / "two")))
     assert run.model.num_nextn_predict_layers == 2
+
+
+def test_a_vocabulary_that_the_text_cannot_fill_is_mentioned(
+    tiny_run: Run, one_rank: Ranks, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = replace(tiny_run, model=replace(tiny_run.model, vocab_size=4096), train=replace(tiny_run.train, steps=1))
+    train(run, tmp_path, one_rank)
+    found = open_tokenized(tmp_path / "data").vocab_size
+    assert found < 4096
+    assert f"the tokenizer has {found} tokens; the model has rows for 4,096" in " ".join(
+        capsys.readouterr().out.split()
+    )
