@@ -1,7 +1,7 @@
 """Where the text comes from, and which part of it is never trained on.
 
 A corpus is a stream of `Document`s in a fixed order: the standard library of the running Python (always at
-hand, so a first run needs no download), text files, JSON Lines, Parquet or a streamed Hugging Face data set.
+hand, so a first run needs no download), files (`readers.py`) or a streamed Hugging Face data set.
 What is held out is decided by hashing each document's *group*, so the split does not move when documents are
 added or the order changes, and files that quote one another (those of one package) stay on one side of it.
 """
@@ -9,15 +9,13 @@ added or the order changes, and files that quote one another (those of one packa
 from __future__ import annotations
 
 import glob
-import gzip
 import hashlib
-import importlib
-import json
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from fathom.data.readers import Skipped, optional_module, read_file, text_of
 
 STDLIB = "python-stdlib"
 HUGGING_FACE = "hf:"
@@ -43,10 +41,13 @@ class DataConfig:
     """What to train on. Two equal configs over an unchanged corpus give byte-identical token files."""
 
     corpus: str = STDLIB
-    """`python-stdlib`, a text file, a directory, a glob (quote it), *.jsonl, *.jsonl.gz, *.parquet, or
-    `hf:NAME`, `hf:OWNER/NAME`, `hf:OWNER/NAME/CONFIG`, each with an optional `:SPLIT` (default train)."""
+    """`python-stdlib`, a file, a directory or a glob (quote it) of text, JSON Lines, JSON arrays, CSV or Parquet, each
+    plain or as gz, bz2, xz or zst; or `hf:NAME`, `hf:OWNER/NAME`, `hf:OWNER/NAME/CONFIG`, each with an optional
+    `:SPLIT` (default train)."""
     text_column: str = "text"
-    """Field of JSON Lines, Parquet and Hugging Face rows that holds the text."""
+    """Field of JSON, CSV, Parquet and Hugging Face rows that holds the text."""
+    strict: bool = False
+    """Refuse a corpus of which something cannot be read; otherwise that is skipped, counted and listed."""
     heldout: float = 0.05
     """Fraction of the corpus held out for evaluation, between 0 and 1."""
     fim_rate: float = 0.0
@@ -85,18 +86,26 @@ class CorpusStats:
     """Over all names and texts, in order."""
     text_bytes: int
     """UTF-8 bytes."""
+    skipped: int
+    """How many files, or rows of files, cannot be read."""
+    skipped_examples: tuple[str, ...]
+    """Of the first of them, why."""
     by_document: bool
     """Whether whole documents are held out; otherwise the end of every document is (see `split_corpus`)."""
 
 
-def read_corpus(config: DataConfig) -> Iterator[Document]:
-    """All documents in a fixed order; empty ones are left out."""
+def read_corpus(config: DataConfig, skipped: Skipped | None = None) -> Iterator[Document]:
+    """All documents in a fixed order; empty ones are left out, and in `skipped` stands what cannot be read.
+
+    Raises ValueError for it instead where `skipped` is None or strict, and where the corpus is not there at all.
+    """
+    skipped = skipped or Skipped(strict=True)
     if config.corpus == STDLIB:
         documents = _read_stdlib()
     elif config.corpus.startswith(HUGGING_FACE):
-        documents = _read_hugging_face(config.corpus, config.text_column)
+        documents = _read_hugging_face(config.corpus, config.text_column, skipped)
     else:
-        documents = _read_paths(config.corpus, config.text_column)
+        documents = _read_paths(config.corpus, config.text_column, skipped)
     return (document for document in documents if document.text)
 
 
@@ -110,7 +119,8 @@ def scan_corpus(config: DataConfig) -> CorpusStats:
     """Read the whole corpus once, for its hash, its size and how it can be split."""
     digest = hashlib.sha256()
     documents = heldout = text_bytes = 0
-    for document in read_corpus(config):
+    skipped = Skipped(config.strict)
+    for document in read_corpus(config, skipped):
         name, text = document.name.encode(), document.text.encode()
         # Lengths first: otherwise ("ab", "c") and ("a", "bc") would hash alike.
         digest.update(f"{len(name)} {len(text)} ".encode() + name + text)
@@ -118,8 +128,17 @@ def scan_corpus(config: DataConfig) -> CorpusStats:
         heldout += is_heldout(document.group, config.heldout)
         text_bytes += len(text)
     if documents == 0:
-        raise ValueError(f"corpus {config.corpus!r} holds no text: no documents, or only empty ones")
-    return CorpusStats(digest.hexdigest(), text_bytes, by_document=0 < heldout < documents)
+        why = "no documents, or only empty ones"
+        if skipped.count:
+            why = "; ".join([f"{skipped.count} of its texts cannot be read", *skipped.examples[:3]])
+        raise ValueError(f"corpus {config.corpus!r} holds no text: {why}")
+    return CorpusStats(
+        sha256=digest.hexdigest(),
+        text_bytes=text_bytes,
+        skipped=skipped.count,
+        skipped_examples=tuple(skipped.examples),
+        by_document=0 < heldout < documents,
+    )
 
 
 def split_corpus(config: DataConfig, stats: CorpusStats) -> Iterator[tuple[Document, bool]]:
@@ -128,7 +147,7 @@ def split_corpus(config: DataConfig, stats: CorpusStats) -> Iterator[tuple[Docum
     In a corpus of few documents none, or all, may be chosen. Then the end of every document is held out instead: the
     last `heldout` of its text becomes a document of its own.
     """
-    for document in read_corpus(config):
+    for document in read_corpus(config, Skipped(config.strict)):
         if stats.by_document:
             yield document, is_heldout(document.group, config.heldout)
             continue
@@ -176,38 +195,30 @@ def _read_stdlib() -> Iterator[Document]:
             "set data.corpus to a text corpus of your own"
         )
     for name in names:
-        yield Document(name, _read_text(stdlib_root() / name), group=name.split("/")[0].removesuffix(".py"))
+        text = (stdlib_root() / name).read_bytes().decode()
+        yield Document(name, text, group=name.split("/")[0].removesuffix(".py"))
 
 
 # --- files
 
 
-def _read_paths(corpus: str, column: str) -> Iterator[Document]:
+def _read_paths(corpus: str, column: str, skipped: Skipped) -> Iterator[Document]:
     base, paths = _find_files(corpus)
     for path in paths:
         name = path.relative_to(base).as_posix()
-        if path.name.endswith((".jsonl", ".jsonl.gz")):
-            rows = _read_jsonl(path, column)
-        elif path.suffix == ".parquet":
-            rows = _read_parquet(path, column)
-        else:
-            yield Document(name, _read_text(path), group=name)
-            continue
-        for row, text in rows:
-            yield Document(f"{name}:{row}", text, group=f"{name}:{row}")
+        for row, text in read_file(path, column, skipped):
+            own = name if row is None else f"{name}:{row}"
+            yield Document(own, text, group=own)
 
 
 def _find_files(corpus: str) -> tuple[Path, list[Path]]:
-    """The files a corpus names, sorted, and the directory their names are relative to.
-
-    In a directory hidden files and binary ones (a NUL byte among the first 8192, as git has it) are left out.
-    """
+    """The files that a corpus names, without hidden ones, sorted; and the directory their names are relative to."""
     path = Path(corpus).expanduser()
     if path.is_file():
         return path.parent, [path]
     if path.is_dir():
-        files = [f for f in path.rglob("*") if f.is_file() and not _is_hidden(f.relative_to(path))]
-        files = [f for f in files if f.name.endswith((".gz", ".parquet")) or not _is_binary(f)]
+        found = [f for f in path.rglob("*") if f.is_file()]
+        files = [f for f in found if not any(part.startswith(".") for part in f.relative_to(path).parts)]
         base = path
     else:
         files = [f for f in map(Path, glob.glob(str(path), recursive=True)) if f.is_file()]
@@ -221,83 +232,11 @@ def _find_files(corpus: str) -> tuple[Path, list[Path]]:
     return base, sorted(files)
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def _is_binary(path: Path) -> bool:
-    with path.open("rb") as file:
-        return b"\0" in file.read(8192)
-
-
-def _read_text(path: Path) -> str:
-    # Decoding bytes, unlike opening as text, leaves the line endings as they are.
-    try:
-        return path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}; "
-            "convert it to UTF-8 or leave it out"
-        ) from error
-
-
-def _read_jsonl(path: Path, column: str) -> Iterator[tuple[int, str]]:
-    """Line number and text of every line that is not blank."""
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield number, _parse_line(line, column, where=f"{path}:{number}")
-
-
-def _parse_line(line: bytes, column: str, where: str) -> str:
-    try:
-        row = json.loads(line)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 text") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: a JSON {type(row).__name__}; every line should be an object with {column!r}")
-    return _text_of(row, column, where)
-
-
-def _text_of(row: dict[str, Any], column: str, where: str) -> str:
-    """The text in a row; null counts as empty, as data sets often have it."""
-    if column not in row:
-        raise ValueError(f"{where}: no column {column!r}; there are {', '.join(row)}: set text_column")
-    text = row[column]
-    if text is None:
-        return ""
-    if not isinstance(text, str):
-        raise ValueError(f"{where}: column {column!r} holds {type(text).__name__}, not text: set text_column")
-    # JSON can escape half a surrogate pair, which no UTF-8 file can hold.
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError(f"{where}: column {column!r} holds an unpaired surrogate, which is not Unicode text")
-    return text
-
-
-def _read_parquet(path: Path, column: str) -> Iterator[tuple[int, str]]:
-    """Row number, from 0, and text; one row group in memory at a time."""
-    parquet = _optional_module("pyarrow.parquet", package="pyarrow", needed_for=str(path))
-    try:
-        file = parquet.ParquetFile(path)
-    except ValueError as error:  # pyarrow's own ArrowInvalid is one
-        raise ValueError(f"{path} is not a Parquet file: {error}") from error
-    columns = file.schema_arrow.names
-    if column not in columns:
-        raise ValueError(f"{path}: no column {column!r}; there are {', '.join(columns)}: set text_column")
-    row = 0
-    for group in range(file.num_row_groups):
-        for text in file.read_row_group(group, columns=[column]).column(0).to_pylist():
-            yield row, _text_of({column: text}, column, where=f"{path}:{row}")
-            row += 1
-
-
 # --- Hugging Face data sets
 
 
-def _read_hugging_face(corpus: str, column: str) -> Iterator[Document]:
-    datasets = _optional_module("datasets", package="datasets", needed_for=corpus)
+def _read_hugging_face(corpus: str, column: str, skipped: Skipped) -> Iterator[Document]:
+    datasets = optional_module("datasets", corpus)
     name, config, split = _parse_hugging_face(corpus)
     try:
         rows = datasets.load_dataset(name, config, split=split, streaming=True)
@@ -308,7 +247,8 @@ def _read_hugging_face(corpus: str, column: str) -> Iterator[Document]:
         ) from error
     for number, row in enumerate(rows):
         where = f"{corpus}:{number}"
-        yield Document(where, _text_of(row, column, where), group=where)
+        with skipped.noted(where):
+            yield Document(where, text_of(row, column, where), group=where)
 
 
 def _parse_hugging_face(corpus: str) -> tuple[str, str | None, str]:
@@ -318,10 +258,3 @@ def _parse_hugging_face(corpus: str) -> tuple[str, str | None, str]:
     if not all(parts):
         raise ValueError(f"corpus {corpus!r} should read {HUGGING_FACE}NAME, {HUGGING_FACE}OWNER/NAME[/CONFIG][:SPLIT]")
     return "/".join(parts[:2]), parts[2] if len(parts) == 3 else None, split or "train"
-
-
-def _optional_module(module: str, package: str, needed_for: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"reading {needed_for} needs the package {package}: pip install {package}") from error

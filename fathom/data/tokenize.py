@@ -62,6 +62,10 @@ class CorpusMeta:
     valid_bytes: int
     heldout_documents: tuple[str, ...]
     """Names of the held-out documents, the first 10 000."""
+    skipped: int = 0
+    """How many files, or rows of files, cannot be read."""
+    skipped_examples: tuple[str, ...] = ()
+    """Of the first of them, why."""
 
     def __post_init__(self) -> None:
         check(self.format_version == FORMAT_VERSION, "format_version", self.format_version, str(FORMAT_VERSION))
@@ -117,6 +121,8 @@ def tokenize_corpus(
             seed=seed,
             requested_vocab_size=vocab_size,
             corpus_hash=stats.sha256,
+            skipped=stats.skipped,
+            skipped_examples=stats.skipped_examples,
             vocab_size=tokenizer.vocab_size,
             bos_id=tokenizer.bos_id,
             eos_id=tokenizer.eos_id,

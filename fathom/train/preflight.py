@@ -71,6 +71,7 @@ def _description(run: Run, corpus: TokenizedCorpus, needs: Estimate, peak_flops:
     return [
         f"model  {counts.total / 1e6:.1f}M parameters, {counts.active / 1e6:.1f}M active per token"
         f" (+ {counts.mtp / 1e6:.1f}M in {run.model.num_nextn_predict_layers} MTP module(s))",
+        *_skipped(corpus),
         *_spare_vocabulary(run, corpus),
         f"data   {corpus.train_tokens:,} training tokens in {corpus.train_documents:,} documents, "
         f"{corpus.valid_tokens:,} held out; the run takes {needs.tokens:,}",
@@ -78,6 +79,13 @@ def _description(run: Run, corpus: TokenizedCorpus, needs: Estimate, peak_flops:
         f"{duration(needs.seconds(peak_flops))}; computing in {run.train.compute_dtype}, {peak_flops / 1e9:.0f} "
         "GFLOP/s at best",
     ]
+
+
+def _skipped(corpus: TokenizedCorpus) -> list[str]:
+    """What of the corpus could not be read, the first five messages in full."""
+    if not corpus.skipped:
+        return []
+    return [f"skipped {corpus.skipped:,} files or rows (all in data/meta.json):", *corpus.skipped_examples[:5]]
 
 
 def _spare_vocabulary(run: Run, corpus: TokenizedCorpus) -> list[str]:

@@ -76,10 +76,9 @@ def test_directory_glob_and_file_agree(corpus: Path) -> None:
     assert texts(corpus / "part0" / "03.txt") == {"03.txt": whole["part0/03.txt"]}
 
 
-def test_directory_skips_hidden_binary_and_empty_files(tmp_path: Path) -> None:
+def test_a_directorys_hidden_and_empty_files_are_left_out(tmp_path: Path) -> None:
     (tmp_path / ".git").mkdir()
     (tmp_path / ".git" / "config").write_text("hidden")
-    (tmp_path / "image.png").write_bytes(b"\x89PNG\0\0")
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "lines.txt").write_bytes(b"one\r\ntwo")
     assert texts(tmp_path) == {"lines.txt": "one\r\ntwo"}
