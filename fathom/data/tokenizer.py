@@ -18,6 +18,9 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from fathom.data import tiktoken
+from fathom.data.byte_alphabet import bytes_of
+
 # llama.cpp's name of the pattern below; it is written into GGUF files.
 PRE_TOKENIZER_NAME = "deepseek-v3"
 # Applied one after the other: digits by threes, runs of Chinese and Japanese, then everything else.
@@ -62,16 +65,6 @@ CHUNK_CHARACTERS = 1 << 16
 _CHUNK_END = re.compile(r"\n(?=\S)")
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """The characters that byte-level vocabularies spell bytes with: printable ones as they are, others from U+0100."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + index): byte for index, byte in enumerate(others)}
-
-
-_BYTES = _byte_alphabet()
-
-
 class Tokenizer:
     """Ids from text and back, over a Hugging Face tokenizer.json and tokenizer_config.json."""
 
@@ -80,20 +73,26 @@ class Tokenizer:
         self.tokenizer_json = tokenizer_json
         self.config = config
         content = json.loads(tokenizer_json)
-        self._hidden_ids = {token["id"] for token in content["added_tokens"] if token["special"]}
-        # `encode_special_tokens` makes the spelling of a special token in a text ordinary text. It covers only tokens
-        # declared special, and DeepSeek's own file does not declare its role and FIM tokens so.
-        for token in content["added_tokens"]:
-            token["special"] = True
-        self._backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+        added = content["added_tokens"]
+        hidden = {token["content"] for token in added if token["special"]}
+        # `encode_special_tokens` makes the spelling of a special token in a text ordinary text.
+        for token in added:
+            token["special"] = is_control(token)
+        self._backend = _read_backend(json.dumps(content))
         self._backend.encode_special_tokens = True
+        self._added = {number: token.content for number, token in self._backend.get_added_tokens_decoder().items()}
+        self._hidden_ids = {number for number, spelled in self._added.items() if spelled in hidden}
         self._ids: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
         self._texts = _Texts(self)
 
         self.vocab_size = max(self._ids.values()) + 1  # ids may have holes
-        self.bos_id = self._named_id("bos_token")
+        bos, pad = (self._named_id(name) if config.get(name) else None for name in ("bos_token", "pad_token"))
         self.eos_id = self._named_id("eos_token")
-        self.pad_id = self._named_id("pad_token") if config.get("pad_token") else self.eos_id
+        self.bos_id = self.eos_id if bos is None else bos
+        """What begins a document: EOS where the tokenizer has no BOS."""
+        self.pad_id = self.eos_id if pad is None else pad
+        self.prefix_ids, self.suffix_ids = self._affixes()
+        """What `encode` puts before and after a text, mostly BOS and nothing."""
         self.fim_prefix_id = self.token_id(FIM_PREFIX)
         self.fim_suffix_id = self.token_id(FIM_SUFFIX)
         self.fim_middle_id = self.token_id(FIM_MIDDLE)
@@ -105,9 +104,14 @@ class Tokenizer:
         """The id of the token with exactly this spelling; None where the vocabulary lacks it."""
         return self._ids.get(token)
 
+    def absent_ids(self, size: int) -> list[int]:
+        """The ids below `size`, a model's vocabulary, that no token has."""
+        return sorted(set(range(size)) - set(self._ids.values()))
+
     def encode(self, text: str, bos: bool = True) -> list[int]:
+        """The ids of a text; with `bos` also what the tokenizer puts before and after it, as in `transformers`."""
         ids = self.encode_batch([text])[0]
-        return [self.bos_id, *ids] if bos else ids
+        return [*self.prefix_ids, *ids, *self.suffix_ids] if bos else ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of many texts, without BOS, computed in parallel."""
@@ -127,21 +131,44 @@ class Tokenizer:
         return b"".join(map(self._texts.__getitem__, ids))
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes a token decodes to, for a control token its spelling; b"" for ids beyond the vocabulary."""
+        """The bytes a token decodes to, for an added token its spelling; b"" for ids beyond the vocabulary."""
+        if (added := self._added.get(token)) is not None:
+            return added.encode()
         spelled = self._backend.id_to_token(token)
-        if spelled is None:
-            return b""
-        if all(character in _BYTES for character in spelled):
-            return bytes(_BYTES[character] for character in spelled)
-        return str(spelled).encode()
+        return b"" if spelled is None else bytes_of(spelled)
 
     def _named_id(self, field: str) -> int:
         named = self.config.get(field)
         # Older files spell a token out as {"content": ..., "lstrip": ...}.
-        token = named["content"] if isinstance(named, dict) else named
-        if token not in self._ids:
+        token = named.get("content") if isinstance(named, dict) else named
+        if not isinstance(token, str) or token not in self._ids:
             raise ValueError(f"tokenizer_config.json: {field} is {token!r}, which is no token of tokenizer.json")
         return self._ids[token]
+
+    def _affixes(self) -> tuple[list[int], list[int]]:
+        """What the post-processor adds before and after a text."""
+        plain = self._backend.encode("a", add_special_tokens=False).ids
+        whole = self._backend.encode("a").ids
+        start = next((at for at in range(len(whole)) if whole[at : at + len(plain)] == plain), 0)
+        before, after = whole[:start], whole[start + len(plain) :]
+        # DeepSeek's own files leave BOS to the class they name.
+        by_class = str(self.config.get("tokenizer_class")).startswith("Llama") and self.config.get("add_bos_token")
+        return ([self.bos_id] if by_class and not before else before), after
+
+
+def is_control(added: dict[str, Any]) -> bool:
+    """Whether no text becomes this added token; all other added tokens are found in texts.
+
+    Control tokens are the special ones, and DeepSeek's roles, which its own file does not declare special.
+    """
+    return bool(added["special"]) or (added["content"].startswith("<｜") and added["content"].endswith("｜>"))
+
+
+def _read_backend(tokenizer_json: str) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(tokenizer_json)
+    except Exception as error:  # the package raises no narrower one
+        raise ValueError(f"tokenizer.json is not a tokenizer: {error}") from error
 
 
 class _Texts(dict[int, bytes]):
@@ -222,21 +249,29 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """Read what `save_tokenizer` wrote, or DeepSeek-V3's own or any other byte-level tokenizer."""
+    """Read what `save_tokenizer` wrote, DeepSeek-V3's own or any other byte-level tokenizer, or Kimi's tiktoken.model.
+
+    Raises FileNotFoundError where a file is missing, ValueError for one that is damaged or not byte-level.
+    """
     directory = Path(directory)
-    content = _read_json(directory / "tokenizer.json")
+    file, ranks = directory / "tokenizer.json", directory / tiktoken.FILE
+    content = _read_json(file) if file.is_file() or not ranks.is_file() else None
     config = _read_json(directory / "tokenizer_config.json")
-    decoder = (content.get("decoder") or {}).get("type")
-    if decoder != "ByteLevel":
-        # Bits per byte, and encoding in chunks, rely on getting every text back byte by byte.
-        raise ValueError(f"{directory / 'tokenizer.json'}: decoder is {decoder}; only ByteLevel tokenizers are read")
     template = directory / "chat_template.jinja"
     if template.is_file():  # where newer programs keep it
         config["chat_template"] = template.read_text(encoding="utf-8")
     try:
+        content = tiktoken.read_tiktoken(ranks, config) if content is None else {"added_tokens": []} | content
+        decoder = (content.get("decoder") or {}).get("type")
+        if decoder != "ByteLevel":
+            # Bits per byte, and encoding in chunks, rely on getting every text back byte by byte.
+            raise ValueError(f"{file.name}: decoder is {decoder}; only ByteLevel tokenizers are read")
         return Tokenizer(json.dumps(content, ensure_ascii=False), config)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        kind = type(error).__name__
+        raise ValueError(f"{directory}: tokenizer.json or tokenizer_config.json is damaged: {kind}: {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -246,7 +281,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{path} is missing; a tokenizer directory holds tokenizer.json and tokenizer_config.json"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a JSON {type(content).__name__}, not an object")

@@ -12,6 +12,7 @@ from fathom.data.tokenizer import (
     PRE_TOKENIZER_NAME,
     PRE_TOKENIZER_PATTERNS,
     Tokenizer,
+    is_control,
 )
 
 
@@ -32,16 +33,17 @@ def gguf_vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
         raise ValueError(f"vocab_size is {size}; the tokenizer needs at least {tokenizer.vocab_size}")
     content = json.loads(tokenizer.tokenizer_json)
     _check_tokenizer(content)
+    affixes = tokenizer.prefix_ids, tokenizer.suffix_ids
+    if affixes[0] not in ([], [tokenizer.bos_id]) or affixes[1] not in ([], [tokenizer.eos_id]):
+        raise ValueError(f"tokenizer.json puts the ids {affixes} around a text; llama.cpp puts BOS and EOS alone")
     tokens = [f"<｜unused▁{number}｜>" for number in range(size)]
     types = [gguf.TokenType.UNUSED] * size
     for token, number in content["model"]["vocab"].items():
         tokens[number], types[number] = token, gguf.TokenType.NORMAL
     for added in content["added_tokens"]:
-        # DeepSeek's own file does not declare its role and FIM tokens special. llama.cpp recognises user-defined tokens
-        # in any text, control tokens only on request.
-        control = added["special"] or (added["content"].startswith("<｜") and added["content"].endswith("｜>"))
+        # llama.cpp recognises user-defined tokens in any text, control tokens only on request.
         tokens[added["id"]] = added["content"]
-        types[added["id"]] = gguf.TokenType.CONTROL if control else gguf.TokenType.USER_DEFINED
+        types[added["id"]] = gguf.TokenType.CONTROL if is_control(added) else gguf.TokenType.USER_DEFINED
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]]
     if not merges:
         raise ValueError("tokenizer.json has no merges; llama.cpp needs at least one")
@@ -80,8 +82,8 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, vocabulary: Voc
     writer.add_bos_token_id(tokenizer.bos_id)
     writer.add_eos_token_id(tokenizer.eos_id)
     writer.add_pad_token_id(tokenizer.pad_id)
-    writer.add_add_bos_token(True)
-    writer.add_add_eos_token(False)
+    writer.add_add_bos_token(bool(tokenizer.prefix_ids))
+    writer.add_add_eos_token(bool(tokenizer.suffix_ids))
     fim = {gguf.Keys.Tokenizer.FIM_PRE_ID: FIM_PREFIX, gguf.Keys.Tokenizer.FIM_SUF_ID: FIM_SUFFIX}
     fim[gguf.Keys.Tokenizer.FIM_MID_ID] = FIM_MIDDLE
     for key, token in fim.items():
