@@ -24,7 +24,7 @@ from fathom.engine.detokenizer import OutputStream, StopChecker
 from fathom.engine.outputs import Completion, FinishReason, Generation, Stats, Update
 from fathom.engine.page_pool import PagePool
 from fathom.engine.proposer import Proposer, max_drafts
-from fathom.engine.request import Prompt, Request, RequestState, check, eos_ids
+from fathom.engine.request import Prompt, Request, RequestState, absent_ids, check, eos_ids
 from fathom.engine.routing import ExpertLoad, PageRouting, RoutingRecord
 from fathom.engine.sampling.sampler import SamplingParams
 from fathom.engine.sampling.verify import SampledTokens, verify
@@ -73,7 +73,7 @@ class Engine(OldNames):
         self._moe_layers = model.config.num_hidden_layers - model.config.first_k_dense_replace
         self._load = ExpertLoad(self._moe_layers, model.config.n_routed_experts, device)
         self._page_routing = PageRouting()
-        self._eos_ids = eos_ids(model.config, tokenizer)
+        self._eos_ids, self._absent_X = eos_ids(model.config, tokenizer), absent_ids(model.config, tokenizer, device)
         self._steps = self._prompt_tokens = self._generated_tokens = self._drafted = self._accepted = 0
         self._requests: dict[SequenceState, RequestState] = {}
         self._by_generation: dict[Generation, RequestState] = {}
@@ -279,7 +279,7 @@ class Engine(OldNames):
         self._proposer.propose(batch, drafts)
         fed = drafts + 1
         output = self._forward([request.decode_chunk() for request in batch], range(fed * len(batch)))
-        sampled = verify(output.logits_NO, [request.sampling_state() for request in batch])
+        sampled = verify(output.logits_NO, [request.sampling_state() for request in batch], self._absent_X)
         updates = []
         for index, (request, own) in enumerate(zip(batch, sampled, strict=True)):
             self._drafted, self._accepted = self._drafted + drafts, self._accepted + own.accepted
@@ -354,7 +354,7 @@ class Engine(OldNames):
         self._proposer.add_prefill(mtp_chunks, mtp_hidden)
         if not complete:
             return []
-        sampled = verify(output.logits_NO[last_logits], [request.sampling_state() for request, _ in complete])
+        sampled = verify(output.logits_NO[last_logits], [each.sampling_state() for each, _ in complete], self._absent_X)
         return [self._append(request, own, h_1D, 0) for (request, h_1D), own in zip(complete, sampled, strict=True)]
 
     # ------------------------------------------------------------------------------------------------ new tokens

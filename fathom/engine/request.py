@@ -169,3 +169,9 @@ def eos_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> tuple[int, ...]
     """What ends a text: the tokenizer's EOS, or else the model's, and further ones that the model names."""
     eos_id = config.eos_token_id if tokenizer is None else tokenizer.eos_id
     return () if eos_id is None else (eos_id, *config.other_eos_token_ids)
+
+
+def absent_ids(config: ModelConfig, tokenizer: Tokenizer | None, device: torch.device) -> Tensor | None:
+    """The ids (X) of the model's vocabulary that no token of the tokenizer has; None where there are none."""
+    absent = [] if tokenizer is None else tokenizer.absent_ids(config.vocab_size)
+    return torch.tensor(absent, device=device) if absent else None

@@ -1,8 +1,10 @@
 """Text in Python as over HTTP: stop strings, conversations, streams."""
 
 import random
+from dataclasses import replace
 
 import pytest
+import torch
 
 from fathom.data.tokenizer import Tokenizer, train_tokenizer
 from fathom.engine.detokenizer import OutputStream, first_stop
@@ -135,3 +137,17 @@ def test_conversations_without_a_template_are_explained(tokenizer: Tokenizer) ->
 def test_params_belong_to_the_request(tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match="params is given beside a Request"):
         Engine(text_model(tokenizer)).submit(Request([1]), SamplingParams())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_ids_that_no_token_has_are_never_sampled(tokenizer: Tokenizer, temperature: float) -> None:
+    """A model's vocabulary is often padded; here its padding has the largest logits, drafts included."""
+    config = replace(text_model(tokenizer).config, vocab_size=tokenizer.vocab_size + 40)
+    model = lively_model(config, seed=1)
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.vocab_size :] *= 3
+    params = [SamplingParams(temperature=temperature, seed=s, max_tokens=40, ignore_eos=True) for s in range(4)]
+    with_padding = Engine(model, speculative=2).generate([tokenizer.encode("the")] * 4, params)
+    assert any(token >= tokenizer.vocab_size for found in with_padding for token in found.token_ids)
+    for found in Engine(model, tokenizer, speculative=2).generate(["the"] * 4, params):
+        assert all(token < tokenizer.vocab_size for token in found.token_ids)

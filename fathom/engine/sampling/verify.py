@@ -5,7 +5,7 @@ so on. At each position the drafts before it count as output, for penalties and 
 is the token sampled from the position's own logits. Requests without drafts are the case M = 0. The usual step, all
 greedy and without logits processors, costs one argmax and one transfer.
 
-Shapes: B requests, N positions of all requests, T positions of one, M drafts, S prompt tokens, O vocabulary.
+Shapes: B requests, N positions of all requests, T positions of one, M drafts, S prompt tokens, O vocabulary, X ids.
 """
 
 import math
@@ -82,21 +82,23 @@ class SampledTokens(NamedTuple):
     """One for each of `tokens`, where requested."""
 
 
-def verify(logits_NO: Tensor, rows: Sequence[SamplingState]) -> list[SampledTokens]:
+def verify(logits_NO: Tensor, rows: Sequence[SamplingState], absent_X: Tensor | None = None) -> list[SampledTokens]:
     """Sample each request's next tokens from its 1 + len(drafts) consecutive positions of logits, in order.
 
+    `absent_X`: ids that no token has, which are never sampled; reported log-probabilities are the model's all the same.
     Raises ValueError if there are more or fewer positions than the requests with their drafts need.
     """
     places = _places(rows, len(logits_NO))
-    best_N = _likeliest(logits_NO)
+    present_NO = logits_NO if absent_X is None else logits_NO.index_fill(1, absent_X, -torch.inf)
+    best_N = _likeliest(present_NO)
     sampled = []
     for row, place in zip(rows, places, strict=True):
         if row.params.temperature > 0:
             sampled.append((row, place))
         elif _changes_logits(row):
-            best_N[place] = _processed(logits_NO[place], row).argmax(-1)
+            best_N[place] = _processed(present_NO[place], row).argmax(-1)
     if sampled:
-        drawn_N = _drawn([(row, logits_NO[place], 0) for row, place in sampled])
+        drawn_N = _drawn([(row, present_NO[place], 0) for row, place in sampled])
         best_N[torch.cat([torch.arange(place.start, place.stop) for _, place in sampled]).to(best_N.device)] = drawn_N
     chosen = best_N.tolist()  # the call's one transfer to the host, but for log-probabilities
     results = []
