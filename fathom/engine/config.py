@@ -1,7 +1,10 @@
 """How an engine runs: batch and cache sizes, budgets, drafting."""
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
+
+from fathom.config import check
 
 _MAX_DRAFTS = 16
 """Drafts per step that `speculative` may fix."""
@@ -34,20 +37,15 @@ class EngineConfig:
     """Plain torch alone, without compiled kernels or CUDA graphs."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.speculative, bool) and not _is_int(self.speculative, 0, _MAX_DRAFTS):
-            raise ValueError(
-                f"speculative is {self.speculative!r}; it must be True, False or a number of drafts up to {_MAX_DRAFTS}"
-            )
-        for name, smallest in (("max_batch", 1), ("page_size", 1)):
-            if not _is_int(getattr(self, name), smallest):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be an integer of at least {smallest}")
+        right = isinstance(self.speculative, bool) or is_int(self.speculative, 0, _MAX_DRAFTS)
+        check(right, "speculative", self.speculative, f"True, False or a number of drafts up to {_MAX_DRAFTS}")
+        for name in ("max_batch", "page_size"):
+            check(is_int(getattr(self, name), 1), name, getattr(self, name), "an integer of at least 1")
         # A request has at least one token of prompt and one of output.
-        for name, smallest in (("cache_tokens", 2), ("prefill_budget", 1), ("max_waiting", 1)):
+        for name, least in (("cache_tokens", 2), ("prefill_budget", 1), ("max_waiting", 1)):
             value = getattr(self, name)
-            if value is not None and not _is_int(value, smallest):
-                raise ValueError(f"{name} is {value!r}; it must be None or an integer of at least {smallest}")
-        if not isinstance(self.eager, bool):
-            raise ValueError(f"eager is {self.eager!r}; it must be True or False")
+            check(value is None or is_int(value, least), name, value, f"None or an integer of at least {least}")
+        check(isinstance(self.eager, bool), "eager", self.eager, "True or False")
 
     @property
     def fixed_drafts(self) -> int | None:
@@ -78,5 +76,6 @@ def merged(config: EngineConfig | None, overrides: dict[str, Any]) -> EngineConf
     return replace(config or EngineConfig(), **overrides)
 
 
-def _is_int(value: object, low: int, high: int | None = None) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value and (high is None or value <= high)
+def is_int(value: object, low: int, high: float = math.inf) -> bool:
+    """Whether it is an integer of this range. In Python a bool is an int, but True is no count."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high

@@ -70,8 +70,7 @@ class Engine(OldNames):
         positions = self.max_length + max_drafts(drafts) + 2
         self.backend = backends.choose(model, pages, size, positions, self.config.eager)
         self._proposer = Proposer(self.backend, self.speculative, drafts)
-        self._moe_layers = model.config.num_hidden_layers - model.config.first_k_dense_replace
-        self._load = ExpertLoad(self._moe_layers, model.config.n_routed_experts, device)
+        self._load = ExpertLoad(model.config.num_moe_layers, model.config.n_routed_experts, device)
         self._page_routing = PageRouting()
         self._eos_ids, self._absent_X = eos_ids(model.config, tokenizer), absent_ids(model.config, tokenizer, device)
         self._steps = self._prompt_tokens = self._generated_tokens = self._drafted = self._accepted = 0
@@ -186,8 +185,9 @@ class Engine(OldNames):
         generation = Generation(prompt, params)
         if request.return_routed_experts:
             sequence.cache_salt = PageRouting.salt
-            topk = self.model.config.num_experts_per_tok
-            generation.routing = RoutingRecord(self._moe_layers, topk, request.return_routing_weights)
+            config = self.model.config
+            shape = (config.num_moe_layers, config.num_experts_per_tok)
+            generation.routing = RoutingRecord(*shape, request.return_routing_weights)
         checker = StopChecker(self.tokenizer, params.stop) if self.tokenizer is not None and params.stop else None
         state = RequestState(generation, sequence, request.stream, stop_ids, request.constraint, checker)
         self._requests[sequence] = self._by_generation[generation] = state

@@ -18,9 +18,6 @@ class LatentCache:
     def __init__(
         self, config: ModelConfig, pages: int, page_size: int, dtype: torch.dtype, device: torch.device | None = None
     ) -> None:
-        for name, size in (("pages", pages), ("page_size", page_size)):
-            if size < 1:
-                raise ValueError(f"{name} is {size}; a cache needs at least 1")
         layers = config.num_hidden_layers + config.num_nextn_predict_layers
         slots = (pages + 1) * page_size
         # Zeros, not empty memory: slots behind the last token are masked, but a masked NaN still spreads. (The system

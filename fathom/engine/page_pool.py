@@ -24,9 +24,6 @@ class PagePool:
     """Allocates pages 0 … pages − 1, counts their holders, and finds full ones by content."""
 
     def __init__(self, pages: int, page_size: int) -> None:
-        for name, size in (("pages", pages), ("page_size", page_size)):
-            if size < 1:
-                raise ValueError(f"{name} is {size}; it must be at least 1")
         self.pages, self.page_size = pages, page_size
         self.looked_up_tokens = 0
         """Tokens looked up by `match_prefix`."""

@@ -96,7 +96,7 @@ class Proposer:
             return False
         batch = len(accepted)
         accepted_at = [sum(count > depth for count in accepted) for depth in range(drafts)]
-        self.lengths.record(batch, drafts, batch, accepted_at, seconds)
+        self.lengths.record(batch, accepted_at, seconds)
         return drafts > 0 and self.lengths.is_unprofitable(batch)
 
     def pause(self, step: int, requests: Iterable[RequestState]) -> None:

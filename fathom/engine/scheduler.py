@@ -107,23 +107,12 @@ class Scheduler:
     """Keeps the waiting and the running sequences, each in order, and allocates pages for the running ones."""
 
     def __init__(
-        self,
-        pool: PagePool,
-        max_batch: int,
-        prefill_budget: int,
-        overlap: bool,
-        max_waiting: int | None = None,
+        self, pool: PagePool, max_batch: int, prefill_budget: int, overlap: bool, max_waiting: int | None = None
     ) -> None:
         """At most `max_batch` sequences run, and a step prefills at most `prefill_budget` tokens, or four times as many
         if none decodes. With `overlap` an MTP module writes one slot ahead of the main model."""
-        least = 2 if overlap else 1
-        for name, value, lowest in (
-            ("max_batch", max_batch, 1),
-            ("prefill_budget", prefill_budget, least),
-            ("max_waiting", 1 if max_waiting is None else max_waiting, 1),
-        ):
-            if value < lowest:
-                raise ValueError(f"{name} is {value}; it must be at least {lowest}")
+        if prefill_budget <= overlap:
+            raise ValueError(f"prefill_budget is {prefill_budget}; with drafts it must be at least 2")
         self.preemptions = 0
         self._pool, self._max_batch, self._max_waiting = pool, max_batch, max_waiting
         self._prefill_budget, self._overlap = prefill_budget, int(overlap)
@@ -151,18 +140,10 @@ class Scheduler:
 
         Raises QueueFull if `max_waiting` sequences wait already, and ValueError for one that could never finish.
         """
-        length, limit = len(sequence.tokens), sequence.limit
-        if sequence.arrival >= 0:
-            raise ValueError(f"arrival is {sequence.arrival}: the sequence was added before; add a new one")
-        if length == 0:
-            raise ValueError("tokens is empty; a sequence needs at least one token, such as BOS")
-        if limit <= length:
-            raise ValueError(f"limit is {limit} for {length} tokens; it must leave room for at least one more")
-        if limit > self._pool.slots:
-            raise ValueError(
-                f"limit is {limit}; it must be at most {self._pool.slots}, as the cache has {self._pool.pages} "
-                f"pages of {self._pool.page_size} tokens"
-            )
+        length, slots = len(sequence.tokens), self._pool.slots
+        if not length < sequence.limit <= slots:
+            found = f"limit is {sequence.limit} for a prompt of {length} tokens"
+            raise ValueError(f"{found}; it must be more, and fit the cache, which has room for {slots}")
         if self._max_waiting is not None and len(self._waiting) >= self._max_waiting:
             raise QueueFull(f"{len(self._waiting)} sequences are waiting; max_waiting is {self._max_waiting}")
         sequence.arrival = self._arrivals
@@ -171,8 +152,6 @@ class Scheduler:
 
     def schedule(self, drafts: int = 0) -> Step:
         """The next step, with at most `drafts` drafts per decoding sequence; it makes progress if there is work."""
-        if drafts < 0:
-            raise ValueError(f"drafts is {drafts}; it must be at least 0")
         preemptions = self.preemptions
         decode, drafts = self._decode(drafts)
         budget = self._prefill_budget if decode else _IDLE_FACTOR * self._prefill_budget

@@ -86,9 +86,7 @@ class DraftLength:
     """
 
     def __init__(self, most: int) -> None:
-        """`most`: drafts per request and step at most."""
-        if most < 0:
-            raise ValueError(f"most is {most}; it must be at least 0 (0: never draft)")
+        """`most`: drafts per request and step at most; 0 never drafts."""
         self.most = most
         self._offered, self._accepted = [0.0] * most, [0.0] * most
         self._costs: dict[int, _Costs] = {}
@@ -105,23 +103,18 @@ class DraftLength:
         others = [n for n in (best + 1, best - 1, 0) if 0 <= n <= self.most and n != best]
         return others[costs.turn % len(others)]
 
-    def record(self, batch: int, drafts: int, offered: int, accepted_at: Sequence[int], seconds: float) -> None:
-        """Record a step of `batch` requests: `offered` of them had `drafts` drafts each, `accepted_at[k]` of them had
-        their first k + 1 accepted, and drafting and verifying took `seconds`."""
-        if not len(accepted_at) == drafts <= self.most:
-            raise ValueError(
-                f"accepted_at has {len(accepted_at)} entries for {drafts} drafts; there must be one for each, and at "
-                f"most {self.most}"
-            )
-        costs = self._costs_of(batch)
+    def record(self, batch: int, accepted_at: Sequence[int], seconds: float) -> None:
+        """Record a step of `batch` requests with len(accepted_at) drafts each: `accepted_at[k]` of them had their first
+        k + 1 accepted, and drafting and verifying took `seconds`."""
+        drafts, costs = len(accepted_at), self._costs_of(batch)
         best = self._best(costs)
         again = costs.known(drafts) and drafts != best
         costs.add(drafts, seconds, again)
         paid = again and (
             self._tokens(drafts) * costs.typical[best] > self._tokens(best) * seconds
-            or (drafts > best and self._paid(costs, best, drafts, accepted_at[-1], offered))
+            or (drafts > best and self._paid(costs, best, drafts, accepted_at[-1], batch))
         )
-        self._count(offered, accepted_at, best)
+        self._count(batch, accepted_at, best)
         if self._best(costs) != best:
             costs.waited, costs.wait = 0, min(costs.wait, _SHORTEST_WAIT)
         elif paid:

@@ -37,17 +37,6 @@ class Block(nn.Module):
         Rows are whole sequences, or segments of `cu_seqlens` (`segments.py`), or, with a cache, chunks of several
         sequences. `topk_ids_BSK` replays a routing (`Router.forward`).
         """
-        return self.layer(x_BSD, rope, cache, cu_seqlens, topk_ids_BSK)
-
-    def layer(
-        self,
-        x_BSD: Tensor,
-        rope: Rope,
-        cache: LayerCache | None = None,
-        cu_seqlens: Tensor | None = None,
-        topk_ids_BSK: Tensor | None = None,
-    ) -> tuple[Tensor, RouterOutput | None]:
-        """The layer itself, for a subclass whose `forward` does more."""
         x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rope, cache, cu_seqlens)
         normed_BSD = self.post_attention_layernorm(x_BSD)
         if isinstance(self.mlp, MoE):

@@ -37,7 +37,7 @@ class MTPModule(Block):
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, RouterOutput]:
         """The hidden states after `shared_head.norm` (B, S, D), for the head and the next module; and the routing."""
-        x_BSD, routing = self.layer(self.project(embedded_BSD, h_BSD), rope, cache, cu_seqlens)
+        x_BSD, routing = super().forward(self.project(embedded_BSD, h_BSD), rope, cache, cu_seqlens)
         assert routing is not None  # the layer is MoE
         return self.shared_head["norm"](x_BSD), routing
 

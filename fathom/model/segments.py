@@ -6,27 +6,8 @@ tokens. Segment g is tokens cu_seqlens[g] … cu_seqlens[g+1] − 1; a row's end
 Shapes: B rows, S tokens each, N = B·S tokens, G segments, X tokens that have a k-th successor in their segment.
 """
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
-
-
-def check_cu_seqlens(cu_seqlens: Tensor, rows: int, length: int) -> None:
-    """Raises ValueError unless it cuts `rows` rows of `length` tokens each. Values on a GPU are not read: the host
-    would wait for them."""
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1:
-        shape = tuple(cu_seqlens.shape)
-        raise ValueError(f"cu_seqlens is {cu_seqlens.dtype} of shape {shape}; it must be int32 of shape (1 + segments)")
-    if cu_seqlens.is_cuda:
-        return
-    ends = cu_seqlens.tolist()
-    tokens = rows * length
-    if len(ends) < 2 or ends[0] != 0 or ends[-1] != tokens or any(a >= b for a, b in pairwise(ends)):
-        raise ValueError(f"cu_seqlens is {ends}; it must increase strictly from 0 to the {tokens} tokens of the batch")
-    missing = set(range(length, tokens, length)) - set(ends)
-    if missing:
-        raise ValueError(f"cu_seqlens is {ends}; it must contain {min(missing)}, the end of a row of {length} tokens")
 
 
 def segment_lengths(cu_seqlens: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ from fathom.model.mtp import MTPModule
 from fathom.model.outputs import HiddenStates, ModelOutput, RouterOutputs, warn_renamed
 from fathom.model.rope import rope_table
 from fathom.model.router import Router, RouterOutput
-from fathom.model.segments import check_cu_seqlens, segment_positions, with_successor
+from fathom.model.segments import segment_positions, with_successor
+from fathom.ops.attention import check_cu_seqlens
 from fathom.ops.rope import Rope
 
 

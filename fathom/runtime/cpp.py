@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+NO_COMPILER = "no C++ compiler (Debian: apt install g++; macOS: xcode-select --install)"
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 
 
@@ -33,9 +34,9 @@ def load_library(
     `include`: the folder that `#include "…"` starts from. `links`: the linker's arguments. `with_torch`: torch's
     version where its headers are used, else empty.
     """
-    compiler = _compiler()
+    compiler = find_compiler()
     if compiler is None:
-        return "no C++ compiler (Debian: apt install g++; macOS: xcode-select --install)"
+        return NO_COMPILER
     texts = [path.read_text() for path in (*sources, *headers)]
     made_from = [*texts, *_FLAGS, *links, with_torch, _version(compiler), platform.machine(), _processor()]
     digest = hashlib.sha256("\n".join(made_from).encode()).hexdigest()[:16]
@@ -74,7 +75,8 @@ def _compile(compiler: str, sources: Sequence[Path], includes: Sequence[str], li
         made.replace(path)
 
 
-def _compiler() -> str | None:
+def find_compiler() -> str | None:
+    """The C++ compiler that is used: $CXX, or the first there is."""
     candidates = (os.environ.get("CXX", ""), "g++", "clang++", "c++")
     return next((found for name in candidates if name and (found := shutil.which(name))), None)
 

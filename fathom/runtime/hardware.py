@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import shutil
 import sys
 import sysconfig
 import time
@@ -12,8 +11,10 @@ from statistics import median
 import torch
 
 from fathom.runtime.arena.install import install_arena
+from fathom.runtime.cpp import NO_COMPILER, find_compiler
 
 _SIZE = {"cpu": 1024, "cuda": 8192}
+"""Rows and columns of the matrices that are timed."""
 _REPEATS = 5
 
 # glibc's mallopt parameters (malloc.h).
@@ -24,7 +25,7 @@ _HUGE_PAGE, _MADV_HUGEPAGE = 2 << 20, 14
 def matmul_flops(dtype: torch.dtype, device: torch.device) -> float:
     """Measured FLOP/s of a large square matmul: the peak that MFU is a fraction of."""
     [times] = _matmul_times([dtype], device)
-    return 2 * _side(device) ** 3 / median(times)
+    return 2 * _SIZE[device.type] ** 3 / median(times)
 
 
 def faster_dtype(device: torch.device) -> torch.dtype:
@@ -34,14 +35,9 @@ def faster_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if 1.2 * bf16 < fp32 else torch.float32
 
 
-def _side(device: torch.device) -> int:
-    """Rows and columns of the matrices that are timed."""
-    return _SIZE.get(device.type, 1024)
-
-
 def _matmul_times(dtypes: list[torch.dtype], device: torch.device) -> list[list[float]]:
     """Seconds of a large square matmul in each of the types, alternating, after one to warm up."""
-    size = _side(device)
+    size = _SIZE[device.type]
     factors = [[torch.randn(size, size, device=device).to(dtype) for _ in range(2)] for dtype in dtypes]
     times: list[list[float]] = [[] for _ in dtypes]
     for repeat in range(_REPEATS + 1):
@@ -70,8 +66,8 @@ def compile_unavailable_reason(device: torch.device) -> str | None:
     """Why torch.compile cannot be used on the device; None where it can."""
     if device.type != "cpu":
         return None
-    if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if name):
-        return "no C++ compiler (Debian: apt install g++; macOS: xcode-select --install)"
+    if find_compiler() is None:
+        return NO_COMPILER
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         return "Python's headers are not installed (Debian: apt install python3-dev)"
     return None

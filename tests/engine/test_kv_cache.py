@@ -23,9 +23,3 @@ def test_the_allocation_is_latents_and_shared_keys_alone(dtype: torch.dtype) -> 
 def test_the_released_model_takes_70272_bytes_per_token() -> None:
     config = ModelConfig(num_nextn_predict_layers=0)
     assert LatentCache(config, 1, 1, torch.bfloat16).bytes_per_token == 70272
-
-
-@pytest.mark.parametrize(("pages", "page_size", "name"), [(0, 4, "pages"), (3, 0, "page_size")])
-def test_an_empty_cache_is_refused(pages: int, page_size: int, name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} is 0"):
-        LatentCache(tiny(), pages, page_size, torch.float32)

@@ -19,12 +19,6 @@ def cached(blocks: PagePool, tokens: list[int]) -> list[int]:
     return pages
 
 
-@pytest.mark.parametrize(("pages", "page_size", "words"), [(0, 4, "pages is 0"), (4, 0, "page_size is 0")])
-def test_empty_caches_are_refused(pages: int, page_size: int, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        PagePool(pages, page_size)
-
-
 def test_allocation_is_all_or_nothing() -> None:
     blocks = PagePool(3, 4)
     assert blocks.allocate(4) is None and blocks.available == 3

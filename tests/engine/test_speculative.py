@@ -61,7 +61,7 @@ class Workload:
                     accepted_at[place] += 1
             slow = 20 if self.random.random() < 0.01 else 1
             took = seconds[drafts] * slow * (1 + 0.05 * abs(self.random.gauss(0, 1)))
-            self.length.record(self.batch, drafts, self.batch, accepted_at, took)
+            self.length.record(self.batch, accepted_at, took)
         tokens = list(accumulate(accumulate(chances, mul), initial=1.0))
         best = max(t / s for t, s in zip(tokens, seconds, strict=True))
         whole = sum(tokens[n] * count for n, count in chosen.items())
@@ -157,16 +157,10 @@ def test_choosing_changes_nothing_and_depends_on_the_records_alone() -> None:
 
 
 def test_draft_lengths_stay_within_bounds() -> None:
-    """Whatever is recorded, other lengths than the chosen and steps without drafting rows included."""
+    """Whatever is recorded, other lengths than the chosen and steps without drafts included."""
     for most in range(3):
         length, chance = DraftLength(most), random.Random(most)
         for _ in range(500):
             batch, drafts = chance.randint(1, 40), chance.randint(0, most)
             assert 0 <= length.choose(batch) <= most
-            length.record(batch, drafts, 0, [0] * drafts, chance.random() + 0.01)
-    with pytest.raises(ValueError, match="most is -1; it must be at least 0"):
-        DraftLength(-1)
-    with pytest.raises(ValueError, match="accepted_at has 1 entries for 2 drafts"):
-        DraftLength(2).record(1, 2, 1, [1], 0.1)
-    with pytest.raises(ValueError, match=r"accepted_at has 2 entries for 2 drafts.* at most 1"):
-        DraftLength(1).record(1, 2, 1, [1, 0], 0.1)
+            length.record(batch, [0] * drafts, chance.random() + 0.01)

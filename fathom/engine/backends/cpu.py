@@ -15,13 +15,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fathom.engine.backends.eager import EagerBackend
+from fathom.engine.backends.compiled import CompiledBackend
 from fathom.engine.backends.raw_weights import layer_weights
-from fathom.engine.batch import BatchMetadata, ForwardOutput, Routed, SequenceChunk, num_tokens
+from fathom.engine.batch import BatchMetadata, ForwardOutput, Routed, SequenceChunk
 from fathom.engine.kv_cache import LatentCache
 from fathom.model.block import Block
 from fathom.model.layers import LATENT_NORM_EPS, RMSNorm
-from fathom.model.moe import MoE
 from fathom.model.mtp import MTPModule
 from fathom.model.rope import rope_table, softmax_scale
 from fathom.model.transformer import Model
@@ -75,48 +74,34 @@ class _Plan(Structure):
     )
 
 
+_METADATA = ("token_ids", "positions", "slot_mapping", "seq_indices", "block_tables")
+"""The arrays of `BatchMetadata`."""
+
+
 class _Step(Structure):
     _fields_ = (
         *((name, c_int64) for name in ("tokens", "max_blocks_per_seq")),
-        *(
-            (name, c_void_p)
-            for name in (
-                "token_ids",
-                "positions",
-                "slot_mapping",
-                "seq_indices",
-                "block_tables",
-                "cache",
-                "prev_hidden",
-                "hidden",
-            )
-        ),
+        *((name, c_void_p) for name in (*_METADATA, "cache", "prev_hidden", "hidden")),
         ("logits_count", c_int64),
         *((name, c_void_p) for name in ("logits_indices", "logits", "experts", "weights")),
     )
 
 
-_MAX_TOKENS = 48
-"""Tokens up to which reading the weights takes longer than multiplying with them."""
-
-_MAX_CACHE_WRITE_TOKENS = 512
-"""The same for `write_mtp_kv_cache`, which is two matmuls."""
-
-
-class CpuBackend:
+class CpuBackend(CompiledBackend):
     """See `backends.Backend`. Float32 passes are batch-invariant: a token's result is the same bits in every batch."""
 
-    compile_seconds = 0.0
+    max_tokens = 48
+    """Tokens up to which reading the weights takes longer than multiplying with them."""
+    max_cache_write_tokens = 512
+    """The same for `write_mtp_kv_cache`, which is two matmuls."""
 
     def __init__(self, model: Model, cache: LatentCache, max_positions: int) -> None:
         """`max_positions`: slots that one sequence may take at most."""
+        super().__init__(model, cache)
         config = model.config
-        self.cache = cache
-        self._eager = EagerBackend(model, cache)
         self._alive: list[Tensor] = []  # what the structures point to
         self._copies: list[tuple[Tensor, Tensor]] = []  # those among them that are copies, with what they copy
         self._hidden_size, self._vocab_size = config.hidden_size, config.vocab_size
-        self._moe_layers = sum(isinstance(cast(Block, layer).mlp, MoE) for layer in model.layers)
         rope = rope_table(config, torch.arange(max_positions))
         layers = [self._layer(cast(Block, layer)) for layer in model.layers]
         modules = [self._module(cast(MTPModule, module)) for module in model.mtp]
@@ -152,33 +137,6 @@ class CpuBackend:
         self._plan_address, self._dtype = ctypes.addressof(self._plan), cache.latents_LMW.dtype
 
     @torch.no_grad()
-    def forward(self, chunks: Sequence[SequenceChunk], logits_indices: Sequence[int]) -> ForwardOutput:
-        """Run the main model."""
-        if num_tokens(chunks) > _MAX_TOKENS:
-            return self._eager.forward(chunks, logits_indices)
-        return self._run(-1, chunks, logits_indices, None)
-
-    @torch.no_grad()
-    def forward_mtp(
-        self, chunks: Sequence[SequenceChunk], prev_hidden_ND: Tensor, logits_indices: Sequence[int]
-    ) -> ForwardOutput:
-        """Run the first MTP module."""
-        if num_tokens(chunks) > _MAX_TOKENS:
-            return self._eager.forward_mtp(chunks, prev_hidden_ND, logits_indices)
-        return self._run(0, chunks, logits_indices, prev_hidden_ND)
-
-    @torch.no_grad()
-    def write_mtp_kv_cache(self, chunks: Sequence[SequenceChunk], prev_hidden_ND: Tensor) -> None:
-        """Write the first MTP module's latents."""
-        if num_tokens(chunks) > _MAX_CACHE_WRITE_TOKENS:
-            self._eager.write_mtp_kv_cache(chunks, prev_hidden_ND)
-        else:
-            self._run(0, chunks, (), prev_hidden_ND, cache_only=True)
-
-    def warm_up(self, tokens: int) -> None:
-        """Nothing: the kernels are compiled once, for all models."""
-
-    @torch.no_grad()
     def refresh_weights(self) -> None:
         """Copy again what had to be copied: vectors of bfloat16 models, which the C++ reads in float32."""
         for copy, original in self._copies:
@@ -186,30 +144,22 @@ class CpuBackend:
 
     def _run(
         self,
-        module: int,
+        module: int | None,
         chunks: Sequence[SequenceChunk],
         logits_indices: Sequence[int],
         prev_hidden_ND: Tensor | None,
         cache_only: bool = False,
     ) -> ForwardOutput:
-        """One call for all layers of the main model (`module` −1) or for MTP module number `module`.
-
-        With `cache_only` the module writes its latents and stops: h_ND is empty.
-        """
         metadata = BatchMetadata.of(chunks, self.cache.page_size, self.cache.null_slot)
         n, indices = len(metadata.token_ids), array("q", logits_indices)
         h_ND = torch.empty(0 if cache_only else n, self._hidden_size)
         logits_NO = torch.empty(len(indices), self._vocab_size)
-        shape = (self._moe_layers if module < 0 else 0, n, self._plan.choices)
+        shape = (self.model.config.num_moe_layers if module is None else 0, n, self._plan.choices)
         experts_LNK, weights_LNK = torch.empty(shape, dtype=torch.int64), torch.empty(shape)
         step = _Step(
             tokens=n,
             max_blocks_per_seq=metadata.max_blocks_per_seq,
-            token_ids=_array_address(metadata.token_ids),
-            positions=_array_address(metadata.positions),
-            slot_mapping=_array_address(metadata.slot_mapping),
-            seq_indices=_array_address(metadata.seq_indices),
-            block_tables=_array_address(metadata.block_tables),
+            **{name: _array_address(getattr(metadata, name)) for name in _METADATA},
             cache=self.cache.latents_LMW.data_ptr(),
             prev_hidden=None if prev_hidden_ND is None else prev_hidden_ND.data_ptr(),
             hidden=None if cache_only else h_ND.data_ptr(),
@@ -219,7 +169,7 @@ class CpuBackend:
             experts=experts_LNK.data_ptr(),
             weights=weights_LNK.data_ptr(),
         )
-        cpu.call("decode", self._dtype, self._plan_address, ctypes.addressof(step), module)
+        cpu.call("decode", self._dtype, self._plan_address, ctypes.addressof(step), -1 if module is None else module)
         return ForwardOutput(h_ND, logits_NO, Routed(experts_LNK, weights_LNK))
 
     def _layer(self, block: Block) -> _Layer:

@@ -12,20 +12,17 @@ K experts per token.
 import time
 from array import array
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from functools import partial
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from fathom.engine.backends.eager import EagerBackend
+from fathom.engine.backends.compiled import CompiledBackend
 from fathom.engine.backends.raw_weights import LayerWeights, layer_weights
-from fathom.engine.batch import BatchMetadata, ForwardOutput, Routed, SequenceChunk, num_tokens
+from fathom.engine.batch import BatchMetadata, ForwardOutput, Routed, SequenceChunk
 from fathom.engine.kv_cache import LatentCache
 from fathom.model.block import Block
 from fathom.model.layers import LATENT_NORM_EPS, RMSNorm
-from fathom.model.moe import MoE
 from fathom.model.mtp import MTPModule
 from fathom.model.rope import rope_table, softmax_scale
 from fathom.model.transformer import Model
@@ -56,58 +53,31 @@ class _Step(NamedTuple):
 
     inputs: _Inputs
     replay: Callable[[], None]
-    outputs: ForwardOutput | None
-    """Where each replay leaves its results; none where only the cache is written."""
+    outputs: list[ForwardOutput | None]
+    """One entry, where each replay leaves its results; None where only the cache is written."""
 
 
-class CudaGraphBackend:
+class CudaGraphBackend(CompiledBackend):
     """See `backends.Backend`. Weights are read where they lie, not copied."""
+
+    max_tokens = max_cache_write_tokens = SIZES[-1]
 
     def __init__(self, model: Model, cache: LatentCache, max_positions: int) -> None:
         """`max_positions`: slots that one sequence may take at most."""
+        super().__init__(model, cache)
         config = model.config
-        self.compile_seconds = 0.0
-        self.cache = cache
-        self._eager = EagerBackend(model, cache)
-        self._model, self._config, self._cache_LMW, self._page_size = model, config, cache.latents_LMW, cache.page_size
+        self._config, self._cache_LMW, self._page_size = config, cache.latents_LMW, cache.page_size
         self._device, self._dtype = self._cache_LMW.device, self._cache_LMW.dtype
         self._max_pages = -(-max_positions // self._page_size)
         # An MTP module never sees slot 0, and as in the other backends its positions count from slot 1.
         positions = torch.arange(max_positions, device=self._device)
         self._ropes = rope_table(config, positions), rope_table(config, (positions - 1).clamp_min(0))
-        # Triton's kernels go to the current device.
-        self._on_device = partial(torch.cuda.device, self._device) if self._device.type == "cuda" else nullcontext
         self._scale = softmax_scale(config)
         self._layers = [layer_weights(cast(Block, layer)) for layer in model.layers]
         self._modules = [layer_weights(cast(MTPModule, module)) for module in model.mtp]
         self._head = Weight(*stored(model.lm_head, "weight"))
-        self._moe_layers = sum(isinstance(cast(Block, layer).mlp, MoE) for layer in model.layers)
         self._steps: dict[tuple[int | None, bool, int], _Step] = {}
         self._graph_pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
-
-    @torch.no_grad()
-    def forward(self, chunks: Sequence[SequenceChunk], logits_indices: Sequence[int]) -> ForwardOutput:
-        """Run the main model."""
-        if num_tokens(chunks) > SIZES[-1]:
-            return self._eager.forward(chunks, logits_indices)
-        return self._run(None, chunks, logits_indices, None)
-
-    @torch.no_grad()
-    def forward_mtp(
-        self, chunks: Sequence[SequenceChunk], prev_hidden_ND: Tensor, logits_indices: Sequence[int]
-    ) -> ForwardOutput:
-        """Run the first MTP module."""
-        if num_tokens(chunks) > SIZES[-1]:
-            return self._eager.forward_mtp(chunks, prev_hidden_ND, logits_indices)
-        return self._run(0, chunks, logits_indices, prev_hidden_ND)
-
-    @torch.no_grad()
-    def write_mtp_kv_cache(self, chunks: Sequence[SequenceChunk], prev_hidden_ND: Tensor) -> None:
-        """Write the first MTP module's latents."""
-        if num_tokens(chunks) > SIZES[-1]:
-            self._eager.write_mtp_kv_cache(chunks, prev_hidden_ND)
-        else:
-            self._run(0, chunks, (), prev_hidden_ND, cache_only=True)
 
     @torch.no_grad()
     def warm_up(self, tokens: int) -> None:
@@ -121,9 +91,6 @@ class CudaGraphBackend:
                 for module, cache_only in kinds:
                     self._step(module, cache_only, size)
 
-    def refresh_weights(self) -> None:
-        """Nothing: the graphs read the model's parameters where they lie."""
-
     def _run(
         self,
         module: int | None,
@@ -132,10 +99,6 @@ class CudaGraphBackend:
         prev_hidden_ND: Tensor | None,
         cache_only: bool = False,
     ) -> ForwardOutput:
-        """Replay the step of the main model or of MTP module number `module`.
-
-        With `cache_only` the module writes its latents and stops: h_ND is empty.
-        """
         metadata = BatchMetadata.of(chunks, self._page_size, self.cache.null_slot)
         count, wanted = len(metadata.token_ids), list(logits_indices)
         with self._on_device():
@@ -143,10 +106,11 @@ class CudaGraphBackend:
             step = self._step(module, cache_only, size)
             self._fill(step.inputs, metadata, prev_hidden_ND, size)
             step.replay()
-            if step.outputs is None:
+            [output] = step.outputs
+            if output is None:
                 none_ND = self._empty(0, self._config.hidden_size)
                 return ForwardOutput(none_ND, none_ND, self._unrouted(0))
-            h_ND, logits_NO, routed = step.outputs
+            h_ND, logits_NO, routed = output
             if wanted != list(range(count)):
                 logits_NO = logits_NO[torch.tensor(wanted, device=self._device, dtype=torch.int64)]
             found = Routed(routed.experts_LNK[:, :count].clone(), routed.weights_LNK[:, :count].clone())
@@ -173,38 +137,22 @@ class CudaGraphBackend:
 
         compute()
         if self._device.type != "cuda":  # Triton's interpreter, in tests
-            return self._interpreted(inputs, compute, outputs)
+            return _Step(inputs, compute, outputs)
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._graph_pool):
             compute()
         self.compile_seconds += time.perf_counter() - began
-        return _Step(inputs, graph.replay, outputs[0])
-
-    def _interpreted(self, inputs: _Inputs, compute: Callable[[], None], outputs: list[ForwardOutput | None]) -> _Step:
-        """The same without a graph: each run's results are copied to where the first run's lie."""
-        kept = outputs[0]
-
-        def replay() -> None:
-            compute()
-            new = outputs[0]
-            if kept is not None and new is not None:
-                for old, fresh in zip((*kept[:2], *kept.routed), (*new[:2], *new.routed), strict=True):
-                    old.copy_(fresh)
-
-        return _Step(inputs, replay, kept)
+        return _Step(inputs, graph.replay, outputs)
 
     def _fill(self, inputs: _Inputs, metadata: BatchMetadata, prev_hidden_ND: Tensor | None, size: int) -> None:
         """Copy a step's tokens into its buffers, padded to `size`. The driver stages the copy: nothing waits for it."""
         padding = size - len(metadata.token_ids)
-        flat = array("q", metadata.token_ids)
-        flat.extend([0] * padding)
-        flat.extend(metadata.positions)
-        flat.extend([-1] * padding)
-        flat.extend(metadata.slot_mapping)
-        flat.extend([self.cache.null_slot] * padding)
-        flat.extend(metadata.seq_indices)
-        flat.extend([0] * padding)
+        flat, null_slot = array("q"), self.cache.null_slot
+        per_token = (metadata.token_ids, metadata.positions, metadata.slot_mapping, metadata.seq_indices)
+        for values, none in zip(per_token, (0, -1, null_slot, 0), strict=True):
+            flat.extend(values)
+            flat.extend([none] * padding)
         flat.append(metadata.max_blocks_per_seq)
         flat.extend(metadata.block_tables)
         inputs.metadata[: len(flat)].copy_(torch.frombuffer(flat, dtype=torch.int64), non_blocking=True)
@@ -217,17 +165,15 @@ class CudaGraphBackend:
         ids_N, positions_N, slot_mapping_N, seq_indices_N = inputs.metadata[: 4 * size].view(4, size)
         block_tables = inputs.metadata[4 * size :]
         first = 0 if module is None else 1  # an MTP module never writes slot 0
-        rope, places = (
-            self._ropes[first],
-            attention.Places(positions_N, slot_mapping_N, seq_indices_N, block_tables, self._page_size, first),
-        )
-        x_ND = self._model.embed_tokens(ids_N).float()
+        rope, per_token = self._ropes[first], (positions_N, slot_mapping_N, seq_indices_N)
+        places = attention.Places(*per_token, block_tables, self._page_size, first)
+        x_ND = self.model.embed_tokens(ids_N).float()
         if module is None:
-            norm, layers, caches = self._model.norm, self._layers, self._cache_LMW
-            routed = self._unrouted(self._moe_layers, size)
+            norm, layers, caches = self.model.norm, self._layers, self._cache_LMW
+            routed = self._unrouted(self._config.num_moe_layers, size)
             choices = iter(zip(*routed, strict=True))
         else:
-            part = cast(MTPModule, self._model.mtp[module])
+            part = cast(MTPModule, self.model.mtp[module])
             norm, layers = cast(RMSNorm, part.shared_head["norm"]), [self._modules[module]]
             caches = self._cache_LMW[len(self._layers) + module :]
             routed = self._unrouted(0, size)

@@ -47,7 +47,6 @@ class EagerBackend:
 
     @torch.no_grad()
     def forward(self, chunks: Sequence[SequenceChunk], logits_indices: Sequence[int]) -> ForwardOutput:
-        """Run the main model."""
         with self._on_device():
             batch = self._batch(chunks, 0)
             h_ND, routing = self.model.forward_with_cache(self._token_ids(chunks), batch, self._compute_dtype)
@@ -57,7 +56,6 @@ class EagerBackend:
     def forward_mtp(
         self, chunks: Sequence[SequenceChunk], prev_hidden_ND: Tensor, logits_indices: Sequence[int]
     ) -> ForwardOutput:
-        """Run the first MTP module."""
         with self._on_device():
             ids_N, batch = self._token_ids(chunks), self._batch(chunks, 1)
             h_ND = self.model.forward_mtp_with_cache(0, ids_N, prev_hidden_ND.to(self._compute_dtype), batch)
@@ -65,13 +63,12 @@ class EagerBackend:
 
     @torch.no_grad()
     def write_mtp_kv_cache(self, chunks: Sequence[SequenceChunk], prev_hidden_ND: Tensor) -> None:
-        """Write the first MTP module's latents."""
         with self._on_device():
             ids_N, batch = self._token_ids(chunks), self._batch(chunks, 1)
             self.model.write_mtp_kv_cache(0, ids_N, prev_hidden_ND.to(self._compute_dtype), batch)
 
     def warm_up(self, tokens: int) -> None:
-        """Nothing: there is nothing to compile."""
+        """Nothing: there is nothing to compile, or it is compiled once for all models."""
 
     def refresh_weights(self) -> None:
         """Nothing: the model's parameters are read where they lie."""

@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fathom.config import check
+from fathom.engine.config import is_int
 from fathom.model.layers import at_least_float32
 
 _COOLEST = 1e-5
@@ -75,29 +77,29 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         warm = self.temperature == 0 or _COOLEST <= self.temperature < math.inf
-        _check(warm, "temperature", self.temperature, f"0 (greedy), or a number from {_COOLEST} up")
-        _check(_is_int(self.top_k, 0), "top_k", self.top_k, "an integer of at least 1, or 0 for no limit")
-        _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1 (1: no limit)")
-        _check(0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 (no limit) to 1")
+        check(warm, "temperature", self.temperature, f"0 (greedy), or a number from {_COOLEST} up")
+        check(is_int(self.top_k, 0), "top_k", self.top_k, "an integer of at least 1, or 0 for no limit")
+        check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1 (1: no limit)")
+        check(0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 (no limit) to 1")
         strong = 0 < self.repetition_penalty < math.inf
-        _check(strong, "repetition_penalty", self.repetition_penalty, "a number above 0 (1: no penalty)")
+        check(strong, "repetition_penalty", self.repetition_penalty, "a number above 0 (1: no penalty)")
         for name in ("presence_penalty", "frequency_penalty"):
-            _check(-2 <= getattr(self, name) <= 2, name, getattr(self, name), "from -2 to 2 (0: no penalty)")
-        biased = all(_is_int(token, 0) and -100 <= bias <= 100 for token, bias in self.logit_bias.items())
-        _check(biased, "logit_bias", self.logit_bias, "token ids, each with a number from -100 to 100")
-        _check(_is_int(self.seed, 0, 2**64 - 1), "seed", self.seed, "an integer from 0 to 2**64 − 1")
-        ids = isinstance(self.stop_ids, tuple) and all(_is_int(token, 0) for token in self.stop_ids)
-        _check(ids, "stop_ids", self.stop_ids, "a tuple of token ids")
+            check(-2 <= getattr(self, name) <= 2, name, getattr(self, name), "from -2 to 2 (0: no penalty)")
+        biased = all(is_int(token, 0) and -100 <= bias <= 100 for token, bias in self.logit_bias.items())
+        check(biased, "logit_bias", self.logit_bias, "token ids, each with a number from -100 to 100")
+        check(is_int(self.seed, 0, 2**64 - 1), "seed", self.seed, "an integer from 0 to 2**64 − 1")
+        ids = isinstance(self.stop_ids, tuple) and all(is_int(token, 0) for token in self.stop_ids)
+        check(ids, "stop_ids", self.stop_ids, "a tuple of token ids")
         stops = [self.stop] if isinstance(self.stop, str) else self.stop
-        _check(_non_empty_strings(stops), "stop", self.stop, "a string or a list of strings, none of them empty")
+        check(_non_empty_strings(stops), "stop", self.stop, "a string or a list of strings, none of them empty")
         object.__setattr__(self, "stop", tuple(stops))
-        _check(_is_int(self.max_tokens, 1), "max_tokens", self.max_tokens, "an integer of at least 1")
-        fits = _is_int(self.min_tokens, 0, self.max_tokens)
-        _check(fits, "min_tokens", self.min_tokens, f"an integer from 0 to max_tokens ({self.max_tokens})")
+        check(is_int(self.max_tokens, 1), "max_tokens", self.max_tokens, "an integer of at least 1")
+        fits = is_int(self.min_tokens, 0, self.max_tokens)
+        check(fits, "min_tokens", self.min_tokens, f"an integer from 0 to max_tokens ({self.max_tokens})")
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(self, name)
-            right = count is None or _is_int(count, 0, _MOST_LOGPROBS)
-            _check(right, name, count, f"an integer from 0 to {_MOST_LOGPROBS}, or None for no log-probabilities")
+            right = count is None or is_int(count, 0, _MOST_LOGPROBS)
+            check(right, name, count, f"an integer from 0 to {_MOST_LOGPROBS}, or None for no log-probabilities")
 
     @property
     def changes_logits(self) -> bool:
@@ -231,15 +233,5 @@ def exponential_noise(seed: int, stream: int, position: int, size: int) -> Tenso
     return torch.from_numpy(np.random.Generator(generator).standard_exponential(size)).float()
 
 
-def _check(right: bool, name: str, value: object, expected: str) -> None:
-    if not right:
-        raise ValueError(f"{name} is {value!r}; it must be {expected}")
-
-
 def _non_empty_strings(value: object) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(each, str) and each for each in value)
-
-
-def _is_int(value: object, low: int, high: float = math.inf) -> bool:
-    # In Python a bool is an int, but True is no count.
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high

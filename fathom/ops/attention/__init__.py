@@ -9,12 +9,12 @@ C latent width, R rope width, W = C+R, Y = P+V; N queries and T keys of several 
 G segments.
 
 `cu_seqlens` (1+G) int32, on the tensors' device, cuts the B·S tokens, row after row, into segments that do not see
-each other: segment g is tokens cu_seqlens[g] … cu_seqlens[g+1] − 1. It begins with 0, ends with B·S and has a boundary
+each other: segment g is tokens cu_seqlens[g] … cu_seqlens[g+1] − 1. It rises from 0 to B·S and has a boundary
 at the end of every row; then S = T. None: every row is one segment.
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -35,6 +35,7 @@ from fathom.ops.rope import Rope
 __all__ = [
     "SeqLens",
     "causal_attention_reference",
+    "check_cu_seqlens",
     "expanded_attention",
     "expanded_attention_reference",
     "fused_causal_attention",
@@ -52,11 +53,12 @@ def expanded_attention(
 
     No block multiplies keys that come after all of its queries, and the CPU's kernel none of other segments. Long
     segments' probabilities are recomputed in the backward pass rather than kept: memory grows with the length, not with
-    its square. Raises ValueError for a `cu_seqlens` that is not as this file describes it; its values are checked on
-    the CPU alone, as a GPU would have to be waited for.
+    its square. Raises ValueError for a `cu_seqlens` that is not as this file describes it (`check_cu_seqlens`).
     """
     if cu_seqlens is not None:
-        _check_cu_seqlens(cu_seqlens, q_BSHX, kv_BTHY)
+        if kv_BTHY.shape[1] != q_BSHX.shape[1]:
+            raise ValueError(f"cu_seqlens needs as many keys as queries, not {kv_BTHY.shape[1]}, {q_BSHX.shape[1]}")
+        check_cu_seqlens(cu_seqlens, *q_BSHX.shape[:2])
     if cpu.usable(q_BSHX, kv_BTHY, k_rope_BTR):
         inputs = (q_BSHX, kv_BTHY, k_rope_BTR, rope.cos, rope.sin)
         out_BSHV: Tensor = ExpandedAttention.apply(*inputs, scale, cu_seqlens)
@@ -66,20 +68,18 @@ def expanded_attention(
     return attend(*heads, scale, cu_seqlens)
 
 
-def _check_cu_seqlens(cu_seqlens: Tensor, q_BSHX: Tensor, kv_BTHY: Tensor) -> None:
-    (batch, length), keys = q_BSHX.shape[:2], kv_BTHY.shape[1]
-    if keys != length:
-        raise ValueError(f"cu_seqlens needs as many queries as keys, not {length} queries and {keys} keys")
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.device != q_BSHX.device:
-        found = f"{cu_seqlens.dtype} of {cu_seqlens.dim()} dimensions on {cu_seqlens.device}"
-        raise ValueError(f"cu_seqlens must be int32 of one dimension on {q_BSHX.device}, not {found}")
+def check_cu_seqlens(cu_seqlens: Tensor, rows: int, length: int) -> None:
+    """Raises ValueError unless it cuts `rows` rows of `length` tokens. Values on a GPU would have to be waited for."""
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1:
+        shape = tuple(cu_seqlens.shape)
+        raise ValueError(f"cu_seqlens is {cu_seqlens.dtype} of shape {shape}; it must be int32 of shape (1 + segments)")
     if cu_seqlens.is_cuda or torch.compiler.is_compiling():
         return
-    ends = cu_seqlens.tolist()
-    if ends != sorted(ends) or ends[:1] != [0] or ends[-1] != batch * length:
-        raise ValueError(f"cu_seqlens must rise from 0 to the {batch * length} tokens of {batch} rows, not {ends}")
-    if missing := set(range(0, batch * length, length)) - set(ends):
-        raise ValueError(f"cu_seqlens must have the ends of rows of {length} tokens; {min(missing)} is missing")
+    ends, tokens = cu_seqlens.tolist(), rows * length
+    if ends[:1] != [0] or ends[-1] != tokens or any(a >= b for a, b in pairwise(ends)):
+        raise ValueError(f"cu_seqlens is {ends}; it must increase strictly from 0 to the {tokens} tokens of the batch")
+    if missing := set(range(length, tokens, length)) - set(ends):
+        raise ValueError(f"cu_seqlens is {ends}; it must contain {min(missing)}, the end of a row of {length} tokens")
 
 
 def _heads(q_BSHX: Tensor, kv_BTHY: Tensor, k_rope_BTR: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:

@@ -53,42 +53,31 @@ class _ExpertByExpert(torch.autograd.Function):
     """experts.cpp. Saves the tokens and the experts' pre-activations; the backward pass recomputes the rest."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x_ND: Tensor,
-        sort_indices_R: Tensor,
-        inverse_indices_NK: Tensor,
-        ends_E: Tensor,
-        weights_NK: Tensor,
-        gate_up_EGD: Tensor,
-        down_EDF: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        x_ND, sort_indices_R, inverse_indices_NK, ends_E, weights_NK, gate_up_EGD, down_EDF = inputs
         x_ND = x_ND.contiguous()
         token_R, weight_R = _tokens_and_weights(sort_indices_R, weights_NK)
         experts, hidden, width = down_EDF.shape
         gate_up_RG = x_ND.new_empty(len(sort_indices_R), 2 * width)
         y_RD = x_ND.new_empty(len(sort_indices_R), hidden)
-        inputs = (x_ND, token_R, weight_R, ends_E, gate_up_EGD, down_EDF)
+        tensors = (x_ND, token_R, weight_R, ends_E, gate_up_EGD, down_EDF, gate_up_RG, y_RD)
         sizes = (experts, hidden, width, int(down_EDF.dtype == torch.float32))
-        cpu.call("routed_experts", x_ND.dtype, *inputs, gate_up_RG, y_RD, *sizes)
-        ctx.save_for_backward(
-            x_ND, sort_indices_R, inverse_indices_NK, ends_E, weights_NK, gate_up_EGD, down_EDF, gate_up_RG
-        )
+        cpu.call("routed_experts", x_ND.dtype, *tensors, *sizes)
+        ctx.save_for_backward(x_ND, *inputs[1:], gate_up_RG)
         return combine(y_RD, inverse_indices_NK)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_ND: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x_ND, sort_indices_R, inverse_indices_NK, ends_E, weights_NK, gate_up_EGD, down_EDF, gate_up_RG = (
-            ctx.saved_tensors
-        )
+        *inputs, gate_up_RG = ctx.saved_tensors
+        x_ND, sort_indices_R, inverse_indices_NK, ends_E, weights_NK, gate_up_EGD, down_EDF = inputs
         token_R, weight_R = _tokens_and_weights(sort_indices_R, weights_NK)
-        inputs = (x_ND, token_R, weight_R, ends_E, gate_up_EGD, down_EDF, gate_up_RG, dout_ND.contiguous())
+        tensors = (x_ND, token_R, weight_R, ends_E, gate_up_EGD, down_EDF, gate_up_RG, dout_ND.contiguous())
         dx_RD, dweight_R = x_ND.new_empty(len(sort_indices_R), x_ND.shape[1]), torch.empty_like(weight_R)
         dgate_up_EGD, ddown_EDF = torch.empty_like(gate_up_EGD), torch.empty_like(down_EDF)
         sizes = (*down_EDF.shape, int(down_EDF.dtype == torch.float32))
         outputs = (dx_RD, dweight_R, dgate_up_EGD, ddown_EDF)
-        cpu.call("routed_experts_backward", x_ND.dtype, *inputs, *outputs, *sizes)
+        cpu.call("routed_experts_backward", x_ND.dtype, *tensors, *outputs, *sizes)
         dweights_NK = values_of_pairs(dweight_R, inverse_indices_NK)
         return combine(dx_RD, inverse_indices_NK), None, None, None, dweights_NK, dgate_up_EGD, ddown_EDF
 
@@ -110,33 +99,20 @@ class _RoutedExperts(torch.autograd.Function):
     """Saves the tokens and the experts' pre-activations; the backward pass recomputes sorted rows and activations."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x_ND: Tensor,
-        sort_indices_R: Tensor,
-        inverse_indices_NK: Tensor,
-        ends_E: Tensor,
-        weights_NK: Tensor,
-        gate_up_EGD: Tensor,
-        down_EDF: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        x_ND, sort_indices_R, inverse_indices_NK, ends_E, weights_NK, gate_up_EGD, down_EDF = inputs
         token_R, weight_R = _tokens_and_weights(sort_indices_R, weights_NK)
-        gate_up_RG = grouped_matmul(
-            _gather_rows(x_ND, token_R, inverse_indices_NK), gate_up_EGD.transpose(1, 2), ends_E
-        )
+        gate_up_RG = grouped_matmul(_gather_rows(x_ND, token_R, inverse_indices_NK), gate_up_EGD.mT, ends_E)
         gate_RF, up_RF = halves(gate_up_RG)
         hidden_RF = F.silu(gate_RF) * up_RF * weight_R[:, None].to(x_ND.dtype)
         y_RD = grouped_matmul(hidden_RF, down_EDF.transpose(1, 2), ends_E)
-        ctx.save_for_backward(
-            x_ND, sort_indices_R, inverse_indices_NK, ends_E, weights_NK, gate_up_EGD, down_EDF, gate_up_RG
-        )
+        ctx.save_for_backward(*inputs, gate_up_RG)
         return combine(y_RD, inverse_indices_NK)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_ND, sort_indices_R, inverse_indices_NK, ends_E, weights_NK, gate_up_EGD, down_EDF, gate_up_RG = (
-            ctx.saved_tensors
-        )
+        *inputs, gate_up_RG = ctx.saved_tensors
+        x_ND, sort_indices_R, inverse_indices_NK, ends_E, weights_NK, gate_up_EGD, down_EDF = inputs
         token_R, weight_R = _tokens_and_weights(sort_indices_R, weights_NK)
         dy_RD = _gather_rows(grads[0], token_R, inverse_indices_NK)
         dscaled_RF = grouped_matmul(dy_RD, down_EDF, ends_E)

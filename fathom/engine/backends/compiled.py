@@ -1,0 +1,55 @@
+"""What the compiled backends have in common: few tokens take one compiled step, more go to plain torch.
+
+Shapes: N tokens, D hidden.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fathom.engine.backends.eager import EagerBackend
+from fathom.engine.batch import ForwardOutput, SequenceChunk, num_tokens
+
+
+class CompiledBackend(EagerBackend):
+    """A backend that runs passes of up to `max_tokens` tokens by `_run`, and others as `EagerBackend`."""
+
+    max_tokens: int
+    max_cache_write_tokens: int
+    """The same for `write_mtp_kv_cache`."""
+
+    def _run(
+        self,
+        module: int | None,
+        chunks: Sequence[SequenceChunk],
+        logits_indices: Sequence[int],
+        prev_hidden_ND: Tensor | None,
+        cache_only: bool = False,
+    ) -> ForwardOutput:
+        """Run the main model, or MTP module number `module`.
+
+        With `cache_only` the module writes its latents and stops: h_ND is empty.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def forward(self, chunks: Sequence[SequenceChunk], logits_indices: Sequence[int]) -> ForwardOutput:
+        if num_tokens(chunks) > self.max_tokens:
+            return super().forward(chunks, logits_indices)
+        return self._run(None, chunks, logits_indices, None)
+
+    @torch.no_grad()
+    def forward_mtp(
+        self, chunks: Sequence[SequenceChunk], prev_hidden_ND: Tensor, logits_indices: Sequence[int]
+    ) -> ForwardOutput:
+        if num_tokens(chunks) > self.max_tokens:
+            return super().forward_mtp(chunks, prev_hidden_ND, logits_indices)
+        return self._run(0, chunks, logits_indices, prev_hidden_ND)
+
+    @torch.no_grad()
+    def write_mtp_kv_cache(self, chunks: Sequence[SequenceChunk], prev_hidden_ND: Tensor) -> None:
+        if num_tokens(chunks) > self.max_cache_write_tokens:
+            super().write_mtp_kv_cache(chunks, prev_hidden_ND)
+        else:
+            self._run(0, chunks, (), prev_hidden_ND, cache_only=True)
