@@ -174,7 +174,9 @@ def _settle_model_type(raw: dict[str, Any]) -> None:
     for key, meaning in _PARTS.items():
         if not _means_nothing(raw.get(key)):
             raise ConfigError(f"{key} is {raw[key]!r:.80}: this is {meaning}; not implemented")
-    for name in raw.get("architectures") or []:
+    named = raw.get("architectures") or []
+    check(isinstance(named, list), "architectures", named, "a list")
+    for name in named:
         task = str(name).partition("For")[2]
         check(task in ("", "CausalLM"), "architectures", name, "a causal language model: no other head is implemented")
     for key, value in _SAME[kind].items():
@@ -199,28 +201,21 @@ def _settle_layers(raw: dict[str, Any]) -> None:
             raw.pop(key, None)
     types = raw.pop("mlp_layer_types", None)
     if types is not None:
-        dense = types.count("dense") if isinstance(types, list) else 0
-        layers = raw.get("num_hidden_layers", dense)
-        check(isinstance(layers, int), "num_hidden_layers", layers, "an integer")
-        in_order = types == ["dense"] * dense + ["sparse"] * (layers - dense)
-        check(
-            in_order, "mlp_layer_types", types, f"'dense' for the first of {layers} layers and 'sparse' for the others"
-        )
+        dense, count = (types.count("dense"), len(types)) if isinstance(types, list) else (0, 0)
+        in_order = types == ["dense"] * dense + ["sparse"] * (count - dense)
+        right = in_order and raw.get("num_hidden_layers") in (None, count)
+        check(right, "mlp_layer_types", types, "'dense' for the first layers and 'sparse' for all others")
         given = raw.setdefault("first_k_dense_replace", dense)
         check(given == dense, "first_k_dense_replace", given, f"{dense}, as mlp_layer_types says")
 
 
 def _settle_dense(raw: dict[str, Any]) -> None:
     """Where no layer has experts, what is said of experts means nothing."""
-    layers, dense, experts = (
-        raw.get(key) for key in ("num_hidden_layers", "first_k_dense_replace", "n_routed_experts")
-    )
-    if not isinstance(layers, int) or not isinstance(dense, int) or dense < layers:
+    layers, dense = raw.get("num_hidden_layers"), raw.get("first_k_dense_replace")
+    if type(layers) is not int or type(dense) is not int or dense < layers:
         return
     raw["first_k_dense_replace"] = layers
-    check(
-        "n_routed_experts" not in raw or experts is not None, "n_routed_experts", None, "0 where no layer has experts"
-    )
+    check(raw.get("n_routed_experts", 0) is not None, "n_routed_experts", None, "0 where no layer has experts")
     if not raw.get("num_nextn_predict_layers"):
         for key in ("num_experts_per_tok", "n_group", "topk_group", "moe_intermediate_size", "n_shared_experts"):
             if not raw.get(key):

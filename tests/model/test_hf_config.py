@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fathom.config import ConfigError
 from fathom.model.config import ModelConfig
@@ -82,8 +83,9 @@ def test_an_unused_sliding_window_means_nothing() -> None:
     [
         ({"sliding_window": 128}, ["sliding_window", 128]),
         ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, ["layer_types"]),
-        ({"mlp_layer_types": ["dense", "sparse", "dense"]}, ["mlp_layer_types", "'sparse' for the others"]),
+        ({"mlp_layer_types": ["dense", "sparse", "dense"]}, ["mlp_layer_types", "'sparse' for all others"]),
         ({"mlp_layer_types": ["dense", "dense", "sparse"]}, ["first_k_dense_replace is 1", "2, as mlp_layer_types"]),
+        ({"mlp_layer_types": ["dense"]}, ["mlp_layer_types is ['dense']"]),
         ({"mlp_layer_types": 3}, ["mlp_layer_types is 3"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor is 0.5"]),
         ({"is_causal": False}, ["is_causal is False"]),
@@ -117,6 +119,22 @@ def test_other_quantised_formats_are_refused_by_name(key: str, given: dict[str, 
     with pytest.raises(ConfigError) as error:
         ModelConfig.from_dict({**tiny().to_dict(), key: given})
     assert_says(error, key, named)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 9) | st.sampled_from([10**9, 2**63, 10**40, 0.5, float("nan"), "x"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["type", "factor", "x"]), inner),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=300, deadline=1000)
+@given(st.dictionaries(st.sampled_from([*tiny().to_dict(), *MEANINGLESS, "text_config", "what"]), JSON, max_size=3))
+def test_any_value_is_read_or_refused_with_a_reason(changes: dict[str, Any]) -> None:
+    try:
+        ModelConfig.from_dict({**tiny().to_dict(), **changes})
+    except ConfigError as error:
+        assert len(str(error)) < 2000
 
 
 def test_the_model_type_must_be_given() -> None:
