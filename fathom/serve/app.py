@@ -1,7 +1,8 @@
 """The ASGI application: the table of endpoints, and the middleware in front of them."""
 
+import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -32,7 +33,7 @@ def make_app(
     keys: Sequence[str] = (),
     origins: Sequence[str] = (),
     hosts: Sequence[str] = ("*",),
-    largest_body: int = 1 << 20,
+    largest_body: int = 4 << 20,
     inspector: bytes | None = None,
 ) -> Starlette:
     """The application around a service whose engine thread its lifespan starts and stops.
@@ -79,14 +80,21 @@ def _endpoints(service: Service, inspector: bool) -> list[Endpoint]:
         return JSONResponse(card)
 
     async def tokenize(request: Request) -> Response:
-        raw = await read_json(request)
-        ids = await run_in_threadpool(lambda: service.tokenize(parse(TokenizeRequest, raw)))
-        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": context})
+        def response(raw: bytes) -> Response:
+            ids = service.tokenize(parse(TokenizeRequest, raw))
+            return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": context})
+
+        return await _prepared(request, response)
 
     async def detokenize(request: Request) -> Response:
+        return await _prepared(
+            request, lambda raw: JSONResponse({"prompt": service.detokenize(parse(DetokenizeRequest, raw))})
+        )
+
+    async def _prepared(request: Request, respond: Callable[[bytes], Response]) -> Response:
         raw = await read_json(request)
-        text = await run_in_threadpool(lambda: service.tokenizer.decode(parse(DetokenizeRequest, raw).tokens))
-        return JSONResponse({"prompt": text})
+        threads = service.engine_thread.preparation(len(raw))
+        return await asyncio.get_running_loop().run_in_executor(threads, respond, raw)
 
     async def status(request: Request) -> Response:
         return JSONResponse({"model": description, "now": engine_status(service.engine_thread)})
@@ -97,7 +105,8 @@ def _endpoints(service: Service, inspector: bool) -> list[Endpoint]:
         return JSONResponse({"status": "ok"})
 
     async def prometheus(request: Request) -> Response:
-        return Response(service.metrics.text(), headers={"Content-Type": metrics.CONTENT_TYPE})
+        text = await run_in_threadpool(service.metrics.text)  # a line for each of thousands of experts
+        return Response(text, headers={"Content-Type": metrics.CONTENT_TYPE})
 
     complete = CompletionsEndpoint(service, CompletionRequest, service.plan_completion)
     chat = CompletionsEndpoint(service, ChatRequest, service.plan_chat)

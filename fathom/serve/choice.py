@@ -16,8 +16,6 @@ class Choice(OutputStream):
         """`each`: whether the client asks for the tokens one by one."""
         super().__init__(generation, tokenizer, each)
         self.number = number
-        self.outputs: list[OutputToken] = []
-        """All of them, where the response is sent as a whole."""
         self.perhaps_call: str | None = None
         """The beginning of what may be a tool call, while that is undecided."""
         self.offset = 0

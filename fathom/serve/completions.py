@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable
 from typing import TypeVar
 
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
@@ -52,7 +53,7 @@ class CompletionsEndpoint:
 
     async def _answer(self, raw: bytes, scope: Scope, receive: Receive, send: Send) -> None:
         """Closes the response whatever happens."""
-        reply = self._service.open(lambda: self._plan(raw))
+        reply = self._service.open(lambda: self._plan(raw), len(raw))
         disconnected = asyncio.ensure_future(_disconnected(receive))
         disconnected.add_done_callback(lambda _: reply.job.notify(ClientDisconnect()))
         try:
@@ -69,10 +70,11 @@ class CompletionsEndpoint:
             await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
             await self._stream(reply, chunks, send)
             return
-        reply.collect(events)
-        while not reply.over:
-            reply.collect(await self._service.next_events(reply))
-        await JSONResponse(reply.whole())(scope, receive, send)
+        while not reply.finished(events):
+            events = await self._service.next_events(reply)
+        # In another thread: with log-probabilities or routing a response may have megabytes.
+        response = await run_in_threadpool(lambda: JSONResponse(reply.whole()))
+        await response(scope, receive, send)
 
     async def _stream(self, reply: ResponseBuilder, chunks: list[str], send: Send) -> None:
         """Send chunks as they come; those generated while the client read slowly go out together."""

@@ -33,9 +33,9 @@ _EVENTS_PER_SECOND = 200.0
 """Rate limit of events, all requests together; a request's first and last event never wait. A small model generates
 more tokens than that, and an event for each of them would take the processor from it."""
 
-_PREPARATION_THREADS = 8
-"""Requests prepared at the same time. Each takes a processor from the engine; a long one must not delay the short
-ones behind it."""
+_SHORT_BYTES, _SHORT_THREADS = 1 << 16, 8
+"""Bodies up to this size are prepared by so many threads, longer ones by one more: the short do not wait for the long,
+and the event loop competes for the interpreter's lock with one long body at most."""
 
 
 class EngineDeadError(RuntimeError):
@@ -99,7 +99,7 @@ class EngineThread:
         self.on_failure: Callable[[BaseException], None] = lambda error: None
         """Called, in the event loop, if the engine raises."""
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._preparation = ThreadPoolExecutor(_PREPARATION_THREADS, "preparing")
+        self._short, self._long = ThreadPoolExecutor(_SHORT_THREADS, "short"), ThreadPoolExecutor(1, "long")
         self._open_jobs: set[Job] = set()
         self._jobs: dict[Generation, tuple[Job, int]] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -125,15 +125,22 @@ class EngineThread:
         self._stopping = True
         self._commands.put(lambda: None)
         self._thread.join()
-        self._preparation.shutdown(cancel_futures=True)
+        self._short.shutdown(cancel_futures=True)
+        self._long.shutdown(cancel_futures=True)
 
     @property
     def alive(self) -> bool:
         """Whether requests can be served."""
         return self._thread.is_alive() and self.failure is None and not self._stopping
 
-    def open(self, prepare: Callable[[], Sequence[Request]]) -> Job:
+    def preparation(self, size: int) -> ThreadPoolExecutor:
+        """The threads for what a body of `size` bytes requires."""
+        return self._short if size <= _SHORT_BYTES else self._long
+
+    def open(self, prepare: Callable[[], Sequence[Request]], size: int = 0) -> Job:
         """Run `prepare` in another thread and submit its requests, all or none. Call it in the event loop.
+
+        `size`: of the body in bytes.
 
         The job's `next_events` raises what goes wrong: what `prepare` raises, ValueError for what the engine cannot
         serve, scheduler.QueueFull, EngineDeadError.
@@ -141,7 +148,7 @@ class EngineThread:
         job = Job()
         if self.alive:
             self._open_jobs.add(job)
-            self._preparation.submit(self._prepare, job, prepare)
+            self.preparation(size).submit(self._prepare, job, prepare)
         else:
             job.notify(EngineDeadError("the engine has stopped"))
         return job

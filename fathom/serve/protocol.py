@@ -29,7 +29,7 @@ MAX_PROMPTS = 64
 MAX_TOOLS = 64
 MAX_FIELDS = 64
 """Of one object."""
-MAX_PROMPT_TOKENS = 1 << 20
+MAX_PROMPT_TOKENS = 1 << 18
 """The context length is far less."""
 MAX_SCHEMA_CHARS = 65536
 MAX_SCHEMA_DEPTH = 32
@@ -153,6 +153,7 @@ class CompletionRequest(Sampling):
         | Annotated[list[_Text], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
         | Annotated[list[_TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
     ) = Field(description="A text, token ids, or several of either. A text is preceded by the BOS token.")
+    suffix: _Text = Field("", description="The model fills in between prompt and suffix (FIM).")
     max_tokens: int = Field(16, ge=0, lt=2**31, strict=True, description="0 only with echo.")
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, strict=True)
     echo: bool = Field(False, description="Return the prompt too, with its log-probabilities if logprobs is given.")
@@ -161,6 +162,8 @@ class CompletionRequest(Sampling):
     def _echoes(self) -> "CompletionRequest":
         if self.echo and self.stream:
             raise ValueError("echo and stream cannot both be true")
+        if self.suffix and not isinstance(self.prompt, str):
+            raise ValueError("suffix is given; prompt must then be one text")
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens is 0; it must be at least 1 without echo")
         return self

@@ -10,6 +10,7 @@ from typing import Any
 
 from fathom.data.tokenizer import Tokenizer
 from fathom.engine.detokenizer import OutputToken
+from fathom.engine.outputs import Generation
 from fathom.engine.request import Request
 from fathom.serve.choice import Choice, chat_logprobs, completion_logprobs
 from fathom.serve.engine_thread import Event, Job
@@ -42,7 +43,7 @@ class Plan:
 class ResponseBuilder:
     """One response. Service.open sets its job and timeout; its plan is set before the engine's first event.
 
-    Either `collect` until it is over and then `whole`, or `chunks` until then.
+    Either `finished` until it is and then `whole`, or `chunks` until it is over.
     """
 
     plan: Plan
@@ -54,21 +55,24 @@ class ResponseBuilder:
         """`model`: its name in responses."""
         self._tokenizer, self._model = tokenizer, model
         self._choices: list[Choice] = []
+        self._finished: set[int] = set()
 
     @property
     def over(self) -> bool:
         """Whether all of its choices are complete."""
         return bool(self._choices) and all(choice.finish_reason is not None for choice in self._choices)
 
-    def collect(self, events: Sequence[Event]) -> None:
-        """Add the choices that are finished. Raises ApiError where one failed."""
-        self._begin()
+    def finished(self, events: Sequence[Event]) -> bool:
+        """Whether all choices are finished with these events. Raises ApiError where one failed."""
         for event in events:
             if event.finished:
-                self._choices[event.choice].outputs = self._take(event)
+                _raise_failure(self.job.generations[event.choice])
+                self._finished.add(event.choice)
+        return len(self._finished) == len(self.plan.requests)
 
     def whole(self) -> dict[str, Any]:
-        """The complete response."""
+        """The complete response. May take long: not for the event loop."""
+        self._begin()
         choices = [self._whole_choice(choice) for choice in self._choices]
         return self._frame("") | {"choices": choices, "usage": self._usage()} | self._timing()
 
@@ -108,12 +112,9 @@ class ResponseBuilder:
 
     def _take(self, event: Event) -> list[OutputToken]:
         choice = self._choices[event.choice]
-        outputs = choice.take(event.tokens, event.finished)
-        if choice.finish_reason in ("error", "cancelled"):
-            why = choice.generation.error or "it was cancelled"
-            status = 400 if why.startswith("GrammarError") else 500  # the request's own fault, or ours
-            raise ApiError(status, f"the answer could not be completed: {why}")
-        return outputs
+        if event.finished:
+            _raise_failure(choice.generation)
+        return choice.take(event.tokens, event.finished)
 
     def _new_chunks(self, choice: Choice, new: list[OutputToken]) -> list[str]:
         text = "".join([output.text for output in new])
@@ -141,7 +142,8 @@ class ResponseBuilder:
 
     def _whole_choice(self, choice: Choice) -> dict[str, Any]:
         plan = self.plan
-        outputs = [] if plan.silent else choice.outputs
+        taken = choice.take(len(choice.generation.token_ids), finished=True)
+        outputs = [] if plan.silent else taken
         text = "".join([output.text for output in outputs])
         shown: dict[str, Any] = {
             "index": choice.number,
@@ -229,6 +231,13 @@ class ResponseBuilder:
             "cached_tokens": sum(each.cached_tokens for each in generations),
         }
         return {"fathom": {"timing": timing}}
+
+
+def _raise_failure(generation: Generation) -> None:
+    if generation.finish_reason in ("error", "cancelled"):
+        why = generation.error or "it was cancelled"
+        status = 400 if why.startswith("GrammarError") else 500  # the request's own fault, or ours
+        raise ApiError(status, f"the answer could not be completed: {why}")
 
 
 as_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode

@@ -1,6 +1,7 @@
 """From a request's body to requests of the engine, and their progress."""
 
 import asyncio
+import re
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -8,7 +9,7 @@ from itertools import zip_longest
 from typing import Any
 
 from fathom.data.chat_template import ChatError, ChatTemplate
-from fathom.data.tokenizer import Tokenizer
+from fathom.data.tokenizer import BOS, FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX, Tokenizer
 from fathom.engine.engine import Engine
 from fathom.engine.request import Request
 from fathom.engine.sampling.sampler import SamplingParams
@@ -17,11 +18,18 @@ from fathom.serve.engine_thread import EngineDeadError, EngineThread, Event
 from fathom.serve.errors import ApiError
 from fathom.serve.grammar import GrammarConstraint, GrammarError, Grammars
 from fathom.serve.metrics import Metrics
-from fathom.serve.protocol import ChatRequest, CompletionRequest, Message, Sampling, TokenizeRequest
+from fathom.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, Message, Sampling, TokenizeRequest
 from fathom.serve.response import Plan, ResponseBuilder
 from fathom.serve.tools import render_tools
 
 _RETRY_SECONDS = 2
+
+_SLICE = 1 << 14
+"""Tokens or characters that are worked on at once."""
+
+
+_FIM = re.compile(f"(?:{BOS})?{FIM_PREFIX}((?:(?!<｜fim▁).)*){FIM_SUFFIX}((?:(?!<｜fim▁).)*){FIM_MIDDLE}", re.DOTALL)
+"""A whole prompt to fill in, as editors spell it. The texts between its control tokens stay texts."""
 
 
 class Service:
@@ -56,7 +64,7 @@ class Service:
         self.check_name(body.model)
         one = isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
         prompts: Any = [body.prompt] if one else body.prompt
-        encoded = [self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        encoded = [self._encode(prompt, body.suffix) if isinstance(prompt, str) else prompt for prompt in prompts]
         prompt_logprobs = body.logprobs if body.echo else None
         requests = self._requests(body, encoded, "prompt", max(body.max_tokens, 1), body.logprobs, prompt_logprobs)
         return Plan(body, requests, False, body.logprobs, echo=body.echo, silent=body.max_tokens == 0)
@@ -78,6 +86,35 @@ class Service:
             return self._encode_chat(body.messages, [])
         return self.tokenizer.encode(body.prompt or "", bos=body.add_special_tokens)
 
+    def detokenize(self, body: DetokenizeRequest) -> str:
+        """The text of token ids."""
+        # In slices, between which other threads run.
+        slices = (body.tokens[start : start + _SLICE] for start in range(0, len(body.tokens), _SLICE))
+        return b"".join(map(self.tokenizer.text_bytes, slices)).decode(errors="replace")
+
+    def _encode(self, text: str, suffix: str) -> list[int]:
+        """A prompt's token ids: BOS and the text, or what DeepSeek's models are to fill in."""
+        self._refuse_long(text + suffix, "prompt")
+        spelled = None if suffix else _FIM.fullmatch(text)
+        if spelled is None and not suffix:
+            return self.tokenizer.encode(text)
+        prefix, suffix = spelled.groups() if spelled else (text, suffix)
+        first, second, third = self.tokenizer.fim_prefix_id, self.tokenizer.fim_suffix_id, self.tokenizer.fim_middle_id
+        if first is None or second is None or third is None:
+            raise ApiError(400, "suffix is given, but the model's tokenizer has no tokens to fill in by", "suffix")
+        before, after = self.tokenizer.encode_batch([prefix, suffix])
+        return [self.tokenizer.bos_id, first, *before, second, *after, third]
+
+    def _refuse_long(self, text: str, param: str) -> None:
+        """Raises ApiError for what is far longer than the context, without tokenising it to its end."""
+        tokens = 0
+        for start in range(0, len(text) - _SLICE, _SLICE):
+            # Where the text is cut, a word may become several tokens more.
+            tokens += max(len(self.tokenizer.encode(text[start : start + _SLICE], bos=False)) - 64, 0)
+            if tokens > self._context:
+                message = f"the prompt has more than {tokens} tokens; the context length is {self._context}"
+                raise ApiError(400, message, param, "context_length_exceeded")
+
     def _template_variables(self, body: ChatRequest) -> dict[str, Any]:
         known = frozenset() if self.template is None else self.template.variables
         unknown = body.chat_template_kwargs.keys() - known
@@ -97,6 +134,7 @@ class Service:
         messages = [message.plain() for message in conversation]
         if self.template is None:
             raise self._no_chat
+        self._refuse_long("\n".join(message["content"] or "" for message in messages), "messages")
         try:
             if self.template.supports_tools:
                 return self.template.encode(messages, tools or None, variables, continue_final)
@@ -104,8 +142,10 @@ class Service:
         except ChatError as error:
             raise ApiError(400, str(error), "messages") from error
 
-    def open(self, make: Callable[[], Plan]) -> ResponseBuilder:
+    def open(self, make: Callable[[], Plan], size: int) -> ResponseBuilder:
         """Run `make` in another thread and submit the plan's requests; `next_events` reports their progress.
+
+        `size`: bytes of the body that it reads.
 
         Call it, and the methods below, in the event loop; every response must be closed.
         """
@@ -115,7 +155,7 @@ class Service:
             reply.plan = make()
             return reply.plan.requests
 
-        reply.job = self.engine_thread.open(prepare)
+        reply.job = self.engine_thread.open(prepare, size)
         deadline = ApiError(408, f"the response was not complete after {self._deadline:g} s", code="deadline")
         reply.timeout = asyncio.get_running_loop().call_later(self._deadline, reply.job.notify, deadline)
         return reply

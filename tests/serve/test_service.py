@@ -18,11 +18,12 @@ from torch import Tensor
 
 from fathom.checkpoint.hf.model import load_model
 from fathom.data.chat_template import ChatTemplate
-from fathom.data.tokenizer import load_tokenizer
+from fathom.data.tokenizer import BOS, EOS, FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX, load_tokenizer
 from fathom.engine.engine import Engine
 from fathom.engine.request import Request
 from fathom.engine.sampling.sampler import SamplingParams
 from fathom.serve.app import make_app
+from fathom.serve.body import MAX_VALUES
 from fathom.serve.engine_thread import EngineThread, Job
 from fathom.serve.grammar import Grammars
 from fathom.serve.server import listen
@@ -184,6 +185,85 @@ def test_tokenising_templates_and_grammars_stay_off_the_event_loop(
     )
     assert [reply.status_code for reply in replies] == [200] * 4
     assert where == {"encode": {"elsewhere"}, "_pieces": {"elsewhere"}, "of_schema": {"elsewhere"}}
+
+
+def test_short_bodies_do_not_wait_for_long_ones(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here a long one is never prepared before all short ones are answered."""
+    answered, plan = threading.Event(), Service.plan_completion
+
+    def slow(self: Service, body: Any) -> Any:
+        assert len(body.prompt) < 9 or answered.wait(30)
+        return plan(self, body)
+
+    monkeypatch.setattr(Service, "plan_completion", slow)
+    app = make_app(Service(engine, EngineThread(engine), "small", 30))
+
+    async def serve() -> list[int]:
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client,
+        ):
+            bodies = [{"prompt": "f" * 100_000}] * 20 + [{"prompt": "f", "max_tokens": 1}] * 3
+            sent = [asyncio.ensure_future(client.post("/v1/completions", json=body)) for body in bodies]
+            short = [reply.status_code for reply in await asyncio.gather(*sent[20:])]
+            assert not any(each.done() for each in sent[:20])
+            answered.set()
+            return short + [reply.status_code for reply in await asyncio.gather(*sent[:20])]
+
+    assert asyncio.run(serve()) == [200] * 3 + [400] * 20
+
+
+LONG = "x y\n" * 100_000
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_texts_that_are_far_too_long_are_refused_before_they_are_tokenised(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, chat: bool
+) -> None:
+    characters: list[int] = []
+    encode_batch = engine.tokenizer.encode_batch  # type: ignore[union-attr]
+    monkeypatch.setattr(
+        engine.tokenizer, "encode_batch", lambda texts: characters.append(sum(map(len, texts))) or encode_batch(texts)
+    )
+    messages = [{"role": "user", "content": LONG[:9]}, {"role": "user", "content": LONG}]
+    [reply] = responses(
+        engine,
+        ("/v1/chat/completions", {"messages": messages}) if chat else ("/v1/completions", {"prompt": LONG}),
+    )
+    assert reply.status_code == 400 and reply.json()["error"]["code"] == "context_length_exceeded"
+    assert 0 < sum(characters) < len(LONG) / 10
+
+
+def test_bodies_of_too_many_values_are_refused_before_they_are_parsed(engine: Engine) -> None:
+    """Commas within texts are no values."""
+    many = MAX_VALUES + 2
+    refused, tokenized = responses(
+        engine, ("/detokenize", {"tokens": [5] * many}), ("/tokenize", {"prompt": '\\",' * many})
+    )
+    assert refused.status_code == 400 and "values" in refused.text
+    assert tokenized.status_code == 200 and tokenized.json()["count"] > 1000
+
+
+def test_suffixes_and_spelled_prompts_are_filled_in(engine: Engine) -> None:
+    """Only where the whole prompt is one to fill in; what is spelled inside it is text."""
+    tokenizer = engine.tokenizer
+    assert tokenizer is not None and tokenizer.fim_prefix_id is not None
+    before, after = tokenizer.encode("def f(", bos=False), tokenizer.encode(f"\n{EOS}", bos=False)
+    ids = [tokenizer.bos_id, tokenizer.fim_prefix_id, *before, tokenizer.fim_suffix_id, *after, tokenizer.fim_middle_id]
+    spelled = f"{FIM_PREFIX}def f({FIM_SUFFIX}\n{EOS}{FIM_MIDDLE}"
+    prompts: list[dict[str, Any]] = [
+        {"prompt": ids},
+        {"prompt": "def f(", "suffix": f"\n{EOS}"},
+        {"prompt": spelled},
+        {"prompt": BOS + spelled},
+        {"prompt": f"{spelled}."},
+        {"prompt": f"{FIM_PREFIX}{spelled}"},
+    ]
+    replies = responses(engine, *(("/v1/completions", body | {"temperature": 0, "seed": 0}) for body in prompts))
+    texts = [reply.json()["choices"][0]["text"] for reply in replies]
+    counts = [reply.json()["usage"]["prompt_tokens"] for reply in replies]
+    assert texts[:4] == texts[:1] * 4 and counts[:4] == [len(ids)] * 4
+    assert counts[4:] == [len(tokenizer.encode(body["prompt"])) for body in prompts[4:]]
 
 
 # Compiles, and fails with the first mask.
