@@ -73,6 +73,8 @@ def _answer(engine: Engine, ids: list[int], params: SamplingParams, console: Con
             engine.step()
             answer += (text := output.new_text())
             console.out(text, end="", highlight=False)
+        if handle.error is not None:
+            raise ValueError(handle.error)
     except KeyboardInterrupt:
         engine.cancel(handle)
     console.out("")

@@ -48,6 +48,8 @@ def run(words: list[str]) -> None:
         engine.step()
         print(output.new_text(), end="", flush=True)
     print()
+    if handle.error is not None:
+        raise ValueError(handle.error)
     seconds = time.perf_counter() - began
     compiled = engine.compile_seconds
     compiling = f", {compiled:.1f} of them to compile kernels and capture graphs" if compiled else ""

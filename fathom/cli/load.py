@@ -6,12 +6,11 @@ import torch
 
 from fathom.checkpoint.hf.directory import model_directory
 from fathom.checkpoint.hf.model import load_model
-from fathom.config import ConfigError
 from fathom.data.tokenizer import Tokenizer, load_tokenizer
 from fathom.model.quantize import quantized
 from fathom.model.transformer import Model
 from fathom.quantization.integer import Precision
-from fathom.runtime.hardware import install_allocator
+from fathom.runtime.hardware import install_allocator, usable_device
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -21,13 +20,10 @@ def load(
 ) -> tuple[Model, Tokenizer]:
     """A model directory, or a name on the hub; without `device` on a GPU if there is one.
 
-    Raises ConfigError for an unknown device, and whatever a model that cannot be loaded raises.
+    Raises ConfigError for a device that cannot be used, and whatever a model that cannot be loaded raises.
     """
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"--device is {name!r}; it must be a torch device such as cpu, cuda or cuda:1") from error
+    place = usable_device(name)
     if place.type == "cpu":
         install_allocator()
     directory = model_directory(path)

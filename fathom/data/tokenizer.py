@@ -114,9 +114,15 @@ class Tokenizer:
         return [*self.prefix_ids, *ids, *self.suffix_ids] if bos else ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of many texts, without BOS, computed in parallel."""
+        """Ids of many texts, without BOS, computed in parallel. Raises ValueError for a lone surrogate."""
         chunks = [(index, chunk) for index, text in enumerate(texts) for chunk in split_chunks(text)]
-        encodings = self._backend.encode_batch_fast([chunk for _, chunk in chunks], add_special_tokens=False)
+        try:
+            encodings = self._backend.encode_batch_fast([chunk for _, chunk in chunks], add_special_tokens=False)
+        except TypeError as error:
+            lone = re.search("[\ud800-\udfff]", "".join(texts))
+            if lone is None:
+                raise
+            raise ValueError(f"the text has {lone[0]!r}, half of a surrogate pair; UTF-8 has no such thing") from error
         ids: list[list[int]] = [[] for _ in texts]
         for (index, _), encoding in zip(chunks, encodings, strict=True):
             ids[index] += encoding.ids

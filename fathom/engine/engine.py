@@ -7,6 +7,7 @@ rejected drafts are overwritten later. Plain decoding is the same step without d
 Shapes: N tokens, D hidden, O vocabulary.
 """
 
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class Engine(OldNames):
-    """Continues prompts with a model: many at once, each with its own parameters. Not thread-safe.
+    """Continues prompts with a model: many at once, each with its own parameters. For one thread at a time.
 
     engine = fathom.Engine(model, tokenizer)
     [answer] = engine.generate(["def main("], fathom.SamplingParams(max_tokens=64))
@@ -45,6 +46,8 @@ class Engine(OldNames):
 
     Or step by step: `submit` requests at any time, call `step` while `has_work`. Greedy tokens do not depend on the
     other requests (in float32, up to rounding during prefill); sampled ones depend on their own seed and position.
+    Streams and calls of `generate` may be interleaved: each step works on the requests of all. While requests are not
+    finished, `submit`, `step` and `cancel` raise RuntimeError in another thread than theirs.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class Engine(OldNames):
         self._steps = self._prompt_tokens = self._generated_tokens = self._drafted = self._accepted = 0
         self._requests: dict[SequenceState, RequestState] = {}
         self._by_generation: dict[Generation, RequestState] = {}
+        self._thread, self._adding = threading.get_ident(), threading.Lock()
 
     # ------------------------------------------------------------------------------------ whole continuations
 
@@ -104,16 +108,22 @@ class Engine(OldNames):
         return [self.completion(handle) for handle in handles]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
-        """The continuation of one prompt, piece by piece as its text becomes final."""
+        """The continuation of one prompt, piece by piece as its text becomes final.
+
+        Raises RuntimeError if it ends by an error (`Generation.error`).
+        """
         if self.tokenizer is None:
             raise ValueError("the engine has no tokenizer, so it has no text to stream: use submit and step")
         handle = self.submit(prompt, params)
         output = OutputStream(handle, self.tokenizer)
         try:
-            while not handle.finished:
-                self.step()
+            while output.finish_reason is None:
+                if not handle.finished:  # as it may be by the steps of others
+                    self.step()
                 if text := output.new_text():
                     yield text
+            if handle.error is not None:
+                raise RuntimeError(handle.error)
         finally:
             self.cancel(handle)
 
@@ -165,7 +175,8 @@ class Engine(OldNames):
     def submit(self, request: Request | Prompt, params: SamplingParams | None = None) -> Generation:
         """Queue a request, or a prompt with these parameters; returns the handle that `step` reports on.
 
-        Raises ValueError for a prompt or parameters that cannot be served, scheduler.QueueFull when too many wait.
+        Raises ValueError for a prompt or parameters that cannot be served, scheduler.QueueFull when too many wait,
+        RuntimeError while another thread's requests are not finished.
         """
         if not isinstance(request, Request):
             request = Request(request, params or SamplingParams())
@@ -175,12 +186,9 @@ class Engine(OldNames):
         if params.stop and self.tokenizer is None:
             raise ValueError(f"stop is {list(params.stop)}, but the engine has no tokenizer: use stop_ids")
         check(request, prompt, self.model.config.vocab_size, self.max_length)
-        if not self._requests:
-            self._proposer.resume_if_due(self._steps)
         # The list of tokens is the sequence's own: it grows.
         limit = min(len(prompt) + params.max_tokens, self.max_length, self.pool.slots)
         sequence = SequenceState(list(prompt), limit, request.priority, reuse=params.prompt_logprobs is None)
-        self.scheduler.add(sequence)
         stop_ids = params.stop_ids if params.ignore_eos else (*params.stop_ids, *self._eos_ids)
         generation = Generation(prompt, params)
         if request.return_routed_experts:
@@ -190,17 +198,26 @@ class Engine(OldNames):
             generation.routing = RoutingRecord(*shape, request.return_routing_weights)
         checker = StopChecker(self.tokenizer, params.stop) if self.tokenizer is not None and params.stop else None
         state = RequestState(generation, sequence, request.stream, stop_ids, request.constraint, checker)
-        self._requests[sequence] = self._by_generation[generation] = state
+        with self._adding:
+            self._check_thread()
+            if not self._requests:
+                self._proposer.resume_if_due(self._steps)
+            self.scheduler.add(sequence)
+            self._requests[sequence] = self._by_generation[generation] = state
         return generation
 
     def cancel(self, handle: Generation) -> None:
         """End a request where it is; does nothing to one that has finished."""
         request = self._by_generation.get(handle)
         if request is not None:
+            self._check_thread()
             self._finish(request, "cancelled")
 
     def step(self) -> list[Update]:
-        """Run one engine step; returns the new tokens of every request that got some."""
+        """Run one engine step; returns the new tokens of every request that got some, whoever submitted it.
+
+        What other steps brought a request, such as those of a stream, is in its `Generation.token_ids` as well.
+        """
         return list(chain.from_iterable(self.step_phases()))
 
     def step_phases(self) -> Iterator[list[Update]]:
@@ -208,6 +225,7 @@ class Engine(OldNames):
 
         Must be exhausted before any other method is called.
         """
+        self._check_thread()
         decoding = sum(sequence.computed >= sequence.prefill_length for sequence in self.scheduler.running)
         plan = self.scheduler.schedule(self._proposer.num_drafts(decoding))
         self._steps += bool(plan.decode or plan.prefill)
@@ -215,6 +233,17 @@ class Engine(OldNames):
             yield self._decode([self._requests[sequence] for sequence in plan.decode], plan.drafts)
         if plan.prefill:
             yield self._prefill(plan.prefill)
+
+    def _check_thread(self) -> None:
+        """An engine without requests is the next caller's."""
+        caller = threading.get_ident()
+        if not self._requests:
+            self._thread = caller
+        elif self._thread != caller:
+            raise RuntimeError(
+                f"the engine has {len(self._requests)} unfinished requests of another thread, which alone may submit, "
+                "step and cancel until they are finished; give every thread an engine, or submit all from one"
+            )
 
     # ------------------------------------------------------------------------------------------ the whole engine
 
@@ -282,11 +311,14 @@ class Engine(OldNames):
         sampled = verify(output.logits_NO, [request.sampling_state() for request in batch], self._absent_X)
         updates = []
         for index, (request, own) in enumerate(zip(batch, sampled, strict=True)):
-            self._drafted, self._accepted = self._drafted + drafts, self._accepted + own.accepted
-            request.generation.count_drafts(drafts, own.accepted)
             first = index * fed
             request.record_routing(len(request.sequence.tokens) - 1, output, first, own.accepted + 1)
-            updates.append(self._append(request, own, output.h_ND, first))
+            update = self._append(request, own, output.h_ND, first)
+            # Those behind a token that ended the request are not in its answer.
+            accepted_here = min(own.accepted, len(update.tokens))
+            self._drafted, self._accepted = self._drafted + drafts, self._accepted + accepted_here
+            request.generation.count_drafts(drafts, accepted_here)
+            updates.append(update)
         accepted = [own.accepted for own in sampled]
         if self._proposer.record(drafts, accepted, time.perf_counter() - began, caught_up):
             self._proposer.pause(self._steps, self._requests.values())
@@ -366,6 +398,8 @@ class Engine(OldNames):
         request.drafts = []
         tokens, reason = request.until_finished(sampled.tokens)
         request.advance_constraint(tokens)
+        if reason is None:
+            generation.error = generation.error or sampled.error
         if generation.error:
             reason = "error"
         sequence.tokens += tokens

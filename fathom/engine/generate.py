@@ -21,9 +21,11 @@ def generate(
     """The text that follows `prompt`, without the prompt, up to the end-of-document token if one comes.
 
     BOS precedes the prompt, so an empty prompt begins a document. For more than one text, or more control, make an
-    `Engine`.
+    `Engine`. Raises RuntimeError where no token can be sampled, as with weights that are not finite.
     """
     params = SamplingParams(temperature, top_k, top_p, min_p, seed=seed, max_tokens=max_new_tokens)
     [completion] = Engine(model, tokenizer, speculative=speculative, max_batch=1).generate([prompt], params)
+    if completion.generation.error is not None:
+        raise RuntimeError(completion.generation.error)
     assert completion.text is not None
     return completion.text

@@ -23,11 +23,11 @@ class Generation:
     """The generated tokens; a token that ended it is the last."""
     finish_reason: FinishReason | None = None
     """stop: EOS, a stop token or a stop string; length: max_tokens or the model's length; cancelled: `Engine.cancel`;
-    error: its constraint failed; None while it runs."""
+    error: see `error`; None while it runs."""
     stop_reason: int | str | None = None
     """The stop token or stop string that ended it; None for EOS and where it ended otherwise."""
     error: str | None = None
-    """What went wrong."""
+    """What went wrong: its constraint failed, or no token could be sampled, as with logits that are not finite."""
     logprobs: list[TokenLogprob] | None = None
     """One for each of `token_ids`, where requested."""
     prompt_logprobs: list[TokenLogprob] | None = None

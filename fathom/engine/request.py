@@ -114,12 +114,13 @@ class RequestState:
     def add_prompt_logprobs(self, start: int, logits_NO: Tensor) -> None:
         """Report the prompt's tokens behind `start`, by the logits from there on."""
         generation = self.generation
-        following = generation.prompt_ids[start + 1 : start + 1 + len(logits_NO)]
         known = generation.prompt_logprobs or []
-        top = generation.params.prompt_logprobs or 0
-        # After a preemption the prompt is prefilled again.
-        if following and len(known) <= start:
+        # After a preemption the prompt is prefilled again, in other chunks: the first ones may be known in part.
+        logits_NO = logits_NO[len(known) - start :]
+        following = generation.prompt_ids[len(known) + 1 : len(known) + 1 + len(logits_NO)]
+        if following:
             ids = torch.tensor(following, device=logits_NO.device)
+            top = generation.params.prompt_logprobs or 0
             known = known + prompt_logprobs(logits_NO[: len(following)], ids, top)
         generation.prompt_logprobs = known
 

@@ -10,6 +10,7 @@ from statistics import median
 
 import torch
 
+from fathom.config import ConfigError
 from fathom.runtime.arena.install import install_arena
 from fathom.runtime.cpp import NO_COMPILER, find_compiler
 
@@ -49,6 +50,18 @@ def _matmul_times(dtypes: list[torch.dtype], device: torch.device) -> list[list[
             if repeat:
                 found.append(time.perf_counter() - start)
     return times
+
+
+def usable_device(name: str) -> torch.device:
+    """The torch device of that name. Raises ConfigError where there is none that can be used here."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        expected = "a torch device of this machine, such as cpu, cuda or cuda:1"
+        raise ConfigError(f"the device is {name!r}; it must be {expected} ({reason})") from error
+    return device
 
 
 def free_memory(device: torch.device) -> int:

@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from fathom.config import ConfigError
+from fathom.runtime.hardware import usable_device
 
 _HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -59,3 +63,10 @@ def test_without_address_space_glibcs_heap_is_tuned_and_the_reason_returned() ->
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "ulimit -v" in result.stdout and str(float(1 << 20)) in result.stdout
+
+
+def test_a_device_that_cannot_be_used_is_one_sentence() -> None:
+    assert usable_device("cpu").type == "cpu"
+    for name in ("toaster", "cuda:99", *(() if torch.cuda.is_available() else ("cuda",))):
+        with pytest.raises(ConfigError, match=f"the device is '{name}'; it must be a torch device of this machine"):
+            usable_device(name)

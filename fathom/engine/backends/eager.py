@@ -112,9 +112,9 @@ class EagerBackend:
         if (len(group) == 1 or self._varlen) and self._expands(group[0], first):
             lengths = SeqLens.of([len(p) for p in positions], [len(s) for s in slots], self.cache.latents_LMW.device)
             return VarlenBatch(self._tensor(np.concatenate(positions)), self._tensor(np.concatenate(slots)), lengths)
-        padded = np.full((len(group), max(map(len, slots))), self.cache.null_slot)
-        for row, own in enumerate(slots):
-            padded[row, : len(own)] = own
+        longest = max(map(len, slots))
+        # Behind its last token a row repeats that one's slot: masked, but others' values may be NaN, which spreads.
+        padded = np.stack([np.append(own, own[-1:].repeat(longest - len(own))) for own in slots])
         return DecodeBatch(self._tensor(np.stack(positions)), self._tensor(padded))
 
     def _slots(self, chunk: SequenceChunk, first: int) -> np.ndarray:

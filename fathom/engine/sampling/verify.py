@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -80,6 +81,8 @@ class SampledTokens(NamedTuple):
     """How many of them were drafts."""
     logprobs: list[TokenLogprob] | None
     """One for each of `tokens`, where requested."""
+    error: str | None = None
+    """Why the one more token is missing."""
 
 
 def verify(logits_NO: Tensor, rows: Sequence[SamplingState], absent_X: Tensor | None = None) -> list[SampledTokens]:
@@ -96,7 +99,7 @@ def verify(logits_NO: Tensor, rows: Sequence[SamplingState], absent_X: Tensor | 
         if row.params.temperature > 0:
             sampled.append((row, place))
         elif _changes_logits(row):
-            best_N[place] = _processed(present_NO[place], row).argmax(-1)
+            best_N[place] = _likeliest(_processed(present_NO[place], row))
     if sampled:
         drawn_N = _drawn([(row, present_NO[place], 0) for row, place in sampled])
         best_N[torch.cat([torch.arange(place.start, place.stop) for _, place in sampled]).to(best_N.device)] = drawn_N
@@ -104,7 +107,11 @@ def verify(logits_NO: Tensor, rows: Sequence[SamplingState], absent_X: Tensor | 
     results = []
     for row, place in zip(rows, places, strict=True):
         count = accept(row.drafts, chosen[place])
-        results.append(SampledTokens(chosen[place.start : place.start + count + 1], count, None))
+        last = place.start + count
+        if chosen[last] >= 0:
+            results.append(SampledTokens(chosen[place.start : last + 1], count, None))
+        else:
+            results.append(SampledTokens(chosen[place.start : last], count, None, _why_none(logits_NO[last])))
     if any(row.params.logprobs is not None for row in rows):
         return _with_logprobs(logits_NO, rows, places, results)
     return results
@@ -119,10 +126,11 @@ def draft(logits_BO: Tensor, rows: Sequence[SamplingState]) -> list[int]:
     sampled = [b for b, row in enumerate(rows) if row.params.temperature > 0]
     for b, row in enumerate(rows):
         if row.params.temperature == 0 and _changes_logits(row):
-            best_B[b] = _processed(logits_BO[b : b + 1], row)[0].argmax()
+            best_B[b] = _likeliest(_processed(logits_BO[b : b + 1], row))[0]
     if sampled:
         best_B[sampled] = _drawn([(rows[b], logits_BO[b : b + 1], len(rows[b].drafts)) for b in sampled])
-    return best_B.tolist()
+    # Where no token can be sampled any will do: it is not accepted.
+    return best_B.clamp_min(0).tolist()
 
 
 def prompt_logprobs(logits_SO: Tensor, following_S: Tensor, top: int) -> list[TokenLogprob]:
@@ -134,11 +142,24 @@ def prompt_logprobs(logits_SO: Tensor, following_S: Tensor, top: int) -> list[To
 
 
 def _likeliest(logits_NO: Tensor) -> Tensor:
-    """The first of the likeliest tokens at each position, (N)."""
+    """The first of the likeliest tokens at each position, (N); −1 where its logit is not finite, so that none is."""
     if logits_NO.device.type == "cpu":
         # Some ten times as fast as torch's argmax, which takes as long as a small model's whole step.
-        return torch.from_numpy(at_least_float32(logits_NO).numpy().argmax(-1))
-    return logits_NO.argmax(-1)
+        values = at_least_float32(logits_NO).numpy()
+        best = values.argmax(-1)
+        best[~np.isfinite(values[np.arange(len(best)), best])] = -1
+        return torch.from_numpy(best)
+    best_N1 = logits_NO.argmax(-1, keepdim=True)
+    return best_N1.where(logits_NO.gather(1, best_N1).isfinite(), -1)[:, 0]
+
+
+def _why_none(logits_O: Tensor) -> str:
+    """Why no token can be sampled from the model's logits of one position."""
+    if not logits_O.amax().isfinite():
+        return "the model's logits are not finite numbers: its weights are damaged, or its activations overflow"
+    return (
+        "no token can be sampled: before min_tokens neither EOS nor stop_ids, and with a constraint only what it allows"
+    )
 
 
 def _places(rows: Sequence[SamplingState], positions: int) -> list[slice]:
@@ -187,15 +208,16 @@ def _distributions(sampled: Sequence[tuple[SamplingState, Tensor]]) -> list[Tens
 
 
 def _drawn(sampled: Sequence[tuple[SamplingState, Tensor, int]]) -> Tensor:
-    """The tokens (N) sampled at all positions of some requests: each with its logits (T, O) and how many positions
-    after its next token these begin."""
+    """The tokens (N) sampled at all positions of some requests, −1 where none can be: each request with its logits
+    (T, O) and how many positions after its next token these begin."""
     probs_NO = torch.cat(_distributions([(row, logits_TO) for row, logits_TO, _ in sampled]))
     noise = [
         exponential_noise(row.params.seed, row.stream, len(row.tokens) + ahead + place, logits_TO.shape[1])
         for row, logits_TO, ahead in sampled
         for place in range(len(logits_TO))
     ]
-    return draw(probs_NO, torch.stack(noise).to(probs_NO.device))
+    drawn_N1 = draw(probs_NO, torch.stack(noise).to(probs_NO.device))[:, None]
+    return drawn_N1.where(probs_NO.gather(1, drawn_N1) > 0, -1)[:, 0]
 
 
 def _with_logprobs(
@@ -204,7 +226,8 @@ def _with_logprobs(
     """The results with log-probabilities where requests ask for them, all computed at once."""
     asking = [(r, row.params.logprobs) for r, row in enumerate(rows) if row.params.logprobs is not None]
     positions = [places[r].start + i for r, _ in asking for i in range(len(results[r].tokens))]
-    ids_N = torch.tensor([token for r, _ in asking for token in results[r].tokens], device=logits_NO.device)
+    tokens = [token for r, _ in asking for token in results[r].tokens]
+    ids_N = torch.tensor(tokens, dtype=torch.int64, device=logits_NO.device)
     facts = iter(_token_logprobs(logits_NO[positions], ids_N, max(top for _, top in asking)))
     found = list(results)
     for r, top in asking:

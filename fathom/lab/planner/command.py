@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 from rich.console import Console
 
@@ -21,6 +20,7 @@ from fathom.lab.planner.plan import make_plan
 from fathom.lab.planner.search import search
 from fathom.lab.planner.show import plan_json, show_plan, show_sensitivity
 from fathom.model.config import ModelConfig
+from fathom.runtime.hardware import usable_device
 from fathom.train.run import Run, TrainConfig
 
 _LOCAL = ("cpu", "cuda")
@@ -114,7 +114,7 @@ def _local(command: PlanCommand, run: Run) -> None:
         activation_checkpointing=layout.recompute == "full",
     )
     with Console(stderr=True).status("timing a few real training steps"):
-        plan = plan_local(replace(run, train=train), torch.device(command.gpu))
+        plan = plan_local(replace(run, train=train), usable_device(command.gpu))
     if command.json:
         print(json.dumps(local_json(plan), indent=1))
     else:
