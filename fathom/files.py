@@ -31,7 +31,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         return
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with full_disk_named(path):
+        with full_disk_named(path, aside):
             yield aside
             sync(aside)
             os.replace(aside, path)
@@ -63,7 +63,7 @@ def atomic_directory(target: Path, replaced: Sequence[str] = ("*",)) -> Iterator
     staging = _temporary_sibling(target)
     try:
         os.chmod(staging, 0o755)
-        with full_disk_named(target):
+        with full_disk_named(target, staging):
             yield staging
             _replace(target, staging, replaced)
     finally:
@@ -135,11 +135,12 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def full_disk_named(path: Path) -> Iterator[None]:
-    """A failed write names no file; the error of a full disk or quota then names `path`."""
+def full_disk_named(path: Path, aside: Path | None = None) -> Iterator[None]:
+    """The error of a full disk or quota, where a failed write names no file, names `path`, and never `aside`."""
     try:
         yield
     except OSError as error:
-        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        hidden = error.filename is None or (aside is not None and Path(error.filename).is_relative_to(aside))
+        if hidden and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             error.filename = str(path)
         raise

@@ -39,6 +39,17 @@ def test_two_ranks_equal_one(tiny_flags: list[str], tmp_path: Path) -> None:
             assert a[key] == pytest.approx(b[key], rel=1e-4), key
 
 
+def test_all_ranks_resume_from_the_newest_whole_checkpoint(tiny_flags: list[str], tmp_path: Path) -> None:
+    flags = [*tiny_flags, "--train.steps", "6", "--train.micro-batch-size", "2"]
+    # Copies: tensors are mapped into the file, which is about to be damaged.
+    whole = {name: tensor.clone() for name, tensor in _train(2, flags, tmp_path / "run").items()}
+    damaged = tmp_path / "run" / "checkpoints" / "step-000006" / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\0")
+    resumed = _train(2, [*flags, "--resume"], tmp_path / "run")
+    assert damaged.parent.with_name("step-000006.damaged").is_dir()
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+
+
 BARRIER = r"""
 import sys
 import time

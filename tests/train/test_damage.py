@@ -2,9 +2,12 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -320,3 +323,22 @@ def test_what_only_measures_or_saves_may_change_and_a_run_may_be_made_longer(
     other = replace(longer, optimizer=replace(run.optimizer, learning_rate=1.0))
     with pytest.raises(ConfigError, match=r"has optimizer.learning_rate 0.003, this run 1.0"):
         train(other, out, one_rank, resume=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tiny_flags: list[str], tmp_path: Path) -> None:
+    """A limit on the size of files stands in for the disk: the corpus fits, the model does not."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "fathom", "train", *tiny_flags, "--out", str(out)]
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
+
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines() == [
+        f"error: [Errno 27] File too large: '{out / 'checkpoints/step-000003'}'"
+    ]
+    assert not list((out / "checkpoints").iterdir())
+    subprocess.run([*command, "--resume"], check=True, capture_output=True)
+    assert len(checkpoints(out)) == 2
