@@ -40,13 +40,13 @@ def read_tiktoken(file: Path, config: dict[str, Any]) -> dict[str, Any]:
     """
     ranks = _read_ranks(file)
     vocab = {spell_bytes(token): rank for token, rank in ranks.items()}
-    added = []
+    added, taken = [], set(ranks.values())
     for key, token in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])):
         number, content = int(key), str(token["content"])
-        if number in ranks.values():
+        if number in taken:
             raise ValueError(
-                f"{file}: token {number} is one of its own, and added_tokens_decoder in tokenizer_config.json makes "
-                f"it {content!r}"
+                f"{file.name}: token {number} is one of its own, and added_tokens_decoder in tokenizer_config.json "
+                f"makes it {content!r}"
             )
         vocab[content] = number
         flags = {name: bool(token.get(name)) for name in ("single_word", "lstrip", "rstrip", "normalized", "special")}
@@ -70,20 +70,22 @@ def _read_ranks(file: Path) -> dict[bytes, int]:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error) as error:
-            raise ValueError(f"{file}, line {number}: no token in base64 with its rank: {line[:80]!r}") from error
+            raise ValueError(f"{file.name}, line {number}: no token in base64 with its rank: {line[:80]!r}") from error
     bytes_missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if bytes_missing or len(set(ranks.values())) < len(ranks) or min(ranks.values()) < 0:
-        raise ValueError(f"{file}: ranks must be different numbers from 0 on, and each of the 256 bytes must have one")
+        raise ValueError(
+            f"{file.name}: ranks must be different numbers from 0 on, and each of the 256 bytes must have one"
+        )
     return ranks
 
 
 def _merges(ranks: dict[bytes, int]) -> list[list[str]]:
     """Every pair of tokens that together are one, in the order in which tiktoken would merge them."""
+    spelled = {token: spell_bytes(token) for token in ranks}
     pairs = []
     for token, rank in ranks.items():
         for cut in range(1, len(token)):
-            left, right = ranks.get(token[:cut]), ranks.get(token[cut:])
-            if left is not None and right is not None:
-                pairs.append((rank, left, right, token, cut))
-    pairs.sort(key=lambda pair: pair[:3])
-    return [[spell_bytes(token[:cut]), spell_bytes(token[cut:])] for _, _, _, token, cut in pairs]
+            left, right = token[:cut], token[cut:]
+            if left in ranks and right in ranks:
+                pairs.append((rank, ranks[left], ranks[right], spelled[left], spelled[right]))
+    return [[left, right] for _, _, _, left, right in sorted(pairs)]

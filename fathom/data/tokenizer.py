@@ -155,7 +155,7 @@ class Tokenizer:
         """What the post-processor adds before and after a text."""
         plain = self._backend.encode("a", add_special_tokens=False).ids
         whole = self._backend.encode("a").ids
-        start = next((at for at in range(len(whole)) if whole[at : at + len(plain)] == plain), 0)
+        start = next((at for at in range(len(whole)) if plain and whole[at : at + len(plain)] == plain), len(whole))
         before, after = whole[:start], whole[start + len(plain) :]
         # DeepSeek's own files leave BOS to the class they name.
         by_class = str(self.config.get("tokenizer_class")).startswith("Llama") and self.config.get("add_bos_token")
