@@ -90,10 +90,10 @@ class Codes:
 class Literal(str):
     """A string of the template. Compared it is plain, put out or joined to another it is in codes."""
 
-    codes: ClassVar[Codes]
+    _codes: ClassVar[Codes]  # out of a template's reach, like every name with an underscore
 
     def __str__(self) -> str:
-        return self.codes.encode(self)
+        return self._codes.encode(self)
 
     def __format__(self, spec: str) -> str:
         return format(str(self), spec)
@@ -107,15 +107,6 @@ class Literal(str):
     def __mod__(self, values: Any) -> str:
         return str(self) % values
 
-    def __mul__(self, times: Any) -> "Literal":
-        return Literal(super().__mul__(times))
-
-    __rmul__ = __mul__
-
-    def strip(self, *characters: Any) -> "Literal":
-        """Of the template alone, so still a literal."""
-        return Literal(super().strip(*characters))
-
     def join(self, parts: Iterable[Any]) -> str:
         """As of a string."""
         return str(self).join(map(str, parts))
@@ -123,6 +114,29 @@ class Literal(str):
     def replace(self, old: Any, new: Any, count: Any = -1) -> str:
         """As of a string."""
         return str(new).join(str(Literal(part)) for part in self.split(old, count))
+
+
+def _still_literal(name: str) -> Callable[..., Literal]:
+    def method(self: Literal, *arguments: Any) -> Literal:
+        return Literal(getattr(str, name)(self, *arguments))
+
+    method.__name__ = name
+    return method
+
+
+for _name in (
+    "strip",
+    "lstrip",
+    "rstrip",
+    "upper",
+    "lower",
+    "capitalize",
+    "title",
+    "__mul__",
+    "__rmul__",
+    "__getitem__",
+):
+    setattr(Literal, _name, _still_literal(_name))  # no character of another string gets in
 
 
 class Arguments(dict[str, Any]):
@@ -171,7 +185,7 @@ class _Literals(NodeTransformer):
         return self._wrapped(node, node.data)
 
     def _wrapped(self, node: nodes.Expr, text: str) -> nodes.Expr:
-        if Literal.codes.encode(text) == text:
+        if Literal._codes.encode(text) == text:
             return node
         return nodes.Filter(nodes.Const(text), "literal", [], [], None, None, lineno=node.lineno)
 
@@ -221,7 +235,7 @@ class Renderer:
     def __init__(self, source: str, spellings: Sequence[str], tokens: dict[str, str]) -> None:
         """`tokens`: control tokens by the template's names for them. Raises jinja2.TemplateError."""
         self._source, self._spellings, self._tokens = source, spellings, tokens
-        Literal.codes = Codes(spellings, source)
+        Literal._codes = Codes(spellings, source)
         environment = _Sandbox(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
         )
@@ -232,8 +246,8 @@ class Renderer:
 
     def pieces(self, line: str) -> list[str]:
         """The rendering that a request asks for, as `Codes.split` returns it."""
-        if Literal.codes.collide(line):
-            Literal.codes = Codes(self._spellings, self._source + line)
+        if Literal._codes.collide(line):
+            Literal._codes = Codes(self._spellings, self._source + line)
         request = json.loads(line)
         messages = [self._message(message) for message in request["messages"]]
         try:
@@ -248,7 +262,7 @@ class Renderer:
             text = _up_to(text, messages[-1]["content"])
         if len(text) > _LARGEST:
             raise ValueError(f"the rendering has {len(text)} characters; the limit is {_LARGEST}")
-        return Literal.codes.split(text)
+        return Literal._codes.split(text)
 
     def _render(self, messages: list[dict[str, Any]], request: dict[str, Any]) -> str:
         tokens = {name: Literal(token) for name, token in self._tokens.items()}
@@ -300,7 +314,7 @@ def main() -> None:
         except Exception as error:  # a template can raise anything
             kind = "" if isinstance(error, (_RefusalError, jinja2.TemplateError)) else f"{type(error).__name__}: "
             message = f"{kind}{error}"
-            answer = {"error": Literal.codes.decode(message)}
+            answer = {"error": Literal._codes.decode(message)}
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(answer, ensure_ascii=False), flush=True)
 

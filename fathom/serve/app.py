@@ -20,7 +20,7 @@ from fathom.serve.body import parse, read_json
 from fathom.serve.completions import CompletionsEndpoint
 from fathom.serve.errors import ApiError
 from fathom.serve.openapi import Endpoint, openapi_document
-from fathom.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from fathom.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, InfillRequest, TokenizeRequest
 from fathom.serve.service import Service
 from fathom.serve.static import inspector_route, page_routes
 from fathom.serve.status import describe, engine_status
@@ -110,11 +110,13 @@ def _endpoints(service: Service, inspector: bool) -> list[Endpoint]:
 
     complete = CompletionsEndpoint(service, CompletionRequest, service.plan_completion)
     chat = CompletionsEndpoint(service, ChatRequest, service.plan_chat)
+    infill = CompletionsEndpoint(service, InfillRequest, service.plan_infill)
     ids_of = "Token ids of a text, or of a conversation by the chat template"
     text_of = "Text of token ids, without control tokens"
     return [
         Endpoint("POST", "/v1/completions", "Continue texts or token ids", complete, CompletionRequest, _STREAM),
         Endpoint("POST", "/v1/chat/completions", "Answer a conversation", chat, ChatRequest, _STREAM),
+        Endpoint("POST", "/infill", "Fill in between two texts", infill, InfillRequest, _STREAM),
         Endpoint("GET", "/v1/models", "The one model", models),
         Endpoint("GET", "/v1/models/{name}", "The one model", model),
         Endpoint("POST", "/tokenize", ids_of, tokenize, TokenizeRequest),

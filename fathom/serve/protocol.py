@@ -169,6 +169,26 @@ class CompletionRequest(Sampling):
         return self
 
 
+class Excerpt(_Body):
+    ignored = frozenset(("filename", "time"))
+    text: _Text
+
+
+class InfillRequest(Sampling):
+    """POST /infill, llama.cpp's for editors: what comes behind input_prefix and prompt, before input_suffix."""
+
+    ignored = Sampling.ignored | {
+        *("cache_prompt", "id_slot", "n_indent", "response_fields", "samplers", "t_max_predict_ms", "t_max_prompt_ms")
+    }
+
+    input_prefix: _Text = ""
+    input_suffix: _Text = ""
+    prompt: _Text = Field("", description="The beginning of the line to complete.")
+    input_extra: list[Excerpt] = Field([], max_length=MAX_PARTS, description="Of other files, put in front.")
+    n_predict: int = Field(-1, ge=-1, lt=2**31, strict=True, description="-1: until the model ends it.")
+    n: Literal[1] = 1  # type: ignore[assignment]
+
+
 class TextPart(_Body):
     type: Literal["text"]
     text: _Text

@@ -33,6 +33,8 @@ class Plan:
     """Alternatives per token in the response; None: no logprobs."""
     calls: bool = False
     """Whether the model may call tools."""
+    infill: bool = False
+    """In llama.cpp's format, not OpenAI's."""
     echo: bool = False
     silent: bool = False
     """max_tokens is 0; the engine generates one token all the same, which is dropped."""
@@ -74,6 +76,8 @@ class ResponseBuilder:
         """The complete response. May take long: not for the event loop."""
         self._begin()
         choices = [self._whole_choice(choice) for choice in self._choices]
+        if self.plan.infill:
+            return self._infill(choices[0]["text"], over=True) | self._timing()
         return self._frame("") | {"choices": choices, "usage": self._usage()} | self._timing()
 
     def chunks(self, events: Sequence[Event]) -> list[str]:
@@ -188,6 +192,8 @@ class ResponseBuilder:
     def _chunk(
         self, choice: Choice, said: str | dict[str, Any], reason: str | None, extra: dict[str, Any] | None = None
     ) -> dict[str, Any]:
+        if self.plan.infill:
+            return self._infill(str(said), over=reason is not None) | (extra or {})
         shown: dict[str, Any] = {"index": choice.number, "finish_reason": reason, "logprobs": None}
         if not self.plan.chat:
             shown["text"] = said
@@ -198,6 +204,11 @@ class ResponseBuilder:
         # OpenAI's clients may rely on the key: null in all chunks but the last.
         usage = {"usage": None} if self._options.include_usage else {}
         return self._frame(".chunk") | {"choices": [shown | (extra or {})]} | usage
+
+    def _infill(self, text: str, over: bool) -> dict[str, Any]:
+        usage = self._usage() if over else {"prompt_tokens": 0, "completion_tokens": 0}
+        counts = {"tokens_evaluated": usage["prompt_tokens"], "tokens_predicted": usage["completion_tokens"]}
+        return {"content": text, "stop": over, "model": self._model} | counts
 
     def _usage(self) -> dict[str, Any]:
         prompts = self.job.generations[:: self.plan.body.n]

@@ -18,7 +18,15 @@ from fathom.serve.engine_thread import EngineDeadError, EngineThread, Event
 from fathom.serve.errors import ApiError
 from fathom.serve.grammar import GrammarConstraint, GrammarError, Grammars
 from fathom.serve.metrics import Metrics
-from fathom.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, Message, Sampling, TokenizeRequest
+from fathom.serve.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    InfillRequest,
+    Message,
+    Sampling,
+    TokenizeRequest,
+)
 from fathom.serve.response import Plan, ResponseBuilder
 from fathom.serve.tools import render_tools
 
@@ -69,6 +77,15 @@ class Service:
         requests = self._requests(body, encoded, "prompt", max(body.max_tokens, 1), body.logprobs, prompt_logprobs)
         return Plan(body, requests, False, body.logprobs, echo=body.echo, silent=body.max_tokens == 0)
 
+    def plan_infill(self, body: InfillRequest) -> Plan:
+        """Raises ApiError for requests that cannot be served."""
+        self.check_name(body.model)
+        prefix = "\n\n".join([*(excerpt.text for excerpt in body.input_extra), body.input_prefix + body.prompt])
+        self._refuse_long(prefix + body.input_suffix, "input_prefix")
+        limit = self._context if body.n_predict < 0 else max(body.n_predict, 1)
+        ids = self._fill_in(prefix, body.input_suffix)
+        return Plan(body, self._requests(body, [ids], "input_prefix", limit, None), False, None, infill=True)
+
     def plan_chat(self, body: ChatRequest) -> Plan:
         """Raises ApiError for requests that cannot be served."""
         self.check_name(body.model)
@@ -95,13 +112,17 @@ class Service:
     def _encode(self, text: str, suffix: str) -> list[int]:
         """A prompt's token ids: BOS and the text, or what DeepSeek's models are to fill in."""
         self._refuse_long(text + suffix, "prompt")
-        spelled = None if suffix else _FIM.fullmatch(text)
-        if spelled is None and not suffix:
-            return self.tokenizer.encode(text)
-        prefix, suffix = spelled.groups() if spelled else (text, suffix)
+        if suffix:
+            return self._fill_in(text, suffix)
+        spelled = _FIM.fullmatch(text)
+        return self._fill_in(*spelled.groups()) if spelled else self.tokenizer.encode(text)
+
+    def _fill_in(self, prefix: str, suffix: str) -> list[int]:
         first, second, third = self.tokenizer.fim_prefix_id, self.tokenizer.fim_suffix_id, self.tokenizer.fim_middle_id
         if first is None or second is None or third is None:
-            raise ApiError(400, "suffix is given, but the model's tokenizer has no tokens to fill in by", "suffix")
+            raise ApiError(
+                400, "the model's tokenizer has no tokens to fill in by, so a suffix cannot be given", "suffix"
+            )
         before, after = self.tokenizer.encode_batch([prefix, suffix])
         return [self.tokenizer.bos_id, first, *before, second, *after, third]
 

@@ -50,6 +50,8 @@ def templates(tokenizer: Tokenizer) -> dict[str, ChatTemplate]:
         "replaced": "{{ '<｜User｜>CONTENT<｜end▁of▁sentence｜>'.replace('CONTENT', m.content) }}",
         "macro": "{% macro f(x) %}<｜User｜>{{ x }}{% endmacro %}{{ f(m.content) + eos_token }}",
         "in parts": "{{ '<｜' + 'User' + '｜>' + m.content + eos_token }}",
+        "by role": "{{ '<｜' ~ m.role.capitalize() ~ '｜>' }}{{ m.content }}{{ (' ' ~ eos_token)[1:] }}",
+        "stripped": "{{ '\n<｜User｜>\n'.strip() + m.content + (eos_token * 2)[:eos_token | length] }}",
         "block": "{% set x %}<｜User｜>{{ m.content }}{% endset %}{{ x + eos_token }}",
     }
     return {name: templated(tokenizer, loop.replace("BODY", body)) for name, body in bodies.items()}
@@ -103,6 +105,11 @@ ESCAPES = [
     "{% include '/etc/passwd' %}",
     "{% import 'os' as os %}{{ os.getcwd() }}",
     "{{ open('/etc/passwd').read() }}",
+    "{{ bos_token._codes }}",
+    "{{ bos_token.strip.__globals__ }}",
+    "{{ bos_token.strip.__func__ }}",
+    "{{ '<｜User｜>{0.__class__}'.format(messages)[8:] }}",
+    "{{ messages[0].tool_calls[0].function.arguments.update(a=1) }}",
 ]
 
 

@@ -1,6 +1,7 @@
 """The service and the engine's thread, in this process: which thread does what, and isolation of failures."""
 
 import asyncio
+import json
 import socket
 import threading
 import time
@@ -264,6 +265,35 @@ def test_suffixes_and_spelled_prompts_are_filled_in(engine: Engine) -> None:
     counts = [reply.json()["usage"]["prompt_tokens"] for reply in replies]
     assert texts[:4] == texts[:1] * 4 and counts[:4] == [len(ids)] * 4
     assert counts[4:] == [len(tokenizer.encode(body["prompt"])) for body in prompts[4:]]
+
+
+def test_infill_as_editors_ask_for_it(engine: Engine) -> None:
+    """The text that a completion with the same suffix has; also in a stream."""
+    body = {
+        "input_prefix": "def f(\n",
+        "prompt": "x",
+        "input_suffix": ")\n",
+        "n_predict": 9,
+        "temperature": 0,
+        "stop": [],
+    }
+    body |= {"input_extra": [{"filename": "a.py", "text": "import b", "time": 1}], "samplers": ["top_k"], "n_indent": 4}
+    same = {"prompt": "import b\n\ndef f(\nx", "suffix": ")\n", "max_tokens": 9, "temperature": 0}
+    whole, stream, expected, alone = responses(
+        engine,
+        ("/infill", body | {"cache_prompt": True, "t_max_predict_ms": 500}),
+        ("/infill", body | {"stream": True}),
+        ("/v1/completions", same),
+        ("/infill", {"input_prefix": "def", "n_predict": 1}),
+    )
+    choice, usage = expected.json()["choices"][0], expected.json()["usage"]
+    assert whole.json()["content"] == choice["text"] and whole.json()["stop"] is True
+    assert whole.json()["tokens_evaluated"] == usage["prompt_tokens"]
+    assert whole.json()["tokens_predicted"] == usage["completion_tokens"] == 9
+    chunks = [json.loads(line[6:]) for line in stream.text.splitlines() if line.startswith("data: {")]
+    assert "".join(chunk["content"] for chunk in chunks) == choice["text"]
+    assert [chunk["stop"] for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    assert alone.status_code == 200 and alone.json()["tokens_predicted"] == 1
 
 
 # Compiles, and fails with the first mask.
