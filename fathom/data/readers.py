@@ -32,6 +32,7 @@ _BYTE_ORDER_MARKS = {
 }
 _UNREADABLE = (ValueError, OSError, EOFError, lzma.LZMAError, zlib.error, csv.Error)
 _EXAMPLES = 20
+"""Reasons that are kept of what is skipped."""
 
 
 @dataclass

@@ -71,27 +71,24 @@ def _description(run: Run, corpus: TokenizedCorpus, needs: Estimate, peak_flops:
     return [
         f"model  {counts.total / 1e6:.1f}M parameters, {counts.active / 1e6:.1f}M active per token"
         f" (+ {counts.mtp / 1e6:.1f}M in {run.model.num_nextn_predict_layers} MTP module(s))",
-        *_skipped(corpus),
-        *_spare_vocabulary(run, corpus),
         f"data   {corpus.train_tokens:,} training tokens in {corpus.train_documents:,} documents, "
         f"{corpus.valid_tokens:,} held out; the run takes {needs.tokens:,}",
+        *_oddities(run, corpus),
         f"needs  about {needs.memory / 2**30:.2f} GiB on each of {world} rank(s) and "
         f"{duration(needs.seconds(peak_flops))}; computing in {run.train.compute_dtype}, {peak_flops / 1e9:.0f} "
         "GFLOP/s at best",
     ]
 
 
-def _skipped(corpus: TokenizedCorpus) -> list[str]:
-    """What of the corpus could not be read, the first five messages in full."""
-    if not corpus.skipped:
-        return []
-    return [f"skipped {corpus.skipped:,} files or rows (all in data/meta.json):", *corpus.skipped_examples[:5]]
-
-
-def _spare_vocabulary(run: Run, corpus: TokenizedCorpus) -> list[str]:
-    if corpus.vocab_size == run.model.vocab_size:
-        return []
-    return [
-        f"vocab  the tokenizer has {corpus.vocab_size:,} tokens; the model has rows for {run.model.vocab_size:,} "
-        "(model.vocab-size), and those that no text needs stay untrained"
-    ]
+def _oddities(run: Run, corpus: TokenizedCorpus) -> list[str]:
+    """What of the corpus was left out, with the first reasons, and rows of the vocabulary that no text needs."""
+    lines = []
+    if corpus.skipped:
+        lines.append(f"       {corpus.skipped:,} files or rows cannot be read and are left out; in data/meta.json why:")
+        lines += [f"         {reason}" for reason in corpus.skipped_examples[:5]]
+    if corpus.vocab_size < run.model.vocab_size:
+        lines.append(
+            f"       the tokenizer has {corpus.vocab_size:,} tokens, model.vocab_size is {run.model.vocab_size:,}: the "
+            "rest stays untrained"
+        )
+    return lines

@@ -36,7 +36,7 @@ class Progress:
     def print(self, message: str) -> None:
         """Print a line that stays."""
         if self._visible:
-            self.console.print(message, highlight=False)
+            self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def evaluated(self, step: int, values: dict[str, float]) -> None:
         """Print a line that stays, with an evaluation's metrics."""

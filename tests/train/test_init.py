@@ -1,5 +1,6 @@
 """Starting from a checkpoint: same weights and tokenizer, MTP modules added where it has none."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,13 +50,22 @@ def test_a_models_own_modules_are_kept(tiny_run: Run, tmp_path: Path) -> None:
     assert run.model.num_nextn_predict_layers == 2
 
 
-def test_a_vocabulary_that_the_text_cannot_fill_is_mentioned(
-    tiny_run: Run, one_rank: Ranks, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_what_is_odd_about_the_text_is_said_before_the_first_step(
+    tiny_run: Run, one_rank: Ranks, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = replace(tiny_run, model=replace(tiny_run.model, vocab_size=4096), train=replace(tiny_run.train, steps=1))
-    train(run, tmp_path, one_rank)
-    found = open_tokenized(tmp_path / "data").vocab_size
-    assert found < 4096
-    assert f"the tokenizer has {found} tokens; the model has rows for 4,096" in " ".join(
-        capsys.readouterr().out.split()
+    shutil.copytree(corpus, tmp_path / "texts")
+    image = tmp_path / "texts" / "[" / "b].png"  # in rich's markup a closing tag
+    image.parent.mkdir()
+    image.write_bytes(b"\x89PNG\0")
+    run = replace(
+        tiny_run,
+        model=replace(tiny_run.model, vocab_size=4096),
+        train=replace(tiny_run.train, steps=1),
+        data=replace(tiny_run.data, corpus=str(tmp_path / "texts")),
     )
+    train(run, tmp_path / "run", one_rank)
+    said, found = capsys.readouterr().out, open_tokenized(tmp_path / "run" / "data").vocab_size
+    assert "1 files or rows cannot be read and are left out" in said
+    assert f"{image} is a binary file" in said
+    assert found < 4096
+    assert f"the tokenizer has {found} tokens, model.vocab_size is 4,096" in said
