@@ -1,4 +1,4 @@
-"""The record of a run on disk: metrics.jsonl, loads.jsonl and evaluation.json."""
+"""The record of a run on disk: run.json, metrics.jsonl, loads.jsonl and evaluation.json."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fathom.config import save_json
 from fathom.files import atomic_write
 from fathom.metrics import JsonLines, MetricsLog
 from fathom.train.evaluation import EvalResult
@@ -18,10 +19,11 @@ _LOAD_RECORDS = 100
 
 
 class RunLog:
-    """Appends steps and evaluations; what a resumed run is about to write again is dropped first."""
+    """Writes run.json, and appends steps and evaluations; what a resumed run will write again is dropped first."""
 
     def __init__(self, directory: Path, run: Run, step: int) -> None:
         self._directory = directory
+        save_json(run, directory / "run.json")
         self._metrics = MetricsLog(directory, tensorboard=run.train.tensorboard)
         self._metrics.truncate_after(step)
         self._loads = JsonLines(directory / "loads.jsonl")

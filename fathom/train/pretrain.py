@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from fathom.checkpoint.training_state import checkpoints, newest_whole_checkpoint, save_checkpoint
-from fathom.config import ConfigError, save_json
+from fathom.config import ConfigError
 from fathom.data.batch import Batch
 from fathom.data.dataset import TokenRows
 from fathom.data.tokenize import TokenizedCorpus
@@ -44,7 +44,7 @@ def train(run: Run, directory: Path, ranks: Ranks, resume: bool = False, console
     With `resume` the run in `directory` goes on; `run` may change what `fathom.train.resume.CHANGEABLE` names of it.
 
     Raises TrainingError where memory will not do or the loss stays infinite, CheckpointError where no checkpoint is
-    whole, and ConfigError for a directory that another process trains in or that holds another run.
+    whole, ConfigError for a directory that holds another run, and ValueError for one that another process trains in.
     """
     arena_problem = install_allocator()
     with ExitStack() as stack:
@@ -65,10 +65,7 @@ def train(run: Run, directory: Path, ranks: Ranks, resume: bool = False, console
         state = restore_state(run, corpus, found, ranks) if found else build_state(run, ranks)
         if found:
             progress.print(f"resuming after step {state.step} ({found})")
-        log = None
-        if ranks.is_main:
-            save_json(run, directory / "run.json")
-            log = stack.enter_context(closing(RunLog(directory, run, state.step)))
+        log = stack.enter_context(closing(RunLog(directory, run, state.step))) if ranks.is_main else None
 
         stop_requested = stack.enter_context(stop_signals())
         while state.step < run.train.steps:
@@ -96,8 +93,7 @@ def train(run: Run, directory: Path, ranks: Ranks, resume: bool = False, console
             # A run of bad steps must not push the last good checkpoint out; whatever ends the run is saved.
             due = _due(state.step, run.train.save_every) and not state.skipped_in_a_row
             if done or stopping or due:
-                saved = save(directory, state, run, corpus, ranks)
-                progress.print(f"saved {saved}")
+                progress.print(f"saved {save(directory, state, run, corpus, ranks)}")
             if stopping and not done:
                 progress.print("stopped by a signal; continue with --resume")
                 return False
