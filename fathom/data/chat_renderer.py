@@ -298,8 +298,11 @@ def _up_to(rendered: str, content: str) -> str:
 def main() -> None:
     seconds = float(sys.argv[1])
     for limit, value in ((resource.RLIMIT_AS, _MEMORY), (resource.RLIMIT_CORE, 0)):
-        resource.setrlimit(limit, (value, value))
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # which ends the process, whatever it is doing
+        with contextlib.suppress(ValueError, OSError):  # macOS does not limit memory; time it does
+            resource.setrlimit(limit, (value, value))
+    # Ends the process, whatever it is doing and whatever its parent does with the signal.
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(encoding="utf-8", errors="surrogatepass")  # type: ignore[union-attr]
     renderer: Renderer | None = None

@@ -30,7 +30,8 @@ class Choice(OutputStream):
         if experts_LTK is None or weights_LTK is None:
             return []
         prompt, first = len(self.generation.prompt_ids), self._routed
-        self._routed = max(first, min(self.num_released, weights_LTK.shape[1] - prompt))
+        recorded = min(experts_LTK.shape[1], weights_LTK.shape[1])  # the engine may have added tokens between the two
+        self._routed = max(first, min(self.num_released, recorded - prompt))
         tokens = slice(prompt + first, prompt + self._routed)
         experts_TLK, weights_TLK = (each[:, tokens].transpose(0, 1).tolist() for each in (experts_LTK, weights_LTK))
         return [

@@ -221,8 +221,11 @@ class Message(_Body):
 
     @model_validator(mode="after")
     def _has_content(self) -> "Message":
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            raise ValueError("content is missing; only an assistant's message with tool_calls may be without")
+        instead = self.tool_calls or self.reasoning_content or self.reasoning
+        if self.content is None and not (self.role == "assistant" and instead):
+            raise ValueError(
+                "content is missing; only an assistant's message with tool_calls or reasoning may be without"
+            )
         return self
 
     def plain(self) -> dict[str, Any]:

@@ -3,6 +3,9 @@
 import pytest
 
 pytest.importorskip("starlette", reason="the server needs starlette")
+import torch
+from torch import Tensor
+
 from fathom.data.tokenizer import train_tokenizer
 from fathom.engine.outputs import Generation
 from fathom.engine.sampling.sampler import SamplingParams
@@ -28,3 +31,21 @@ def test_a_completion_may_end_within_a_character(each: bool, stops: list[str]) -
     assert choice.finish_reason == "stop" and choice.num_tokens == 2
     if each:
         assert [output.token for output in outputs] == [whole_and_half]
+
+
+class Routed(Generation):
+    """The engine records another token between the two reads."""
+
+    @property
+    def routed_experts(self) -> Tensor:
+        return torch.zeros(1, 2, 1, dtype=torch.int16)
+
+    @property
+    def routing_weights(self) -> Tensor:
+        return torch.ones(1, 3, 1)
+
+
+def test_routing_is_read_while_the_engine_records_it() -> None:
+    choice = Choice(Routed([0], SamplingParams(), token_ids=[65, 66, 67]), TOKENIZER, each=True)
+    choice.take(3, finished=False)
+    assert choice.routing() == [{"index": 0, "experts": [[0]], "weights": [[1.0]]}]
