@@ -118,10 +118,9 @@ def test_a_diverged_run_stops_and_leaves_the_good_checkpoint(tiny_run: Run, one_
     run = replace(tiny_run, train=replace(tiny_run.train, steps=4, save_every=2, max_bad_steps=3))
     out = tmp_path / "run"
     assert train(run, out, one_rank)
-    longer = (out / "run.json").read_text().replace('"steps": 4', '"steps": 40')
-    (out / "run.json").write_text(
-        longer.replace(f'"learning_rate": {run.optimizer.learning_rate}', '"learning_rate": 1e30')
-    )
+    run = replace(run, train=replace(run.train, steps=40), optimizer=replace(run.optimizer, learning_rate=1e30))
+    recorded = (out / "run.json").read_text()
+    (out / "run.json").write_text(recorded.replace('"learning_rate": 0.003', '"learning_rate": 1e30'))
     saved = (out / "checkpoints" / "step-000004" / "model.safetensors").read_bytes()
     with pytest.raises(TrainingError, match=r"in a row had a loss or gradient that is not finite.*learning-rate"):
         train(run, out, one_rank, resume=True)
