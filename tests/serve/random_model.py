@@ -1,5 +1,6 @@
 """A small model with random weights whose output depends on its input, and a tokenizer of several scripts."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -34,13 +35,14 @@ CONFIG = ModelConfig(
 
 
 @torch.no_grad()
-def save_random_model(directory: Path) -> Path:
-    """Write it; its logits spread far enough that greedy choices are clear."""
+def save_random_model(directory: Path, spare_ids: bool = True) -> Path:
+    """Write it; its logits spread far enough that greedy choices are clear. `spare_ids`: beyond the tokenizer's."""
     torch.manual_seed(5)
-    model = Model(CONFIG)
+    tokenizer = train_tokenizer([TEXT * 40], CONFIG.vocab_size)
+    model = Model(CONFIG if spare_ids else replace(CONFIG, vocab_size=tokenizer.vocab_size))
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.normal_(std=0.12)
     save_model(model, directory)
-    save_tokenizer(train_tokenizer([TEXT * 40], CONFIG.vocab_size), directory)
+    save_tokenizer(tokenizer, directory)
     return directory
