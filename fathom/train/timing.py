@@ -10,15 +10,21 @@ from fathom.train.run import Run
 from fathom.train.setup import build_state, open_rows, tokenize_once
 
 
-def seconds_per_step(run: Run, directory: Path, ranks: Ranks, steps: int) -> float:
-    """Median time of a step of a resolved run, from the second half of `steps` real ones on weights then discarded."""
+def seconds_per_step(run: Run, directory: Path, ranks: Ranks, steps: int, seconds: float) -> float:
+    """Median time of a step of a resolved run, from the second half of real ones on weights then discarded.
+
+    There are `steps` of them, or as many as begin within `seconds`, but two at least.
+    """
     corpus = tokenize_once(run, directory / "data", ranks)
     state = build_state(run, ranks)
     rows = open_rows(corpus, run, "train")
     times = []
+    end = time.perf_counter() + seconds
     for step in range(steps):
+        if ranks.any(step >= 2 and time.perf_counter() > end):
+            break
         began = time.perf_counter()
         batches = micro_batches(rows, step * run.train.batch_size, run.train.batch_size, run, ranks)
         pretrain_step(state, batches, run.train.batch_size, run, ranks)
         times.append(time.perf_counter() - began)
-    return median(times[steps // 2 :])
+    return median(times[len(times) // 2 :])
