@@ -7,7 +7,6 @@ rejected drafts are overwritten later. Plain decoding is the same step without d
 Shapes: N tokens, D hidden, O vocabulary.
 """
 
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -21,15 +20,16 @@ from fathom.engine import backends
 from fathom.engine.batch import ForwardOutput, SequenceChunk
 from fathom.engine.config import EngineConfig, merged
 from fathom.engine.deprecated import OldNames
-from fathom.engine.detokenizer import OutputStream, StopChecker
+from fathom.engine.detokenizer import OutputStream
+from fathom.engine.live_requests import LiveRequests
 from fathom.engine.outputs import Completion, FinishReason, Generation, Stats, Update
 from fathom.engine.page_pool import PagePool
 from fathom.engine.proposer import Proposer, max_drafts
-from fathom.engine.request import Prompt, Request, RequestState, absent_ids, check, eos_ids
-from fathom.engine.routing import ExpertLoad, PageRouting, RoutingRecord
+from fathom.engine.request import Prompt, Request, RequestState, absent_ids, check
+from fathom.engine.routing import ExpertLoad, PageRouting
 from fathom.engine.sampling.sampler import SamplingParams
 from fathom.engine.sampling.verify import SampledTokens, verify
-from fathom.engine.scheduler import PrefillChunk, Scheduler, SequenceState
+from fathom.engine.scheduler import PrefillChunk, Scheduler
 from fathom.engine.weights import update_parameters
 from fathom.model.transformer import Model
 
@@ -46,8 +46,8 @@ class Engine(OldNames):
 
     Or step by step: `submit` requests at any time, call `step` while `has_work`. Greedy tokens do not depend on the
     other requests (in float32, up to rounding during prefill); sampled ones depend on their own seed and position.
-    Streams and calls of `generate` may be interleaved: each step works on the requests of all. While requests are not
-    finished, `submit`, `step` and `cancel` raise RuntimeError in another thread than theirs.
+    Calls may be interleaved: a step works on the requests of all. While some are not finished, `submit`, `step` and
+    `cancel` raise RuntimeError in another thread than theirs.
     """
 
     def __init__(
@@ -75,11 +75,9 @@ class Engine(OldNames):
         self._proposer = Proposer(self.backend, self.speculative, drafts)
         self._load = ExpertLoad(model.config.num_moe_layers, model.config.n_routed_experts, device)
         self._page_routing = PageRouting()
-        self._eos_ids, self._absent_X = eos_ids(model.config, tokenizer), absent_ids(model.config, tokenizer, device)
+        self._absent_X = absent_ids(model.config, tokenizer, device)
         self._steps = self._prompt_tokens = self._generated_tokens = self._drafted = self._accepted = 0
-        self._requests: dict[SequenceState, RequestState] = {}
-        self._by_generation: dict[Generation, RequestState] = {}
-        self._thread, self._adding = threading.get_ident(), threading.Lock()
+        self._requests = LiveRequests()
 
     # ------------------------------------------------------------------------------------ whole continuations
 
@@ -108,10 +106,7 @@ class Engine(OldNames):
         return [self.completion(handle) for handle in handles]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
-        """The continuation of one prompt, piece by piece as its text becomes final.
-
-        Raises RuntimeError if it ends by an error (`Generation.error`).
-        """
+        """One prompt's continuation, piece by piece as its text becomes final; RuntimeError where an error ends it."""
         if self.tokenizer is None:
             raise ValueError("the engine has no tokenizer, so it has no text to stream: use submit and step")
         handle = self.submit(prompt, params)
@@ -170,7 +165,7 @@ class Engine(OldNames):
     @property
     def has_work(self) -> bool:
         """Whether any request is not finished."""
-        return bool(self._requests)
+        return len(self._requests) > 0
 
     def submit(self, request: Request | Prompt, params: SamplingParams | None = None) -> Generation:
         """Queue a request, or a prompt with these parameters; returns the handle that `step` reports on.
@@ -182,35 +177,20 @@ class Engine(OldNames):
             request = Request(request, params or SamplingParams())
         elif params is not None:
             raise ValueError("params is given beside a Request, which has its own; give one of them")
-        prompt, params = self.encode(request.prompt), request.params
-        if params.stop and self.tokenizer is None:
-            raise ValueError(f"stop is {list(params.stop)}, but the engine has no tokenizer: use stop_ids")
-        check(request, prompt, self.model.config.vocab_size, self.max_length)
-        # The list of tokens is the sequence's own: it grows.
-        limit = min(len(prompt) + params.max_tokens, self.max_length, self.pool.slots)
-        sequence = SequenceState(list(prompt), limit, request.priority, reuse=params.prompt_logprobs is None)
-        stop_ids = params.stop_ids if params.ignore_eos else (*params.stop_ids, *self._eos_ids)
-        generation = Generation(prompt, params)
-        if request.return_routed_experts:
-            sequence.cache_salt = PageRouting.salt
-            config = self.model.config
-            shape = (config.num_moe_layers, config.num_experts_per_tok)
-            generation.routing = RoutingRecord(*shape, request.return_routing_weights)
-        checker = StopChecker(self.tokenizer, params.stop) if self.tokenizer is not None and params.stop else None
-        state = RequestState(generation, sequence, request.stream, stop_ids, request.constraint, checker)
-        with self._adding:
-            self._check_thread()
-            if not self._requests:
-                self._proposer.resume_if_due(self._steps)
-            self.scheduler.add(sequence)
-            self._requests[sequence] = self._by_generation[generation] = state
-        return generation
+        prompt = self.encode(request.prompt)
+        check(request, prompt, self.tokenizer, self.model.config.vocab_size, self.max_length)
+        if not self._requests:
+            self._proposer.resume_if_due(self._steps)
+        limit = min(len(prompt) + request.params.max_tokens, self.max_length, self.pool.slots)
+        state = RequestState.of(request, prompt, limit, self.tokenizer, self.model.config)
+        self._requests.add(state, self.scheduler)
+        return state.generation
 
     def cancel(self, handle: Generation) -> None:
         """End a request where it is; does nothing to one that has finished."""
-        request = self._by_generation.get(handle)
+        request = self._requests.of(handle)
         if request is not None:
-            self._check_thread()
+            self._requests.check_thread()
             self._finish(request, "cancelled")
 
     def step(self) -> list[Update]:
@@ -225,7 +205,7 @@ class Engine(OldNames):
 
         Must be exhausted before any other method is called.
         """
-        self._check_thread()
+        self._requests.check_thread()
         decoding = sum(sequence.computed >= sequence.prefill_length for sequence in self.scheduler.running)
         plan = self.scheduler.schedule(self._proposer.num_drafts(decoding))
         self._steps += bool(plan.decode or plan.prefill)
@@ -233,17 +213,6 @@ class Engine(OldNames):
             yield self._decode([self._requests[sequence] for sequence in plan.decode], plan.drafts)
         if plan.prefill:
             yield self._prefill(plan.prefill)
-
-    def _check_thread(self) -> None:
-        """An engine without requests is the next caller's."""
-        caller = threading.get_ident()
-        if not self._requests:
-            self._thread = caller
-        elif self._thread != caller:
-            raise RuntimeError(
-                f"the engine has {len(self._requests)} unfinished requests of another thread, which alone may submit, "
-                "step and cancel until they are finished; give every thread an engine, or submit all from one"
-            )
 
     # ------------------------------------------------------------------------------------------ the whole engine
 
@@ -257,8 +226,8 @@ class Engine(OldNames):
         or values that are not floating-point numbers.
         """
         if self.has_work:
-            left = len(self._requests)
-            raise RuntimeError(f"{left} requests are not finished; step until has_work is False, or cancel them")
+            problem = f"{len(self._requests)} requests are not finished"
+            raise RuntimeError(f"{problem}; step until has_work is False, or cancel them")
         update_parameters(self.model, tensors)
         self.backend.refresh_weights()
         self.reset_prefix_cache()
@@ -314,14 +283,13 @@ class Engine(OldNames):
             first = index * fed
             request.record_routing(len(request.sequence.tokens) - 1, output, first, own.accepted + 1)
             update = self._append(request, own, output.h_ND, first)
-            # Those behind a token that ended the request are not in its answer.
-            accepted_here = min(own.accepted, len(update.tokens))
-            self._drafted, self._accepted = self._drafted + drafts, self._accepted + accepted_here
-            request.generation.count_drafts(drafts, accepted_here)
+            accepted = min(own.accepted, len(update.tokens))  # those behind a token that ended it are in no answer
+            self._drafted, self._accepted = self._drafted + drafts, self._accepted + accepted
+            request.generation.count_drafts(drafts, accepted)
             updates.append(update)
-        accepted = [own.accepted for own in sampled]
-        if self._proposer.record(drafts, accepted, time.perf_counter() - began, caught_up):
-            self._proposer.pause(self._steps, self._requests.values())
+        seconds = time.perf_counter() - began
+        if self._proposer.record(drafts, [own.accepted for own in sampled], seconds, caught_up):
+            self._proposer.pause(self._steps, self._requests)
         return updates
 
     def _forward(self, chunks: list[SequenceChunk], logits_indices: Sequence[int]) -> ForwardOutput:
@@ -370,13 +338,12 @@ class Engine(OldNames):
                 num_logits = part.num_tokens
                 request.add_prompt_logprobs(part.start, output.logits_NO[used : used + num_logits])
             used += num_logits
-            if self._proposer.is_active:
-                # The pair with the token that is sampled now stays pending until the next draft.
-                pairs = part.num_tokens - part.is_last
-                if pairs:
-                    tokens = sequence.tokens[part.start + 1 : part.start + 1 + pairs]
-                    mtp_chunks.append(SequenceChunk(tokens, part.start + 1, sequence.pages))
-                    mtp_hidden.append(h_ND[:pairs])
+            # The pair with the token that is sampled now stays pending until the next draft.
+            pairs = part.num_tokens - part.is_last
+            if self._proposer.is_active and pairs:
+                tokens = sequence.tokens[part.start + 1 : part.start + 1 + pairs]
+                mtp_chunks.append(SequenceChunk(tokens, part.start + 1, sequence.pages))
+                mtp_hidden.append(h_ND[:pairs])
             sequence.computed = sequence.ready = part.end
             if part.is_last:
                 complete.append((request, h_ND[-1:]))
@@ -396,10 +363,8 @@ class Engine(OldNames):
         them."""
         generation, sequence = request.generation, request.sequence
         request.drafts = []
-        tokens, reason = request.until_finished(sampled.tokens)
+        tokens, reason = request.until_finished(sampled)
         request.advance_constraint(tokens)
-        if reason is None:
-            generation.error = generation.error or sampled.error
         if generation.error:
             reason = "error"
         sequence.tokens += tokens
@@ -431,4 +396,4 @@ class Engine(OldNames):
     def _finish(self, request: RequestState, reason: FinishReason) -> None:
         request.generation.finish_reason = reason
         self.scheduler.finish(request.sequence)
-        del self._requests[request.sequence], self._by_generation[request.generation]
+        self._requests.remove(request)

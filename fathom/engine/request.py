@@ -14,8 +14,9 @@ from fathom.data.tokenizer import Tokenizer
 from fathom.engine.batch import ForwardOutput, SequenceChunk
 from fathom.engine.detokenizer import StopChecker
 from fathom.engine.outputs import FinishReason, Generation
+from fathom.engine.routing import PageRouting, RoutingRecord
 from fathom.engine.sampling.sampler import SamplingParams, check_against
-from fathom.engine.sampling.verify import Constraint, SamplingState, prompt_logprobs
+from fathom.engine.sampling.verify import Constraint, SampledTokens, SamplingState, prompt_logprobs
 from fathom.engine.scheduler import SequenceState
 from fathom.model.config import ModelConfig
 
@@ -58,6 +59,23 @@ class RequestState:
     """Hidden states of the latest tokens, whose pairs with the token after them the MTP module has not seen."""
     num_pending: int = 0
 
+    @staticmethod
+    def of(
+        request: Request, prompt: list[int], limit: int, tokenizer: Tokenizer | None, config: ModelConfig
+    ) -> "RequestState":
+        """The state of a new request; `prompt` holds its token ids, `limit` is its sequence's."""
+        params = request.params
+        # The list of tokens is the sequence's own: it grows.
+        sequence = SequenceState(list(prompt), limit, request.priority, reuse=params.prompt_logprobs is None)
+        generation = Generation(prompt, params)
+        if request.return_routed_experts:
+            sequence.cache_salt = PageRouting.salt
+            shape = (config.num_moe_layers, config.num_experts_per_tok)
+            generation.routing = RoutingRecord(*shape, request.return_routing_weights)
+        stop_ids = params.stop_ids if params.ignore_eos else (*params.stop_ids, *eos_ids(config, tokenizer))
+        checker = StopChecker(tokenizer, params.stop) if tokenizer is not None and params.stop else None
+        return RequestState(generation, sequence, request.stream, stop_ids, request.constraint, checker)
+
     def sampling_state(self) -> SamplingState:
         """What sampling needs in this step."""
         sequence, params = self.sequence, self.generation.params
@@ -96,20 +114,22 @@ class RequestState:
         """Drop drafts and pending hidden states: it was preempted, or drafting has been switched off."""
         self.drafts, self.pending_ND, self.num_pending = [], [], 0
 
-    def until_finished(self, sampled: list[int]) -> tuple[list[int], FinishReason | None]:
+    def until_finished(self, sampled: SampledTokens) -> tuple[list[int], FinishReason | None]:
         """The sampled tokens up to one that ends the request, and why it does."""
         if self.generation.error:  # its constraint failed, and the tokens were sampled without it
             return [], "error"
-        for count, token in enumerate(sampled, start=1):
+        tokens = sampled.tokens
+        for count, token in enumerate(tokens, start=1):
             if token in self.stop_ids:
                 self.generation.stop_reason = token if token in self.generation.params.stop_ids else None
-                return sampled[:count], "stop"
+                return tokens[:count], "stop"
             if self.stop_checker is not None and (stop := self.stop_checker.completed_by(token)):
                 self.generation.stop_reason = stop
-                return sampled[:count], "stop"
+                return tokens[:count], "stop"
             if len(self.sequence.tokens) + count == self.sequence.limit:
-                return sampled[:count], "length"
-        return sampled, None
+                return tokens[:count], "length"
+        self.generation.error = sampled.error
+        return tokens, None
 
     def add_prompt_logprobs(self, start: int, logits_NO: Tensor) -> None:
         """Report the prompt's tokens behind `start`, by the logits from there on."""
@@ -145,7 +165,7 @@ class RequestState:
         return allowed_TO | ~allowed_TO.any(-1, keepdim=True)
 
 
-def check(request: Request, prompt: list[int], vocab_size: int, max_length: int) -> None:
+def check(request: Request, prompt: list[int], tokenizer: Tokenizer | None, vocab_size: int, max_length: int) -> None:
     """Raises ValueError for a request that cannot be served; `prompt` holds its token ids."""
     if not prompt:
         raise ValueError("the prompt is empty; it needs at least one token, such as BOS")
@@ -157,6 +177,8 @@ def check(request: Request, prompt: list[int], vocab_size: int, max_length: int)
             f"the prompt has {len(prompt)} tokens; with one more it must fit the model's length, "
             f"max_position_embeddings = {max_length}"
         )
+    if request.params.stop and tokenizer is None:
+        raise ValueError(f"stop is {list(request.params.stop)}, but the engine has no tokenizer: use stop_ids")
     check_against(request.params, vocab_size)
     if request.return_routing_weights and not request.return_routed_experts:
         raise ValueError("return_routing_weights is True; return_routed_experts must then be True, too")

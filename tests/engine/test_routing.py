@@ -130,17 +130,22 @@ def test_pages_that_are_reused_keep_no_old_routing() -> None:
 
 
 def test_routing_can_be_read_while_the_engine_steps() -> None:
-    """By a server's thread: a token's routing is there or not there yet."""
+    """By another thread: a token's routing is there or not there yet."""
     engine = Engine(lively_model(config(), seed=2), max_batch=1)
     handle = engine.submit(asking([1, 2, 3], SamplingParams(max_tokens=124, ignore_eos=True)))
-    stepping = threading.Thread(target=finish, args=(engine,))
-    stepping.start()
     reads: list[torch.Tensor] = []
-    while stepping.is_alive():
-        assert handle.routed_experts is not None
-        reads.append(handle.routed_experts.clone())
+
+    def read() -> None:
+        while not handle.finished:
+            assert handle.routed_experts is not None
+            reads.append(handle.routed_experts.clone())
+
+    reading = threading.Thread(target=read)
+    reading.start()
+    finish(engine)
+    reading.join()
     final = handle.routed_experts
-    assert handle.finish_reason == "length" and final is not None, "the other thread did not get to its end"
+    assert handle.finish_reason == "length" and final is not None and reads
     assert final.shape[1] == len(handle.prompt_ids) + len(handle.token_ids) - 1
     assert all(torch.equal(read, final[:, : read.shape[1]]) for read in reads)
 
