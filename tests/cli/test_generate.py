@@ -6,7 +6,7 @@ import pytest
 
 from fathom.checkpoint.hf.model import load_model
 from fathom.cli import main
-from fathom.cli.generate import loop_at_end
+from fathom.cli.generation import loop_at_end
 from fathom.data.tokenizer import load_tokenizer
 from fathom.engine.engine import Engine
 from fathom.engine.sampling.sampler import SamplingParams
