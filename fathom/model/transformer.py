@@ -19,6 +19,7 @@ from fathom.model.block import Block
 from fathom.model.cached_batch import CachedBatch
 from fathom.model.config import ModelConfig
 from fathom.model.layers import Linear, RMSNorm
+from fathom.model.memory import check_model_fits
 from fathom.model.moe import Experts
 from fathom.model.mtp import MTPModule
 from fathom.model.outputs import HiddenStates, ModelOutput, RouterOutputs, warn_renamed
@@ -33,7 +34,9 @@ class Model(nn.Module):
     """A DeepSeek-V3 model with freshly initialised weights; `fathom.load_model` reads a checkpoint instead."""
 
     def __init__(self, config: ModelConfig) -> None:
+        """Raises ConfigError for a model that is larger than the memory of the device it is built on."""
         super().__init__()
+        check_model_fits(config)
         self.config = config
         dense = config.first_k_dense_replace
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)

@@ -75,6 +75,13 @@ def free_memory(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory that the device has, used or free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def compile_unavailable_reason(device: torch.device) -> str | None:
     """Why torch.compile cannot be used on the device; None where it can."""
     if device.type != "cpu":

@@ -18,6 +18,7 @@ from fathom.checkpoint.hf.weights import CheckpointWeights, ModelWeights, Weight
 from fathom.data.tokenizer import Tokenizer, save_tokenizer
 from fathom.files import atomic_directory
 from fathom.model.config import ModelConfig
+from fathom.model.memory import check_bytes_fit
 from fathom.model.transformer import Model
 from fathom.quantization import fp8
 
@@ -42,13 +43,16 @@ def load_model(
 
     Weights are converted to `dtype` as they are read; correction biases stay float32. FP8 weights are dequantised, or
     with `keep_fp8` stay FP8 in memory, for inference only. A directory whose MTP weights are absent loads without MTP
-    modules, with a warning. Raises CheckpointError for missing, unexpected or misshapen tensors.
+    modules, with a warning. Raises CheckpointError for missing, unexpected or misshapen tensors, ConfigError for a
+    model that is larger than the device's memory.
     """
     weights = CheckpointWeights(model_directory(path))
     model = meta_model(weights.config)
     with torch.device("meta"):
         kept = insert_fp8_layers(model, weights) if keep_fp8 else frozenset()
-    model.to(dtype).to_empty(device=device)
+    model.to(dtype)
+    check_bytes_fit(sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())), device)
+    model.to_empty(device=device)
     model.tie_head()
     _load_weights(model, weights, kept)
     return model.eval()
