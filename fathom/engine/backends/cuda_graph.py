@@ -86,7 +86,7 @@ class CudaGraphBackend(CompiledBackend):
         kinds: list[tuple[int | None, bool]] = [(None, False)]
         if self._modules:
             kinds += [(0, False), (0, True)]
-        with self._on_device():
+        with self._eager.on_device():
             for size in SIZES[: SIZES.index(largest) + 1]:
                 for module, cache_only in kinds:
                     self._step(module, cache_only, size)
@@ -101,7 +101,7 @@ class CudaGraphBackend(CompiledBackend):
     ) -> ForwardOutput:
         metadata = BatchMetadata.of(chunks, self._page_size, self.cache.null_slot)
         count, wanted = len(metadata.token_ids), list(logits_indices)
-        with self._on_device():
+        with self._eager.on_device():
             size = next(size for size in SIZES if size >= count)
             step = self._step(module, cache_only, size)
             self._fill(step.inputs, metadata, prev_hidden_ND, size)

@@ -42,12 +42,12 @@ class EagerBackend:
         self.model, self.cache = model, cache
         self._compute_dtype = _compute_dtype(weight)
         # Triton's kernels go to the current device.
-        self._on_device = partial(torch.cuda.device, weight.device) if weight.is_cuda else nullcontext
+        self.on_device = partial(torch.cuda.device, weight.device) if weight.is_cuda else nullcontext
         self._varlen = weight.is_cuda
 
     @torch.no_grad()
     def forward(self, chunks: Sequence[SequenceChunk], logits_indices: Sequence[int]) -> ForwardOutput:
-        with self._on_device():
+        with self.on_device():
             batch = self._batch(chunks, 0)
             h_ND, routing = self.model.forward_with_cache(self._token_ids(chunks), batch, self._compute_dtype)
             return self._output(h_ND, routing, logits_indices)
@@ -56,19 +56,19 @@ class EagerBackend:
     def forward_mtp(
         self, chunks: Sequence[SequenceChunk], prev_hidden_ND: Tensor, logits_indices: Sequence[int]
     ) -> ForwardOutput:
-        with self._on_device():
+        with self.on_device():
             ids_N, batch = self._token_ids(chunks), self._batch(chunks, 1)
             h_ND = self.model.forward_mtp_with_cache(0, ids_N, prev_hidden_ND.to(self._compute_dtype), batch)
             return self._output(h_ND, [], logits_indices)
 
     @torch.no_grad()
     def write_mtp_kv_cache(self, chunks: Sequence[SequenceChunk], prev_hidden_ND: Tensor) -> None:
-        with self._on_device():
+        with self.on_device():
             ids_N, batch = self._token_ids(chunks), self._batch(chunks, 1)
             self.model.write_mtp_kv_cache(0, ids_N, prev_hidden_ND.to(self._compute_dtype), batch)
 
     def warm_up(self, tokens: int) -> None:
-        """Nothing: there is nothing to compile, or it is compiled once for all models."""
+        """Nothing: there is nothing to compile."""
 
     def refresh_weights(self) -> None:
         """Nothing: the model's parameters are read where they lie."""
