@@ -161,6 +161,7 @@ def test_in_a_terminal_lines_are_edited_and_ctrl_c_and_ctrl_d_are_keys(model: Pa
         _read_until(ours, "> ")
         os.write(ours, b"/rexet\x1b[D\x1b[D\x7fs\r")  # two to the left, delete the x, s
         _read_until(ours, "A new conversation.")
+        _read_until(ours, "> ")  # which comes once the terminal is set for reading
         os.write(ours, b"\x1b[A\r")  # the line before
         _read_until(ours, "A new conversation.")
         _read_until(ours, "> ")
