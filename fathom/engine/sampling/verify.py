@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,15 +92,16 @@ def verify(logits_NO: Tensor, rows: Sequence[SamplingState], absent_X: Tensor | 
     """
     places = _places(rows, len(logits_NO))
     present_NO = logits_NO if absent_X is None else logits_NO.index_fill(1, absent_X, -torch.inf)
-    best_N = _likeliest(present_NO)
+    best_N = _checked(_likeliest(present_NO), present_NO)
     sampled = []
     for row, place in zip(rows, places, strict=True):
         if row.params.temperature > 0:
             sampled.append((row, place))
         elif _changes_logits(row):
-            best_N[place] = _likeliest(_processed(present_NO[place], row))
+            processed_TO = _processed(present_NO[place], row)
+            best_N[place] = _checked(processed_TO.argmax(-1), processed_TO)
     if sampled:
-        drawn_N = _drawn([(row, present_NO[place], 0) for row, place in sampled])
+        drawn_N = _checked(*_drawn([(row, present_NO[place], 0) for row, place in sampled]))
         best_N[torch.cat([torch.arange(place.start, place.stop) for _, place in sampled]).to(best_N.device)] = drawn_N
     chosen = best_N.tolist()  # the call's one transfer to the host, but for log-probabilities
     results = []
@@ -126,11 +126,11 @@ def draft(logits_BO: Tensor, rows: Sequence[SamplingState]) -> list[int]:
     sampled = [b for b, row in enumerate(rows) if row.params.temperature > 0]
     for b, row in enumerate(rows):
         if row.params.temperature == 0 and _changes_logits(row):
-            best_B[b] = _likeliest(_processed(logits_BO[b : b + 1], row))[0]
+            best_B[b] = _processed(logits_BO[b : b + 1], row)[0].argmax()
     if sampled:
-        best_B[sampled] = _drawn([(rows[b], logits_BO[b : b + 1], len(rows[b].drafts)) for b in sampled])
-    # Where no token can be sampled any will do: it is not accepted.
-    return best_B.clamp_min(0).tolist()
+        best_B[sampled], _ = _drawn([(rows[b], logits_BO[b : b + 1], len(rows[b].drafts)) for b in sampled])
+    # Not `_checked`: where no token can be sampled any will do, as it is not accepted.
+    return best_B.tolist()
 
 
 def prompt_logprobs(logits_SO: Tensor, following_S: Tensor, top: int) -> list[TokenLogprob]:
@@ -142,15 +142,23 @@ def prompt_logprobs(logits_SO: Tensor, following_S: Tensor, top: int) -> list[To
 
 
 def _likeliest(logits_NO: Tensor) -> Tensor:
-    """The first of the likeliest tokens at each position, (N); −1 where its logit is not finite, so that none is."""
+    """The first of the likeliest tokens at each position, (N)."""
     if logits_NO.device.type == "cpu":
         # Some ten times as fast as torch's argmax, which takes as long as a small model's whole step.
-        values = at_least_float32(logits_NO).numpy()
-        best = values.argmax(-1)
-        best[~np.isfinite(values[np.arange(len(best)), best])] = -1
-        return torch.from_numpy(best)
-    best_N1 = logits_NO.argmax(-1, keepdim=True)
-    return best_N1.where(logits_NO.gather(1, best_N1).isfinite(), -1)[:, 0]
+        return torch.from_numpy(at_least_float32(logits_NO).numpy().argmax(-1))
+    return logits_NO.argmax(-1)
+
+
+def _checked(ids_N: Tensor, values_NO: Tensor) -> Tensor:
+    """The chosen ids; −1 where the logit or the probability that won is not finite, so that none could be chosen."""
+    if ids_N.device.type != "cpu":
+        return ids_N.where(values_NO.gather(1, ids_N[:, None])[:, 0].isfinite(), -1)
+    # A few look-ups from Python take less than any operation on tensors.
+    values = at_least_float32(values_NO).numpy()
+    for n, token in enumerate(ids_N.tolist()):
+        if not math.isfinite(values.item(n, token)):
+            ids_N[n] = -1
+    return ids_N
 
 
 def _why_none(logits_O: Tensor) -> str:
@@ -207,17 +215,16 @@ def _distributions(sampled: Sequence[tuple[SamplingState, Tensor]]) -> list[Tens
     return [found[b] for b in range(len(sampled))]
 
 
-def _drawn(sampled: Sequence[tuple[SamplingState, Tensor, int]]) -> Tensor:
-    """The tokens (N) sampled at all positions of some requests, −1 where none can be: each request with its logits
-    (T, O) and how many positions after its next token these begin."""
+def _drawn(sampled: Sequence[tuple[SamplingState, Tensor, int]]) -> tuple[Tensor, Tensor]:
+    """The tokens (N) sampled at all positions of some requests, each with its logits (T, O) and how many positions
+    after its next token these begin; and the distributions (N, O) they were drawn from."""
     probs_NO = torch.cat(_distributions([(row, logits_TO) for row, logits_TO, _ in sampled]))
     noise = [
         exponential_noise(row.params.seed, row.stream, len(row.tokens) + ahead + place, logits_TO.shape[1])
         for row, logits_TO, ahead in sampled
         for place in range(len(logits_TO))
     ]
-    drawn_N1 = draw(probs_NO, torch.stack(noise).to(probs_NO.device))[:, None]
-    return drawn_N1.where(probs_NO.gather(1, drawn_N1) > 0, -1)[:, 0]
+    return draw(probs_NO, torch.stack(noise).to(probs_NO.device)), probs_NO
 
 
 def _with_logprobs(
