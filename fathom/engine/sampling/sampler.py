@@ -28,6 +28,8 @@ from fathom.model.layers import at_least_float32
 
 _COOLEST = 1e-5
 """Smallest temperature but 0: below it, scaled logits would overflow float32."""
+_STRONGEST = 1e4
+"""Largest repetition penalty, and one over the smallest: beyond it, penalised logits would overflow."""
 
 _CANDIDATES = 256
 """Likeliest tokens among which the threshold of top-p is searched before the whole vocabulary is sorted."""
@@ -81,8 +83,9 @@ class SamplingParams:
         check(is_int(self.top_k, 0), "top_k", self.top_k, "an integer of at least 1, or 0 for no limit")
         check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1 (1: no limit)")
         check(0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 (no limit) to 1")
-        strong = 0 < self.repetition_penalty < math.inf
-        check(strong, "repetition_penalty", self.repetition_penalty, "a number above 0 (1: no penalty)")
+        strong = 1 / _STRONGEST <= self.repetition_penalty <= _STRONGEST
+        expected = f"a number from {1 / _STRONGEST} to {_STRONGEST:g} (1: no penalty)"
+        check(strong, "repetition_penalty", self.repetition_penalty, expected)
         for name in ("presence_penalty", "frequency_penalty"):
             check(-2 <= getattr(self, name) <= 2, name, getattr(self, name), "from -2 to 2 (0: no penalty)")
         biased = all(is_int(token, 0) and -100 <= bias <= 100 for token, bias in self.logit_bias.items())

@@ -244,6 +244,7 @@ def test_races_are_exponential_and_independent() -> None:
         ("min_p", -0.1),
         ("min_p", 2.0),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 5e-324),
         ("repetition_penalty", math.inf),
         ("presence_penalty", 2.5),
         ("presence_penalty", math.nan),
