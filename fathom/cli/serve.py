@@ -94,7 +94,7 @@ def run(words: list[str]) -> None:
     except ModuleNotFoundError as error:
         raise ConfigError(f"fathom serve needs {error.name}: pip install 'fathom-lm[serve]'") from error
     inspector = None if command.inspector is None else command.inspector.read_bytes()
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
     listening = listen(command.host, command.port)
     engine = _warm_engine(command, console)
     engine_thread = EngineThread(engine)
@@ -104,7 +104,7 @@ def run(words: list[str]) -> None:
     app = make_app(service, keys, command.allow_origin, command.hosts, command.largest_body, inspector)
     host = f"[{command.host}]" if ":" in command.host else command.host
     address = f"http://{host}:{listening.getsockname()[1]}"
-    console.print(f"serving    {name} at {address}{'' if keys else ' (no API key)'}", soft_wrap=True)
+    console.print(f"serving    {name} at {address}{'' if keys else ' (no API key)'}")
     serve(app, engine_thread, listening, command.drain)
 
 
@@ -114,7 +114,7 @@ def _warm_engine(command: ServeCommand, console: Console) -> Engine:
     OpenMP keeps a team of threads for every thread that has computed, and with more of them than processors the
     engine's team would sleep at each barrier of a step instead of spinning.
     """
-    console.print(f"loading    {command.path}", soft_wrap=True)
+    console.print(f"loading    {command.path}")
     with ThreadPoolExecutor(1) as loading:
         engine = loading.submit(_engine, command).result()
         if engine.model.embed_tokens.weight.is_cuda:

@@ -245,7 +245,7 @@ class Renderer:
         self._template = environment.from_string(source)
 
     def pieces(self, line: str) -> list[str]:
-        """The rendering that a request asks for, as `Codes.split` returns it."""
+        """The rendering of a request (a line of JSON), as `Codes.split` returns it."""
         if Literal._codes.collide(line):
             Literal._codes = Codes(self._spellings, self._source + line)
         request = json.loads(line)

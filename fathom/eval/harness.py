@@ -94,6 +94,7 @@ class HarnessModel(TemplateLM):
         """Each context's continuation up to the first of its stop strings, the end of the text or max_gen_toks.
 
         Where max_gen_toks would leave no room for a context, half of the model's context is generated, with a warning.
+        Raises ValueError where the model's logits are no numbers.
         """
         engine = Engine(self._model, self._tokenizer)
         prompts, params = [], []
@@ -110,7 +111,11 @@ class HarnessModel(TemplateLM):
                 own = replace(own, max_tokens=most)
             prompts.append(self.tok_encode(context)[-(self.max_length - own.max_tokens) :])
             params.append(own)
-        return [completion.text or "" for completion in engine.generate(prompts, params)]
+        completions = engine.generate(prompts, params)
+        for request, completion in zip(requests, completions, strict=True):
+            if completion.finish_reason == "error":
+                raise ValueError(f"task {request.task_name}: an answer ends in an error: {completion.generation.error}")
+        return [completion.text or "" for completion in completions]
 
 
 def _sampling_params(generation_kwargs: dict[str, Any]) -> SamplingParams:

@@ -72,7 +72,7 @@ def free_memory(device: torch.device) -> int:
     if meminfo.exists():
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         return int(lines["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return total_memory(device)
 
 
 def total_memory(device: torch.device) -> int:
@@ -104,7 +104,7 @@ def install_allocator() -> str | None:
     """
     if not sys.platform.startswith("linux"):
         return None
-    why = install_arena(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    why = install_arena(total_memory(torch.device("cpu")))
     if why:
         _keep_heap()
     return why

@@ -180,6 +180,15 @@ def test_answers_that_no_context_has_room_for_are_cut(ours: HarnessModel, wishes
     assert answer == expected
 
 
+def test_an_answer_that_ends_in_an_error_is_not_scored_as_empty(directory: Path) -> None:
+    broken = load_model(directory)
+    with torch.no_grad():
+        broken.norm.weight.fill_(torch.nan)
+    model = HarnessModel(broken, load_tokenizer(directory))
+    with pytest.raises(ValueError, match=r"task broken: .* not finite"):
+        model.generate_until([Instance("generate_until", {}, ("the", {"max_gen_toks": 4}), 0, ("broken", 0, 1))])
+
+
 def test_a_text_costs_what_the_perplexity_task_says(ours: HarnessModel) -> None:
     """The task predicts the BOS token as well, which is no part of the text."""
     text = sentence(random.Random(5), 20)

@@ -60,11 +60,12 @@ IN_CHAT = {
 
 
 @pytest.mark.parametrize("name", NEUTRAL | IN_CHAT)
-def test_neutral_values_are_accepted(name: str) -> None:
-    for value in (NEUTRAL | IN_CHAT)[name]:
-        ChatRequest.model_validate(CHAT | {name: value})
-        if name in NEUTRAL:
-            CompletionRequest.model_validate(COMPLETION | {name: value})
+def test_neutral_values_are_accepted_and_change_nothing_else(name: str) -> None:
+    requests = [(ChatRequest, CHAT), (CompletionRequest, COMPLETION)] if name in NEUTRAL else [(ChatRequest, CHAT)]
+    for model, body in requests:
+        plain = model.model_validate(body).model_dump(exclude={name})
+        for value in (NEUTRAL | IN_CHAT)[name]:
+            assert model.model_validate(body | {name: value}).model_dump(exclude={name}) == plain
 
 
 @pytest.mark.parametrize(

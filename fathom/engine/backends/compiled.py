@@ -3,6 +3,7 @@
 Shapes: N tokens, D hidden.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,7 @@ from fathom.engine.kv_cache import LatentCache
 from fathom.model.transformer import Model
 
 
-class CompiledBackend:
+class CompiledBackend(ABC):
     """A backend that runs passes of up to `max_tokens` tokens by `_run`, and others by an `EagerBackend`."""
 
     compile_seconds = 0.0
@@ -26,6 +27,7 @@ class CompiledBackend:
         self.model, self.cache = model, cache
         self._eager = EagerBackend(model, cache)
 
+    @abstractmethod
     def _run(
         self,
         module: int | None,
@@ -38,7 +40,6 @@ class CompiledBackend:
 
         With `cache_only` the module writes its latents and stops: h_ND is empty.
         """
-        raise NotImplementedError
 
     @torch.no_grad()
     def forward(self, chunks: Sequence[SequenceChunk], logits_indices: Sequence[int]) -> ForwardOutput:
@@ -61,8 +62,8 @@ class CompiledBackend:
         else:
             self._run(0, chunks, (), prev_hidden_ND, cache_only=True)
 
-    def warm_up(self, tokens: int) -> None:
+    def warm_up(self, tokens: int) -> None:  # noqa: B027 (what most backends do)
         """Nothing: the kernels are compiled once, for all models."""
 
-    def refresh_weights(self) -> None:
+    def refresh_weights(self) -> None:  # noqa: B027
         """Nothing: the model's parameters are read where they lie."""

@@ -78,8 +78,8 @@ def run_demo(command: DemoCommand) -> None:
     page = command.out / "report.html"
     write_html(report, page)
     print_report(report, console)
-    console.print(f"\nreport    {page}\nmodel     {command.out / 'model'}  (a Hugging Face directory)", highlight=False)
-    console.print(f"try       fathom generate {command.out / 'model'} --prompt 'def read('", highlight=False)
+    console.out(f"\nreport    {page}\nmodel     {command.out / 'model'}  (a Hugging Face directory)", highlight=False)
+    console.out(f"try       fathom generate {command.out / 'model'} --prompt 'def read('", highlight=False)
 
 
 def _clear(directory: Path) -> None:
@@ -108,7 +108,7 @@ def _frozen_run(command: DemoCommand, ranks: Ranks, console: Console) -> tuple[R
     steps = int(left / (step * _SLOWER))
     if steps < _FEWEST_STEPS:
         steps, needed = _FEWEST_STEPS, spent + _FINAL_SECONDS + _FEWEST_STEPS * step * _SLOWER
-        console.print(
+        console.out(
             f"a step takes {step:.1f} s on this machine, which is slow or busy: {steps} steps, the fewest that show "
             f"anything, take {duration(needed)} instead of {duration(command.minutes * 60)}",
             highlight=False,
