@@ -79,7 +79,8 @@ def _stored(info: Info) -> str:
         return "no weights found"
     total = sum(info.stored.elements.values())
     types = ", ".join(f"{dtype} {count / total:.2%}" for dtype, count in info.stored.elements.items())
-    return f"{_size(info.stored.bytes)} in {info.stored.files} files: {types}"
+    files = "1 file" if info.stored.files == 1 else f"{info.stored.files} files"
+    return f"{_size(info.stored.bytes)} in {files}: {types}"
 
 
 def _count(number: int) -> str:

@@ -173,8 +173,8 @@ def _drafting(report: DemoReport) -> str:
         ("acceptance rate in continuations of held-out files", f"{report.acceptance:.1%}"),
         ("agreement of drafts with the model on held-out text", f"{report.agreement:.1%}"),
         ("tokens per forward pass", f"{report.tokens_per_forward:.2f}"),
-        ("tokens per second without drafts, batch size 1", f"{plain:.1f}"),
-        ("tokens per second with drafts", f"{speed:.1f} ({speed / plain:.2f}×)"),
+        ("tokens per second without drafts, batch size 1", f"{plain:,.1f}"),
+        ("tokens per second with drafts", f"{speed:,.1f} ({speed / plain:.2f}×)"),
     ]
     table = "".join(f'<tr><th scope="row">{name}</th><td>{value}</td></tr>' for name, value in rows)
     return (

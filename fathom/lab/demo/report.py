@@ -100,7 +100,7 @@ def print_report(report: DemoReport, console: Console) -> None:
         measured.add_row(name, Text(words), end_section=True)
     console.print(sizes)
     console.print(measured)
-    console.print(Text(f"{trained_on(report)}\n{report.machine}", style="dim"))
+    console.print(Text(f"{trained_on(report)}\n{report.machine}", style="dim"), soft_wrap=True)
 
 
 # ------------------------------------------------------------------------------------------------- the figures
@@ -139,7 +139,7 @@ def mechanisms(report: DemoReport) -> Iterator[tuple[str, str]]:
         yield (
             "Multi-token prediction",
             f"acceptance rate {report.acceptance:.1%}, {report.tokens_per_forward:.2f} tokens per forward pass; "
-            f"{plain_speed:.1f} tokens/s without drafts, {speed:.1f} with ({speed / plain_speed:.2f}×)",
+            f"{plain_speed:,.1f} tokens/s without drafts, {speed:,.1f} with ({speed / plain_speed:.2f}×)",
         )
     else:
         yield "Multi-token prediction", "the model has no MTP module"
