@@ -40,6 +40,13 @@ class RouterOutputs:
         return tuple(layer.topk_ids_BSK for layer in self.layers)
 
     @property
+    def rerouted_BS(self) -> Tensor | None:  # noqa: N802 (a tensor's shape)
+        """Whether live scores would have sent the token to other experts in any layer whose routing was replayed, bool;
+        None where none was."""
+        replayed = [layer.rerouted_BS for layer in self.layers if layer.rerouted_BS is not None]
+        return torch.stack(replayed).any(0) if replayed else None
+
+    @property
     def loads_LE(self) -> Tensor:  # noqa: N802 (a tensor's shape)
         """The old name of `tokens_per_expert_LE`."""
         warn_renamed("loads_LE", "tokens_per_expert_LE")

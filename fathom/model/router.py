@@ -30,6 +30,8 @@ class RouterOutput(NamedTuple):
     """Tokens that take each expert, int64."""
     balance_loss: Tensor | None
     """Sequence-wise balance loss before α, mean over sequences (scalar); None where it was not computed."""
+    rerouted_BS: Tensor | None = None
+    """Where a routing is replayed: whether the live scores would have chosen other experts for the token, bool."""
 
 
 class Router(nn.Module):
@@ -70,7 +72,7 @@ class Router(nn.Module):
         (`segments.py`). It is a function of the live scores, whatever is replayed.
         """
         logits_NE = fp32_linear(x_BSD.flatten(0, 1), self.weight)
-        loss = None
+        loss = rerouted_BS = None
         if topk_ids_BSK is None and not balance_loss and self._fuses(logits_NE):
             ids_NK, weights_NK = self._fused(logits_NE)
         else:
@@ -79,12 +81,14 @@ class Router(nn.Module):
                 ids_NK = self.select(scores_NE.detach())
             else:
                 ids_NK = topk_ids_BSK.flatten(0, 1).to(x_BSD.device, torch.int64)
+                live_NK = self.select(scores_NE.detach())
+                rerouted_BS = (ids_NK.sort().values != live_NK.sort().values).any(-1).unflatten(0, x_BSD.shape[:2])
             weights_NK = self._weights(scores_NE, ids_NK)
             if balance_loss:
                 scores_BSE = scores_NE.unflatten(0, x_BSD.shape[:2])
                 loss = sequence_balance_loss(scores_BSE, ids_NK.shape[1], cu_seqlens)
         ids_BSK, weights_BSK = (t.unflatten(0, x_BSD.shape[:2]) for t in (ids_NK, weights_NK))
-        return RouterOutput(ids_BSK, weights_BSK, _tokens_per_expert(ids_NK, self.weight.shape[0]), loss)
+        return RouterOutput(ids_BSK, weights_BSK, _tokens_per_expert(ids_NK, self.weight.shape[0]), loss, rerouted_BS)
 
     def select(self, scores_NE: Tensor) -> Tensor:
         """Ids (N, K) of the experts whose (biased) scores are best."""

@@ -69,6 +69,7 @@ class Model(nn.Module):
         cu_seqlens: Tensor | None = None,
         *,
         mtp: bool = False,
+        detach_mtp: bool = False,
         lookahead_BM: Tensor | None = None,
         topk_ids_LBSK: Tensor | Sequence[Tensor] | None = None,
         compute_dtype: torch.dtype | None = None,
@@ -84,7 +85,8 @@ class Model(nn.Module):
         row, where they are known (pretraining cuts its rows with them): every module then covers all S positions. With
         segments it is not allowed, as nothing follows a segment: module k runs over the tokens whose k-th successor
         lies in their segment, one after another in one row (so is its routing), and its hidden states are zero at the
-        others, which are no one's inputs and must take no targets.
+        others, which are no one's inputs and must take no targets. With `detach_mtp` their losses train the modules
+        alone: no gradient reaches the layers and the embedding through them.
 
         `topk_ids_LBSK` (int, one entry per MoE layer of the main model) replays a routing. MTP modules route live:
         engines return the routing of the main model alone.
@@ -108,7 +110,7 @@ class Model(nn.Module):
         mtp_h_BSD: list[Tensor] = []
         if mtp:
             ahead_BT = tokens_BS if lookahead_BM is None else torch.cat((tokens_BS, lookahead_BM), dim=1)
-            mtp_h_BSD, mtp_routing = self._run_mtp(ahead_BT, h_BSD, rope, cu_seqlens)
+            mtp_h_BSD, mtp_routing = self._run_mtp(ahead_BT, h_BSD, rope, cu_seqlens, detach_mtp)
             routing += mtp_routing
         outputs = RouterOutputs.of(routing, self.config.n_routed_experts, h_BSD.device)
         return HiddenStates(h_BSD, tuple(mtp_h_BSD), outputs)
@@ -161,32 +163,41 @@ class Model(nn.Module):
         return h_BSD
 
     def _run_mtp(
-        self, ahead_BT: Tensor, h_BSD: Tensor, rope: Rope, cu_seqlens: Tensor | None
+        self, ahead_BT: Tensor, h_BSD: Tensor, rope: Rope, cu_seqlens: Tensor | None, detach: bool
     ) -> tuple[list[Tensor], list[RouterOutput]]:
         """Chain the modules: module k takes the hidden states of the one before and the token k places ahead."""
         hidden, routing = [], []
+        h_BSD = h_BSD.detach() if detach else h_BSD
         for k, module in enumerate(cast(Iterable[MTPModule], self.mtp), start=1):
             if cu_seqlens is None:
-                h_BSD, routed = self._run_mtp_module(k, module, ahead_BT, h_BSD, rope)
+                h_BSD, routed = self._run_mtp_module(k, module, ahead_BT, h_BSD, rope, detach)
             else:
-                h_BSD, routed = self._run_mtp_module_in_segments(k, module, ahead_BT, h_BSD, rope, cu_seqlens)
+                h_BSD, routed = self._run_mtp_module_in_segments(k, module, ahead_BT, h_BSD, rope, cu_seqlens, detach)
             hidden.append(h_BSD)
             routing.append(routed)
         return hidden, routing
 
     def _run_mtp_module(
-        self, k: int, module: MTPModule, ahead_BT: Tensor, h_BSD: Tensor, rope: Rope
+        self, k: int, module: MTPModule, ahead_BT: Tensor, h_BSD: Tensor, rope: Rope, detach: bool
     ) -> tuple[Tensor, RouterOutput]:
         length = min(h_BSD.shape[1], ahead_BT.shape[1] - k)
         if length < 1:
             raise ValueError(f"sequences of {ahead_BT.shape[1]} tokens are too short for MTP module {k}")
         embedded_BSD = self.embed(ahead_BT[:, k : k + length], h_BSD.dtype)
+        embedded_BSD = embedded_BSD.detach() if detach else embedded_BSD
         # Rotary positions are relative: counting a module's own from 0 changes nothing.
         own_rope = Rope(rope.cos[..., :length, :], rope.sin[..., :length, :])
         return cast(tuple[Tensor, RouterOutput], module(embedded_BSD, h_BSD[:, :length], own_rope))
 
     def _run_mtp_module_in_segments(
-        self, k: int, module: MTPModule, tokens_BS: Tensor, h_BSD: Tensor, rope: Rope, cu_seqlens: Tensor
+        self,
+        k: int,
+        module: MTPModule,
+        tokens_BS: Tensor,
+        h_BSD: Tensor,
+        rope: Rope,
+        cu_seqlens: Tensor,
+        detach: bool,
     ) -> tuple[Tensor, RouterOutput]:
         """One row of the X tokens whose k-th successor lies in their segment; zero states at all others."""
         tokens_N, h_ND = tokens_BS.flatten(), h_BSD.flatten(0, 1)
@@ -195,6 +206,7 @@ class Model(nn.Module):
             raise ValueError(f"segments of at most {k} tokens are too short for MTP module {k}")
         own_rope = Rope(*(table.flatten(0, -2)[index_X][None] for table in rope))
         embedded_1XD = self.embed(tokens_N[index_X + k][None], h_BSD.dtype)
+        embedded_1XD = embedded_1XD.detach() if detach else embedded_1XD
         out_1XD, routed = module(embedded_1XD, h_ND[index_X][None], own_rope, None, own_cu_seqlens)
         return torch.zeros_like(h_ND).index_copy(0, index_X, out_1XD[0]).view_as(h_BSD), routed
 

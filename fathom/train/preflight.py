@@ -23,6 +23,16 @@ from fathom.train.setup import compute_dtype, with_initial_model
 @contextmanager
 def open_directory(run: Run, directory: Path, ranks: Ranks, resume: bool) -> Iterator[Run]:
     """The run to train in `directory`, which other processes are kept out of within the block."""
+    with locked_directory(directory, ranks, resume) as record:
+        yield resumed_run(load_json(Run, record), run, record) if resume else with_initial_model(run)
+
+
+@contextmanager
+def locked_directory(directory: Path, ranks: Ranks, resume: bool) -> Iterator[Path]:
+    """Keep other processes out of a run's directory within the block; gives the path of its run.json.
+
+    Raises ConfigError where there is no run to resume, or already one where a new one shall start.
+    """
     record = directory / "run.json"
     if resume and not record.exists():
         raise ConfigError(f"{directory} holds no run to resume: {record} does not exist")
@@ -31,7 +41,7 @@ def open_directory(run: Run, directory: Path, ranks: Ranks, resume: bool) -> Ite
     with _lock(directory) if ranks.is_main else nullcontext():
         if record.exists() and not resume:
             raise ConfigError(f"{directory} already holds a run: continue it with --resume, or choose another --out")
-        yield resumed_run(load_json(Run, record), run, record) if resume else with_initial_model(run)
+        yield record
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from fathom.data.dataset import TokenRows
 from fathom.data.tokenize import TokenizedCorpus
 from fathom.distributed.ranks import Ranks
 from fathom.runtime.hardware import install_allocator, matmul_flops
-from fathom.train.errors import TrainingError
+from fathom.train.divergence import check_divergence
 from fathom.train.evaluation import Validation
 from fathom.train.log import RunLog, step_values
 from fathom.train.preflight import open_directory, preflight
@@ -79,7 +79,7 @@ def train(run: Run, directory: Path, ranks: Ranks, resume: bool = False, console
             if log is not None:
                 log.stepped(state.step, values, metrics.tokens_per_expert_LE)
             progress.stepped(state.step, values)
-            _check_divergence(state, run, directory, progress)
+            check_divergence(state, run.train.max_bad_steps, run.optimizer.learning_rate, directory, progress)
 
             done = state.step == run.train.steps
             if done or _due(state.step, run.train.eval_every):
@@ -143,21 +143,6 @@ def save(directory: Path, state: TrainState, run: Run, corpus: TokenizedCorpus, 
         save_checkpoint(directory, state.step, state.model, corpus.tokenizer, training_state, ema, run.train.keep_last)
     ranks.barrier()
     return checkpoints(directory)[-1]
-
-
-def _check_divergence(state: TrainState, run: Run, directory: Path, progress: Progress) -> None:
-    """Print that the last step was skipped, if it was; raise TrainingError after `train.max_bad_steps` in a row."""
-    if not state.skipped_in_a_row:
-        return
-    progress.print(f"step {state.step}: loss or gradient is not finite; skipped ({state.skipped} so far)")
-    if state.skipped_in_a_row >= run.train.max_bad_steps:
-        saved = checkpoints(directory)
-        last = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been saved"
-        raise TrainingError(
-            f"{state.skipped_in_a_row} steps in a row had a loss or gradient that is not finite, up to step "
-            f"{state.step}; {last}. Lower optimizer.learning-rate ({run.optimizer.learning_rate}) or lengthen "
-            "schedule.warmup-steps"
-        )
 
 
 def _due(step: int, every: int) -> bool:

@@ -10,6 +10,22 @@ from rich.text import Text
 _PLAIN_EVERY = 15.0
 """Seconds between lines where the output is not a terminal."""
 
+_SHOWN = {
+    "reward": "reward {:.3f}",
+    "pass_rate": "pass {:.0%}",
+    "length": "length {:.0f}",
+    "entropy": "entropy {:.2f}",
+    "max_abs_dlogp": "Δlogp {:.0e}",
+    "route_mismatch": "rerouted {:.1%}",
+    "loss": "loss {:.3f}",
+    "mtp_loss": "mtp {:.3f}",
+    "val_bpb": "bpb {:.3f}",
+    "tokens_per_second": "{:,.0f} tok/s",
+    "mfu": "mfu {:.0%}",
+    "max_vio": "maxvio {:.2f}",
+}
+"""The metrics that the line shows, where a run has them, in this order."""
+
 
 class Progress:
     """Shows each step's metrics; silent on all ranks but the main one."""
@@ -19,7 +35,7 @@ class Progress:
         self._steps = steps
         self._visible = visible
         self._live = Live(console=console, refresh_per_second=4, transient=True)
-        self._val_bpb: float | None = None
+        self._evaluated: dict[str, float] = {}
         self._seconds_per_step: float | None = None
         self._last_step = time.perf_counter()
         self._last_print = 0.0
@@ -40,7 +56,7 @@ class Progress:
 
     def evaluated(self, step: int, values: dict[str, float]) -> None:
         """Print a line that stays, with an evaluation's metrics."""
-        self._val_bpb = values["val_bpb"]
+        self._evaluated = values
         metrics = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
         self.print(f"step {step}: {metrics}")
         self._last_step = time.perf_counter()
@@ -63,13 +79,9 @@ class Progress:
 
     def _line(self, step: int, values: dict[str, Any]) -> str:
         left = (self._steps - step) * (self._seconds_per_step or 0.0)
-        bpb = "" if self._val_bpb is None else f"  bpb {self._val_bpb:.3f}"
-        mtp = "" if "mtp_loss" not in values else f"  mtp {values['mtp_loss']:.3f}"
-        return (
-            f"step {step}/{self._steps}  loss {values['loss']:.3f}{mtp}{bpb}  "
-            f"{values['tokens_per_second']:,.0f} tok/s  mfu {values['mfu']:.0%}  "
-            f"maxvio {values['max_vio']:.2f}  {duration(left)} left"
-        )
+        known = {**self._evaluated, **values}
+        metrics = [form.format(known[name]) for name, form in _SHOWN.items() if name in known]
+        return "  ".join((f"step {step}/{self._steps}", *metrics, f"{duration(left)} left"))
 
 
 def duration(seconds: float) -> str:

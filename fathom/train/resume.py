@@ -28,7 +28,7 @@ def resumed_run(recorded: Run, wanted: Run, record: Path) -> Run:
     changes = {}
     # A run that started from a model took its architecture and tokenizer from there.
     for section in ("train", "optimizer", "schedule", *(() if recorded.init else ("model", "data"))):
-        for name, old, new in _differences(getattr(recorded, section), getattr(wanted, section)):
+        for name, old, new in differences(getattr(recorded, section), getattr(wanted, section)):
             if section == "train" and name in CHANGEABLE:
                 changes[name] = new
             elif name not in _RESOLVED:
@@ -43,7 +43,7 @@ def resumed_run(recorded: Run, wanted: Run, record: Path) -> Run:
 def check_corpus(run: Run, corpus: TokenizedCorpus) -> None:
     """Raise ConfigError where the tokens of a run were not made as its run.json says."""
     made_with = {
-        **{f"data.{name}": (made, new) for name, made, new in _differences(corpus.config, run.data)},
+        **{f"data.{name}": (made, new) for name, made, new in differences(corpus.config, run.data)},
         "model.vocab_size": (corpus.requested_vocab_size, run.model.vocab_size),
         "train.seed": (corpus.seed, run.train.seed),
     }
@@ -57,7 +57,7 @@ def check_checkpoint(run: Run, corpus: TokenizedCorpus, checkpoint: Path, corpus
 
     `corpus_hash` is that of the text which the checkpoint was trained on; None where it was not recorded.
     """
-    for name, old, new in _differences(load_config(checkpoint), run.model):
+    for name, old, new in differences(load_config(checkpoint), run.model):
         raise ConfigError(f"run.json has model.{name} {new!r}; {checkpoint} was trained with {old!r}")
     if load_tokenizer(checkpoint).tokenizer_json != corpus.tokenizer.tokenizer_json:
         raise ConfigError(f"{checkpoint} was trained with another tokenizer than that of {corpus.directory}")
@@ -68,7 +68,7 @@ def check_checkpoint(run: Run, corpus: TokenizedCorpus, checkpoint: Path, corpus
         )
 
 
-def _differences(old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+def differences(old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
     """Name, old and new value of every field that differs between two configurations of one type."""
     for field in fields(old):
         values = getattr(old, field.name), getattr(new, field.name)

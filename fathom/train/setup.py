@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -98,19 +99,32 @@ def restore_state(run: Run, corpus: TokenizedCorpus, checkpoint: Path, ranks: Ra
     """The state exactly as `checkpoint` holds it."""
     saved = load_state(checkpoint)
     check_checkpoint(run, corpus, checkpoint, saved.get("corpus_hash"))
-    model = load_model(checkpoint, device=ranks.device)
-    state = init_train_state(model.train(), run, ranks)
+    state = init_train_state(load_model(checkpoint, device=ranks.device).train(), run, ranks)
+    if state.ema is not None:
+        state.ema.weights = load_ema(checkpoint, ranks.device)
+    restore_optimizers(state, saved, checkpoint, run.train.steps)
+    return state
+
+
+def restore_optimizers(state: TrainState, saved: dict[str, Any], checkpoint: Path, steps: int) -> None:
+    """Put the moments and counts of a training state into `state`. Raises ConfigError where it has over `steps`."""
     for optimizer in state.optimizers:
         optimizer.state.clear()  # else fresh and loaded moments exist at the same time
     for optimizer, content in zip(state.optimizers, saved["optimizers"], strict=True):
         optimizer.load_state_dict(content)
-    if state.ema is not None:
-        state.ema.weights = load_ema(checkpoint, ranks.device)
     state.step = checkpoint_step(checkpoint) or 0
     state.skipped, state.skipped_in_a_row = saved["skipped"], saved["skipped_in_a_row"]
-    if state.step > run.train.steps:
-        raise ConfigError(f"train.steps is {run.train.steps}; {checkpoint} has {state.step} steps already")
-    return state
+    if state.step > steps:
+        raise ConfigError(f"train.steps is {steps}; {checkpoint} has {state.step} steps already")
+
+
+def saved_optimizers(state: TrainState) -> dict[str, Any]:
+    """What `restore_optimizers` reads."""
+    return {
+        "optimizers": [optimizer.state_dict() for optimizer in state.optimizers],
+        "skipped": state.skipped,
+        "skipped_in_a_row": state.skipped_in_a_row,
+    }
 
 
 def open_rows(corpus: TokenizedCorpus, run: Run, split: str) -> TokenRows:
@@ -123,9 +137,7 @@ def open_rows(corpus: TokenizedCorpus, run: Run, split: str) -> TokenRows:
 
 def init_train_state(model: Model, run: Run, ranks: Ranks) -> TrainState:
     """`model`, on its device, with the loss and fresh optimizers of `run`."""
-    # DDP reduces the gradients of the parameters it computes with, so several ranks keep one set of weights.
-    copies = ranks.device.type == "cuda" and compute_dtype(run) == torch.bfloat16 and ranks.world == 1
-    bf16_weights = Bf16Weights(model) if copies else None
+    bf16_weights = bf16_copies(model, compute_dtype(run), ranks)
     compute_model = model if bf16_weights is None else bf16_weights.model
     if run.train.compile == "on":
         # Layers of one kind share one compilation; the whole model would be compiled layer by layer.
@@ -138,6 +150,15 @@ def init_train_state(model: Model, run: Run, ranks: Ranks) -> TrainState:
     decay = run.optimizer.ema_decay
     ema = EMA(model, decay) if decay else None
     return TrainState(model, ranks.replicate(loss), build_optimizers(model, run.optimizer), ema, bf16_weights)
+
+
+def bf16_copies(model: Model, dtype: torch.dtype, ranks: Ranks) -> Bf16Weights | None:
+    """Bfloat16 copies to compute with, on a GPU; None elsewhere.
+
+    DDP reduces the gradients of the parameters it computes with, so several ranks keep one set of weights.
+    """
+    copies = ranks.device.type == "cuda" and dtype == torch.bfloat16 and ranks.world == 1
+    return Bf16Weights(model) if copies else None
 
 
 def _initial_model(path: str, config: ModelConfig) -> Model:

@@ -102,7 +102,7 @@ def test_stages_on_models_that_hold_their_own_layers_compose_the_whole(
     x_BSD, more = second.run_layers(range(cut, config.num_hidden_layers), x_BSD, rope)
     assert torch.equal(second.finish(x_BSD), whole.h_BSD)
     for found, expected in zip((*routing, *more), whole.router.layers, strict=True):
-        assert all(map(torch.equal, found, expected))
+        assert found.rerouted_BS is None and all(map(torch.equal, found[:4], expected[:4]))
 
 
 @torch.no_grad()

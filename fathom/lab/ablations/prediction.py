@@ -48,6 +48,7 @@ class ApartModel(Model):
         cu_seqlens: Tensor | None = None,
         *,
         mtp: bool = False,
+        detach_mtp: bool = False,
         lookahead_BM: Tensor | None = None,
         topk_ids_LBSK: Tensor | Sequence[Tensor] | None = None,
         compute_dtype: torch.dtype | None = None,
@@ -63,8 +64,8 @@ class ApartModel(Model):
         )
         if not mtp:
             return main
-        if cu_seqlens is not None:
-            raise NotImplementedError("MTP modules with their own embeddings and heads take no packed segments")
+        if cu_seqlens is not None or detach_mtp:
+            raise NotImplementedError("MTP modules with their own embeddings and heads are for pretraining alone")
         ahead_BT = tokens_BS if lookahead_BM is None else torch.cat((tokens_BS, lookahead_BM), dim=1)
         h_BSD, mtp_h_BSD, routing = main.h_BSD, [], list(main.router.layers)
         for k, module in enumerate(self.mtp, start=1):

@@ -17,10 +17,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fathom.ops import cpu, gpu, linear
-from fathom.ops.loss.reference import IGNORE, linear_cross_entropy_reference, linear_logprobs_reference
+from fathom.ops.loss.reference import (
+    IGNORE,
+    REMOVED,
+    SamplingMask,
+    linear_cross_entropy_reference,
+    linear_logprobs_reference,
+)
 
 __all__ = [
     "IGNORE",
+    "SamplingMask",
     "chunk_tokens",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
@@ -36,7 +43,11 @@ def linear_cross_entropy(h_ND: Tensor, head_OD: Tensor, targets_N: Tensor) -> Te
 
 
 def linear_logprobs(
-    h_ND: Tensor, head_OD: Tensor, targets_N: Tensor, temperature: float = 1.0
+    h_ND: Tensor,
+    head_OD: Tensor,
+    targets_N: Tensor,
+    temperature: float = 1.0,
+    mask: SamplingMask | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As the reference, in chunks, with gradients of both results to `h_ND` and `head_OD`.
 
@@ -44,7 +55,7 @@ def linear_logprobs(
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, not {temperature}")
-    logprobs_N, entropies_N = _LinearLogprobs.apply(h_ND, head_OD, targets_N, temperature)
+    logprobs_N, entropies_N = _LinearLogprobs.apply(h_ND, head_OD, targets_N, temperature, mask)
     return logprobs_N, entropies_N
 
 
@@ -119,21 +130,21 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, h_ND: Tensor, head_OD: Tensor, targets_N: Tensor, temperature: float
+        ctx: Any, h_ND: Tensor, head_OD: Tensor, targets_N: Tensor, temperature: float, mask: SamplingMask | None
     ) -> tuple[Tensor, Tensor]:
         if not targets_N.is_cuda:
             _check_targets(targets_N, head_OD.shape[0])
         h_ND = h_ND.contiguous()
         wide = torch.promote_types(h_ND.dtype, torch.float32)
         logprobs_N, entropies_N = (torch.empty(len(h_ND), dtype=wide, device=h_ND.device) for _ in range(2))
-        for chunk, log_p_MO, _ in _log_softmax_chunks(h_ND, head_OD, temperature):
+        for chunk, log_p_MO, _ in _log_softmax_chunks(h_ND, head_OD, temperature, mask):
             ignored_M = targets_N[chunk] == IGNORE
             target_M1 = targets_N[chunk].masked_fill(ignored_M, 0).unsqueeze(1)
             logprobs_N[chunk] = log_p_MO.gather(1, target_M1).squeeze(1).masked_fill(ignored_M, 0)
             entropy_M = -log_p_MO.exp().mul_(log_p_MO).sum(1)
             entropies_N[chunk] = entropy_M.masked_fill(ignored_M, 0)
         ctx.save_for_backward(h_ND, head_OD, targets_N, entropies_N)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.mask = temperature, mask
         ctx.set_materialize_grads(False)
         return logprobs_N, entropies_N
 
@@ -144,7 +155,7 @@ class _LinearLogprobs(torch.autograd.Function):
         h_needs_grad, head_needs_grad, *_ = ctx.needs_input_grad
         dh_ND = torch.empty_like(h_ND) if h_needs_grad else None
         dhead_OD = torch.zeros_like(head_OD, dtype=entropies_N.dtype) if head_needs_grad else None
-        for chunk, log_p_MO, weight_OD in _log_softmax_chunks(h_ND, head_OD, ctx.temperature):
+        for chunk, log_p_MO, weight_OD in _log_softmax_chunks(h_ND, head_OD, ctx.temperature, ctx.mask):
             upstream = [None if d is None else d[chunk] for d in (dlogprobs_N, dentropies_N)]
             dlogits_MO = _logits_gradient(log_p_MO, targets_N[chunk], entropies_N[chunk], *upstream)
             dlogits_MO = dlogits_MO.div_(ctx.temperature).to(h_ND.dtype)
@@ -152,10 +163,12 @@ class _LinearLogprobs(torch.autograd.Function):
                 linear.dgrad(dlogits_MO, weight_OD, dh_ND[chunk])
             if dhead_OD is not None:
                 linear.wgrad(dlogits_MO, h_ND[chunk], dhead_OD, adds=chunk.start > 0)
-        return dh_ND, None if dhead_OD is None else dhead_OD.to(head_OD.dtype), None, None
+        return dh_ND, None if dhead_OD is None else dhead_OD.to(head_OD.dtype), None, None, None
 
 
-def _log_softmax_chunks(h_ND: Tensor, head_OD: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _log_softmax_chunks(
+    h_ND: Tensor, head_OD: Tensor, temperature: float, mask: SamplingMask | None
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Which tokens, their log-probabilities (M, O) in float32 at least, and the head as `linear`'s matmuls take it."""
     wide = torch.promote_types(h_ND.dtype, torch.float32)
     weight_OD = head_OD.contiguous() if linear.has_kernel(h_ND, head_OD) else head_OD.to(h_ND.dtype)
@@ -164,7 +177,10 @@ def _log_softmax_chunks(h_ND: Tensor, head_OD: Tensor, temperature: float) -> It
         chunk = slice(start, start + tokens)
         logits_MO = h_ND.new_empty(len(h_ND[chunk]), len(head_OD))
         linear.fprop(h_ND[chunk], weight_OD, logits_MO)
-        log_p_MO = logits_MO.to(wide).div_(temperature).log_softmax(1)
+        logits_MO = logits_MO.to(wide).div_(temperature)
+        if mask is not None:
+            logits_MO.masked_fill_(mask.removed(start, start + len(logits_MO), len(head_OD)), REMOVED)
+        log_p_MO = logits_MO.log_softmax(1)
         del logits_MO
         yield chunk, log_p_MO, weight_OD
 

@@ -1,7 +1,9 @@
 """Losses and log-probabilities from whole logits: the definitions.
 
-Shapes: N tokens, D hidden, O vocabulary.
+Shapes: N tokens, D hidden, O vocabulary, P kept ids of all tokens, X ids.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,28 @@ from torch import Tensor
 
 IGNORE = -100
 """Target of a position without loss."""
+REMOVED = -1e4
+"""Logit of an id that is masked: exp gives exactly 0, and every product with it stays finite."""
+
+
+class SamplingMask(NamedTuple):
+    """The ids that each token was sampled from: probabilities are those of a softmax over these alone."""
+
+    kept_P: Tensor
+    """int64: one token's ids after another's."""
+    offsets_N: Tensor
+    """int64, (N + 1): token n kept kept_P[offsets_N[n] : offsets_N[n + 1]]; none stands for all."""
+    absent_X: Tensor | None = None
+    """int64: ids that are never sampled."""
+
+    def removed(self, first: int, last: int, vocabulary: int) -> Tensor:
+        """Which ids tokens `first` to `last` - 1 were not sampled from, (last - first, O) bool."""
+        begin, end = int(self.offsets_N[first]), int(self.offsets_N[last])
+        counts_M = self.offsets_N[first : last + 1].diff()
+        removed_MO = (counts_M > 0)[:, None].expand(-1, vocabulary).contiguous()
+        rows_P = torch.arange(last - first, device=counts_M.device).repeat_interleave(counts_M)
+        removed_MO[rows_P, self.kept_P[begin:end]] = False
+        return removed_MO if self.absent_X is None else removed_MO.index_fill_(1, self.absent_X, True)
 
 
 def linear_cross_entropy_reference(h_ND: Tensor, head_OD: Tensor, targets_N: Tensor) -> Tensor:
@@ -19,14 +43,22 @@ def linear_cross_entropy_reference(h_ND: Tensor, head_OD: Tensor, targets_N: Ten
 
 
 def linear_logprobs_reference(
-    h_ND: Tensor, head_OD: Tensor, targets_N: Tensor, temperature: float = 1.0
+    h_ND: Tensor,
+    head_OD: Tensor,
+    targets_N: Tensor,
+    temperature: float = 1.0,
+    mask: SamplingMask | None = None,
 ) -> tuple[Tensor, Tensor]:
     """log softmax(h·headᵀ / temperature)[target] and the entropy −Σ p·log p of that softmax, in nats: (N) and (N).
 
-    In float32 at least. Both are 0, without gradients, where the target is IGNORE.
+    In float32 at least. Both are 0, without gradients, where the target is IGNORE. With `mask` the softmax is over the
+    ids that it keeps, which the targets must be among.
     """
     logits_NO = F.linear(h_ND, head_OD.to(h_ND.dtype))
-    log_p_NO = (logits_NO.to(torch.promote_types(logits_NO.dtype, torch.float32)) / temperature).log_softmax(1)
+    logits_NO = logits_NO.to(torch.promote_types(logits_NO.dtype, torch.float32)) / temperature
+    if mask is not None:
+        logits_NO = logits_NO.masked_fill(mask.removed(0, *logits_NO.shape), REMOVED)
+    log_p_NO = logits_NO.log_softmax(1)
     ignored_N = targets_N == IGNORE
     logprobs_N = log_p_NO.gather(1, targets_N.masked_fill(ignored_N, 0).unsqueeze(1)).squeeze(1)
     entropies_N = -(log_p_NO.exp() * log_p_NO).sum(1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fathom.ops import cpu, loss
-from fathom.ops.loss import IGNORE, linear_cross_entropy, linear_logprobs, linear_logprobs_reference
+from fathom.ops.loss import IGNORE, SamplingMask, linear_cross_entropy, linear_logprobs, linear_logprobs_reference
 from tests.ops.errors import scale_free_error
 
 WORDS, HIDDEN = 67, 24
@@ -30,11 +30,12 @@ def _values_and_gradients(
     inputs: tuple[Tensor, Tensor, Tensor],
     temperature: float = 1.0,
     weighs: tuple[bool, bool] = (True, True),
+    mask: SamplingMask | None = None,
 ) -> list[Tensor]:
     """Log-probabilities, entropies, and the gradients of sums of them with a random weight for every token."""
     h_ND, head_OD, targets_N = inputs
     generator = torch.Generator().manual_seed(1)
-    results = function(h_ND, head_OD, targets_N, temperature)
+    results = function(h_ND, head_OD, targets_N, temperature, mask)
     weights = [torch.randn(len(h_ND), generator=generator, dtype=torch.float64) for _ in results]
     used = [(w.to(r.dtype) * r).sum() for r, w, weighed in zip(results, weights, weighs, strict=True) if weighed]
     return [*(r.detach() for r in results), *torch.autograd.grad(sum(used), (h_ND, head_OD))]
@@ -170,3 +171,35 @@ def test_a_target_outside_the_vocabulary_is_refused(target: int) -> None:
 def test_a_temperature_that_is_none_is_refused(temperature: float) -> None:
     with pytest.raises(ValueError, match="temperature must be above 0"):
         linear_logprobs(*_inputs(3, torch.float32), temperature)
+
+
+def _mask(targets_N: Tensor) -> SamplingMask:
+    """For some tokens a random set with the target in it, for others everything; never ids 3 and 5."""
+    generator = torch.Generator().manual_seed(2)
+    kept = []
+    for n, target in enumerate(targets_N.tolist()):
+        chosen = torch.randperm(WORDS, generator=generator)[: n % 7].tolist()
+        kept.append(sorted({*chosen, target} - {IGNORE}) if n % 3 else [])
+    offsets = [0, *torch.tensor([len(ids) for ids in kept]).cumsum(0).tolist()]
+    flat = [token for ids in kept for token in ids]
+    return SamplingMask(torch.tensor(flat, dtype=torch.int64), torch.tensor(offsets), torch.tensor([3, 5]))
+
+
+@pytest.mark.parametrize("tokens", [1, 17, 100])
+def test_masked_ids_have_no_probability(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "chunk_tokens", lambda *_: 16)
+    h_ND, head_OD, targets_N = _inputs(tokens, torch.float64)
+    targets_N = targets_N.masked_fill((targets_N == 3) | (targets_N == 5), 4)
+    mask = _mask(targets_N)
+    found = _values_and_gradients(linear_logprobs, (h_ND, head_OD, targets_N), 0.8, mask=mask)
+    reference = _values_and_gradients(linear_logprobs_reference, (h_ND, head_OD, targets_N), 0.8, mask=mask)
+    for one, other in zip(found, reference, strict=True):
+        assert (one - other).abs().max() <= 1e-9 * max(1.0, float(other.abs().max()))
+    for n, target in enumerate(targets_N.tolist()):
+        if target == IGNORE:
+            continue
+        kept = mask.kept_P[mask.offsets_N[n] : mask.offsets_N[n + 1]].tolist() or list(range(WORDS))
+        kept = [token for token in kept if token not in (3, 5)]
+        log_p = (h_ND[n].detach() @ head_OD[kept].detach().T / 0.8).log_softmax(0)
+        assert float(found[0][n]) == pytest.approx(float(log_p[kept.index(target)]), abs=1e-9)
+        assert float(found[1][n]) == pytest.approx(float(-(log_p.exp() * log_p).sum()), abs=1e-9)

@@ -1,0 +1,1 @@
+"""After pretraining: supervised fine-tuning, preferences, reinforcement learning and distillation."""

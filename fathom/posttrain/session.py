@@ -1,0 +1,255 @@
+"""What every loop of post-training has around its steps: the run's directory, model, record, progress and checkpoints.
+
+A loop is a script that reads top to bottom; what it calls here is the same for all:
+
+    with open_session(run, directory, ranks, resume, console, detach_mtp=False) as session:
+        while session.state.step < session.run.train.steps:
+            metrics = posttrain_step(session, samples, objective)
+            session.stepped(metrics, {...})
+            if session.save_or_stop():
+                return False
+
+Shapes: H = 1 + M heads.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from fathom.checkpoint.hf.model import load_config, load_model, model_directory
+from fathom.checkpoint.training_state import load_state, newest_whole_checkpoint, save_checkpoint
+from fathom.config import ConfigError, load_json, save_json
+from fathom.data.tokenizer import Tokenizer, load_tokenizer
+from fathom.distributed.ranks import Ranks
+from fathom.metrics import MetricsLog
+from fathom.model.config import ModelConfig
+from fathom.posttrain.config import CHANGEABLE, PosttrainRun
+from fathom.posttrain.loss import Objective, PosttrainLoss
+from fathom.posttrain.pack import PackedSamples, Sample, micro_batches, pack
+from fathom.runtime.hardware import faster_dtype, install_allocator
+from fathom.train.divergence import check_divergence
+from fathom.train.optim import build_optimizers
+from fathom.train.preflight import locked_directory
+from fathom.train.progress import Progress
+from fathom.train.resume import differences
+from fathom.train.setup import bf16_copies, restore_optimizers, saved_optimizers
+from fathom.train.signals import stop_signals
+from fathom.train.step import LossOutput, StepMetrics, TrainState, optimizer_step
+
+R = TypeVar("R", bound=PosttrainRun)
+
+
+@dataclass
+class Session(Generic[R]):
+    """An open run."""
+
+    run: R
+    """As run.json has it."""
+    directory: Path
+    ranks: Ranks
+    tokenizer: Tokenizer
+    state: TrainState
+    saved: Mapping[str, Any]
+    """What the loop had saved with `remember` in the checkpoint that the run goes on from."""
+    progress: Progress
+    absent_X: Tensor | None
+    """Ids of the model's vocabulary that no token has."""
+    stop_requested: Callable[[], bool]
+    log: MetricsLog | None
+    """On the main rank."""
+    remembered: dict[str, Any] = field(default_factory=dict)
+    """Tensors, numbers, strings, lists and dicts that every checkpoint keeps for the loop."""
+    began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def loss(self) -> PosttrainLoss:
+        """The loss without the replication around it."""
+        module = self.state.loss
+        return module if isinstance(module, PosttrainLoss) else module.module  # type: ignore[return-value]
+
+    @property
+    def done(self) -> bool:
+        return self.state.step >= self.run.train.steps
+
+    def due(self, every: int) -> bool:
+        """Whether the step just done is the last one, or one of every `every`."""
+        return self.done or (every > 0 and self.state.step % every == 0)
+
+    def pack(self, samples: Sequence[Sample]) -> list[PackedSamples]:
+        """This rank's samples of a step as micro-batches on its device."""
+        modules = len(self.state.model.mtp)
+        parts = micro_batches(samples, self.run.train.micro_batch_tokens)
+        return [pack(part, modules, self.absent_X).to(self.ranks.device) for part in parts]
+
+    def stepped(self, metrics: StepMetrics, values: Mapping[str, float]) -> None:
+        """Record the step just done; `values` are the loop's own."""
+        mtp = {} if metrics.mtp_loss is None else {"mtp_loss": metrics.mtp_loss}
+        common = {
+            "loss": metrics.loss,
+            **mtp,
+            "grad_norm": metrics.grad_norm,
+            "max_vio": metrics.max_vio,
+            "lr": self.run.hyperparameters(self.state.step - 1).learning_rate,
+            "skipped": int(metrics.skipped),
+        }
+        everything = {**values, **common}
+        if self.log is not None:
+            self.log.write(self.state.step, **everything)
+        self.progress.stepped(self.state.step, everything)
+        train, rate = self.run.train, self.run.optimizer.learning_rate
+        check_divergence(self.state, train.max_bad_steps, rate, self.directory, self.progress)
+
+    def evaluated(self, values: Mapping[str, float]) -> None:
+        """Record an evaluation after the step just done."""
+        if self.log is not None:
+            self.log.write(self.state.step, **values)
+        self.progress.evaluated(self.state.step, dict(values))
+
+    def save_or_stop(self) -> bool:
+        """Save where it is due, at the end, or because a signal came: then returns True, and the loop ends."""
+        stopping = self.ranks.any(self.stop_requested())
+        # A run of bad steps must not push the last good checkpoint out; whatever ends the run is saved.
+        due = self.due(self.run.train.save_every) and not self.state.skipped_in_a_row
+        if self.done or stopping or due:
+            self.save()
+        if stopping and not self.done:
+            self.progress.print("stopped by a signal; continue with --resume")
+        return stopping and not self.done
+
+    def save(self) -> None:
+        """Write a checkpoint. A collective call: all ranks hold the same, so the main one writes."""
+        if self.ranks.is_main:
+            content = {**saved_optimizers(self.state), "remembered": self.remembered}
+            state, keep = self.state, self.run.train.keep_last
+            path = save_checkpoint(self.directory, state.step, state.model, self.tokenizer, content, None, keep)
+            self.progress.print(f"saved {path}")
+        self.ranks.barrier()
+
+
+@contextmanager
+def open_session(
+    run: R,
+    directory: Path,
+    ranks: Ranks,
+    resume: bool,
+    console: Console | None,
+    *,
+    detach_mtp: bool,
+    temperature: float = 1,
+) -> Iterator[Session[R]]:
+    """Everything a loop needs, in `directory`, which other processes are kept out of within the block.
+
+    Raises ConfigError for a directory that holds another run, or none to resume; CheckpointError where no checkpoint is
+    whole; ValueError where another process is at work in the directory.
+    """
+    install_allocator()
+    with ExitStack() as stack:
+        record = stack.enter_context(locked_directory(directory, ranks, resume))
+        progress = stack.enter_context(Progress(console or Console(), run.train.steps, visible=ranks.is_main))
+        run = _resumed(load_json(type(run), record), run, record) if resume else _resolved(run, ranks)
+        found = newest_whole_checkpoint(directory, progress.print) if resume and ranks.is_main else None
+        found = ranks.gather(found)[0]
+        saved = load_state(found) if found else {}
+        source = found or model_directory(run.init)
+        tokenizer = load_tokenizer(source)
+        _check_model(load_config(source), tokenizer, run)
+        state = _train_state(source, run, ranks, detach_mtp, temperature)
+        if found:
+            restore_optimizers(state, saved, found, run.train.steps)
+            progress.print(f"resuming after step {state.step} ({found})")
+        log = None
+        if ranks.is_main:
+            save_json(run, record)
+            log = MetricsLog(directory, tensorboard=run.train.tensorboard)
+            stack.callback(log.close)
+            log.truncate_after(state.step)
+        absent = tokenizer.absent_ids(state.model.config.vocab_size)
+        absent_X = torch.tensor(absent) if absent else None
+        remembered = dict(saved.get("remembered", {}))
+        stop_requested = stack.enter_context(stop_signals())
+        yield Session(
+            run, directory, ranks, tokenizer, state, remembered, progress, absent_X, stop_requested, log, remembered
+        )
+
+
+def posttrain_step(session: Session[Any], batches: Sequence[PackedSamples], objective: Objective) -> StepMetrics:
+    """One optimizer step on this rank's micro-batches of a global batch."""
+    state, ranks = session.state, session.ranks
+    hyper = session.run.hyperparameters(state.step)
+    weights_H = ranks.sum(torch.stack([packed.batch.target_weights() for packed in batches]).sum(0))
+    samples = sum(ranks.gather(sum(packed.samples for packed in batches)))
+
+    def loss(packed: PackedSamples) -> LossOutput:
+        fraction = packed.samples / samples
+        output: LossOutput = state.loss(packed, objective, weights_H, hyper.mtp_loss_weight, fraction)
+        return output
+
+    return optimizer_step(state, batches, loss, weights_H, hyper, ranks)
+
+
+def _resumed(recorded: R, wanted: R, record: Path) -> R:
+    """The run of run.json with the changeable fields of `wanted`; ConfigError where another one differs."""
+    changes = {}
+    for section, old, new in differences(recorded, wanted):
+        inner = differences(old, new) if hasattr(old, "__dataclass_fields__") else [("", old, new)]
+        for name, before, now in inner:
+            if section == "train" and name in CHANGEABLE:
+                changes[name] = now
+                continue
+            flag = f"--{section}.{name}".rstrip(".").replace("_", "-")
+            raise ConfigError(
+                f"{record} has {section}.{name} {before!r}, this run {now!r}: leave {flag} out to continue the run as "
+                "it is, or choose another --out"
+            )
+    return replace(recorded, train=replace(recorded.train, **changes))
+
+
+def _resolved(run: R, ranks: Ranks) -> R:
+    """The run to record: «auto» replaced by what it means here, the model's name by the directory it is in."""
+    train = run.train
+    if train.compute_dtype == "auto":
+        choice = ranks.broadcast(str(faster_dtype(ranks.device)).removeprefix("torch."))
+        train = replace(train, compute_dtype="bfloat16" if choice == "bfloat16" else "float32")
+    return replace(run, train=train)
+
+
+def _check_model(config: ModelConfig, tokenizer: Tokenizer, run: PosttrainRun) -> None:
+    """Raise ConfigError for a model that cannot be trained on these samples."""
+    longest = config.max_position_embeddings
+    if run.train.max_length > longest:
+        raise ConfigError(
+            f"train.max_length is {run.train.max_length}; {run.init} is made for {longest} tokens at most"
+        )
+    if tokenizer.eos_id is not None and tokenizer.eos_id == tokenizer.pad_id:
+        raise ConfigError(
+            f"the tokenizer of {run.init} has one token, {tokenizer.eos_id}, as end of text and as padding, so that no "
+            "end would be learnt; give it a pad_token of its own"
+        )
+
+
+def compute_dtype(run: PosttrainRun) -> torch.dtype:
+    """The activations' type of a resolved run."""
+    return torch.bfloat16 if run.train.compute_dtype == "bfloat16" else torch.float32
+
+
+def _train_state(source: Path, run: PosttrainRun, ranks: Ranks, detach_mtp: bool, temperature: float) -> TrainState:
+    """The model of `source` with the loss and fresh optimizers of `run`."""
+    model = load_model(source, device=ranks.device).train()
+    dtype = compute_dtype(run)
+    copies = bf16_copies(model, dtype, ranks)
+    loss = PosttrainLoss(
+        model if copies is None else copies.model,
+        dtype,
+        seq_balance_loss_weight=run.train.seq_balance_loss_weight,
+        detach_mtp=detach_mtp,
+        activation_checkpointing=run.train.activation_checkpointing,
+        temperature=temperature,
+    )
+    return TrainState(model, ranks.replicate(loss), build_optimizers(model, run.optimizer), None, copies)
