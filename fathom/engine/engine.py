@@ -368,11 +368,8 @@ class Engine(OldNames):
         if generation.error:
             reason = "error"
         sequence.tokens += tokens
-        generation.token_ids += tokens
+        generation.add(sampled, len(tokens))
         self._generated_tokens += len(tokens)
-        generation.accepted_mask += [index < sampled.accepted for index in range(len(tokens))]
-        if sampled.logprobs is not None:
-            generation.logprobs = (generation.logprobs or []) + sampled.logprobs[: len(tokens)]
         sequence.computed = len(sequence.tokens) - 1
         if generation.routing is not None:
             # The pass also computed accepted drafts behind a token that ends the request.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fathom.engine.routing import RoutingRecord
 from fathom.engine.sampling.sampler import SamplingParams
-from fathom.engine.sampling.verify import TokenLogprob
+from fathom.engine.sampling.verify import SampledFrom, SampledTokens, TokenLogprob
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -32,6 +32,8 @@ class Generation:
     """One for each of `token_ids`, where requested."""
     prompt_logprobs: list[TokenLogprob] | None = None
     """One for each token of the prompt but the first, where requested."""
+    sampled_from: list[SampledFrom] | None = None
+    """One for each of `token_ids`, where requested."""
     accepted_mask: list[bool] = field(default_factory=list)
     """For each of `token_ids`, whether it was a draft that the model accepted."""
     offered_at: list[int] = field(default_factory=list)
@@ -60,6 +62,15 @@ class Generation:
     def routing_weights(self) -> Tensor | None:
         """Where requested, the weights of `routed_experts`, float32; NaN for prefix-cached tokens."""
         return None if self.routing is None else self.routing.weights()
+
+    def add(self, sampled: SampledTokens, count: int) -> None:
+        """The first `count` of the sampled tokens are part of the output."""
+        self.token_ids += sampled.tokens[:count]
+        self.accepted_mask += [index < sampled.accepted for index in range(count)]
+        if sampled.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + sampled.logprobs[:count]
+        if self.sampled_from is not None:
+            self.sampled_from += (sampled.sampled_from or [])[:count]
 
     def count_drafts(self, drafted: int, accepted: int) -> None:
         """A forward pass verified drafts."""

@@ -39,6 +39,8 @@ class Request:
     """Record the experts of every token, in `Generation.routed_experts`."""
     return_routing_weights: bool = False
     """Record their weights, too, in `Generation.routing_weights`."""
+    return_distributions: bool = False
+    """Record what each token was sampled from, in `Generation.sampled_from`."""
     constraint: Constraint | None = None
     """Restricts what may be generated. If it fails, the request ends with the finish reason "error"."""
 
@@ -72,6 +74,8 @@ class RequestState:
             sequence.cache_salt = PageRouting.salt
             shape = (config.num_moe_layers, config.num_experts_per_tok)
             generation.routing = RoutingRecord(*shape, request.return_routing_weights)
+        if request.return_distributions:
+            generation.sampled_from = []
         stop_ids = params.stop_ids if params.ignore_eos else (*params.stop_ids, *eos_ids(config, tokenizer))
         checker = StopChecker(tokenizer, params.stop) if tokenizer is not None and params.stop else None
         return RequestState(generation, sequence, request.stream, stop_ids, request.constraint, checker)
@@ -80,8 +84,9 @@ class RequestState:
         """What sampling needs in this step."""
         sequence, params = self.sequence, self.generation.params
         allowed_TO = self._allowed()
+        report = self.generation.sampled_from is not None
         return SamplingState(
-            params, self.stream, sequence.tokens, sequence.prompt_length, self.stop_ids, self.drafts, allowed_TO
+            params, self.stream, sequence.tokens, sequence.prompt_length, self.stop_ids, self.drafts, allowed_TO, report
         )
 
     def decode_chunk(self) -> SequenceChunk:
@@ -182,6 +187,10 @@ def check(request: Request, prompt: list[int], tokenizer: Tokenizer | None, voca
     check_against(request.params, vocab_size)
     if request.return_routing_weights and not request.return_routed_experts:
         raise ValueError("return_routing_weights is True; return_routed_experts must then be True, too")
+    if request.return_distributions and request.params.temperature == 0:
+        raise ValueError(
+            "return_distributions is True; temperature must then be above 0: greedy tokens are not sampled"
+        )
     if request.constraint is not None and request.params.min_tokens:
         raise ValueError(
             f"min_tokens is {request.params.min_tokens}; with a constraint, which may allow only EOS, it must be 0"

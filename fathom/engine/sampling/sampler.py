@@ -105,6 +105,11 @@ class SamplingParams:
             check(right, name, count, f"an integer from 0 to {_MOST_LOGPROBS}, or None for no log-probabilities")
 
     @property
+    def filters(self) -> bool:
+        """Whether some tokens may not be kept."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @property
     def changes_logits(self) -> bool:
         """Whether `apply_logits_processors` may change logits beyond the mask before min_tokens."""
         penalised = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0

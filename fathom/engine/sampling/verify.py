@@ -59,6 +59,8 @@ class SamplingState:
     """Tokens to be verified in this step."""
     allowed_TO: Tensor | None = None
     """What may be sampled after the tokens and after each draft, (M + 1, O) bool; None: anything."""
+    report: bool = False
+    """Report what each token was sampled from."""
 
 
 class TokenLogprob(NamedTuple):
@@ -69,6 +71,15 @@ class TokenLogprob(NamedTuple):
     """1 for the likeliest token."""
     top: list[tuple[int, float]]
     """The likeliest ids with their log-probabilities, likeliest first."""
+
+
+class SampledFrom(NamedTuple):
+    """The distribution that a token was sampled from, after temperature, filters and all other processing."""
+
+    logprob: float
+    """Of the token."""
+    kept_ids: Tensor | None
+    """What top-k, top-p and min-p kept, int32; None where none of them is set."""
 
 
 class SampledTokens(NamedTuple):
@@ -82,6 +93,8 @@ class SampledTokens(NamedTuple):
     """One for each of `tokens`, where requested."""
     error: str | None = None
     """Why the one more token is missing."""
+    sampled_from: list[SampledFrom] | None = None
+    """One for each of `tokens`, where requested."""
 
 
 def verify(logits_NO: Tensor, rows: Sequence[SamplingState], absent_X: Tensor | None = None) -> list[SampledTokens]:
@@ -100,8 +113,10 @@ def verify(logits_NO: Tensor, rows: Sequence[SamplingState], absent_X: Tensor | 
         elif _changes_logits(row):
             processed_TO = _processed(present_NO[place], row)
             best_N[place] = _checked(processed_TO.argmax(-1), processed_TO)
+    probs_NO = None
     if sampled:
-        drawn_N = _checked(*_drawn([(row, present_NO[place], 0) for row, place in sampled]))
+        drawn_N, probs_NO = _drawn([(row, present_NO[place], 0) for row, place in sampled])
+        drawn_N = _checked(drawn_N, probs_NO)
         best_N[torch.cat([torch.arange(place.start, place.stop) for _, place in sampled]).to(best_N.device)] = drawn_N
     chosen = best_N.tolist()  # the call's one transfer to the host, but for log-probabilities
     results = []
@@ -112,6 +127,8 @@ def verify(logits_NO: Tensor, rows: Sequence[SamplingState], absent_X: Tensor | 
             results.append(SampledTokens(chosen[place.start : last + 1], count, None))
         else:
             results.append(SampledTokens(chosen[place.start : last], count, None, _why_none(logits_NO[last])))
+    if probs_NO is not None and any(row.report for row in rows):
+        results = _with_distributions(probs_NO, rows, results)
     if any(row.params.logprobs is not None for row in rows):
         return _with_logprobs(logits_NO, rows, places, results)
     return results
@@ -225,6 +242,24 @@ def _drawn(sampled: Sequence[tuple[SamplingState, Tensor, int]]) -> tuple[Tensor
         for place in range(len(logits_TO))
     ]
     return draw(probs_NO, torch.stack(noise).to(probs_NO.device)), probs_NO
+
+
+def _with_distributions(
+    probs_NO: Tensor, rows: Sequence[SamplingState], results: Sequence[SampledTokens]
+) -> list[SampledTokens]:
+    """The results with what tokens were sampled from; `probs_NO` has the positions of all requests that sample."""
+    found, start = [], 0
+    for row, result in zip(rows, results, strict=True):
+        if row.params.temperature > 0:
+            own_TO = probs_NO[start : start + len(result.tokens)]
+            start += len(row.drafts) + 1
+            if row.report:
+                ids_T1 = torch.tensor(result.tokens, dtype=torch.int64, device=own_TO.device)[:, None]
+                logprobs = own_TO.gather(1, ids_T1)[:, 0].log().tolist()
+                kept = [p_O.nonzero()[:, 0].int().cpu() if row.params.filters else None for p_O in own_TO]
+                result = result._replace(sampled_from=list(map(SampledFrom, logprobs, kept)))
+        found.append(result)
+    return found
 
 
 def _with_logprobs(
