@@ -12,7 +12,6 @@ A loop is a script that reads top to bottom; what it calls here is the same for 
 Shapes: H = 1 + M heads.
 """
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -56,8 +55,6 @@ class Session(Generic[R]):
     ranks: Ranks
     tokenizer: Tokenizer
     state: TrainState
-    saved: Mapping[str, Any]
-    """What the loop had saved with `remember` in the checkpoint that the run goes on from."""
     progress: Progress
     absent_X: Tensor | None
     """Ids of the model's vocabulary that no token has."""
@@ -65,8 +62,11 @@ class Session(Generic[R]):
     log: MetricsLog | None
     """On the main rank."""
     remembered: dict[str, Any] = field(default_factory=dict)
-    """Tensors, numbers, strings, lists and dicts that every checkpoint keeps for the loop."""
-    began: float = field(default_factory=time.perf_counter)
+    """Tensors, numbers, strings, lists and dicts that every checkpoint keeps for the loop, and a resumed run finds."""
+    recorded_step: int = 0
+    """The last one in the log."""
+    previous_step: int = 0
+    """The one recorded before it."""
 
     @property
     def loss(self) -> PosttrainLoss:
@@ -80,7 +80,7 @@ class Session(Generic[R]):
 
     def due(self, every: int) -> bool:
         """Whether the step just done is the last one, or one of every `every`."""
-        return self.done or (every > 0 and self.state.step % every == 0)
+        return self.done or (every > 0 and self.state.step // every > self.previous_step // every)
 
     def pack(self, samples: Sequence[Sample]) -> list[PackedSamples]:
         """This rank's samples of a step as micro-batches on its device."""
@@ -99,12 +99,20 @@ class Session(Generic[R]):
             "lr": self.run.hyperparameters(self.state.step - 1).learning_rate,
             "skipped": int(metrics.skipped),
         }
-        everything = {**values, **common}
-        if self.log is not None:
-            self.log.write(self.state.step, **everything)
-        self.progress.stepped(self.state.step, everything)
+        self._record({**values, **common})
         train, rate = self.run.train, self.run.optimizer.learning_rate
         check_divergence(self.state, train.max_bad_steps, rate, self.directory, self.progress)
+
+    def passed(self, steps: int, values: Mapping[str, float]) -> None:
+        """Count steps that had nothing to learn from."""
+        self.state.step += steps
+        self._record(values)
+
+    def _record(self, everything: Mapping[str, float]) -> None:
+        self.previous_step, self.recorded_step = self.recorded_step, self.state.step
+        if self.log is not None:
+            self.log.write(self.state.step, **everything)
+        self.progress.stepped(self.state.step, dict(everything))
 
     def evaluated(self, values: Mapping[str, float]) -> None:
         """Record an evaluation after the step just done."""
@@ -172,10 +180,19 @@ def open_session(
             log.truncate_after(state.step)
         absent = tokenizer.absent_ids(state.model.config.vocab_size)
         absent_X = torch.tensor(absent) if absent else None
-        remembered = dict(saved.get("remembered", {}))
         stop_requested = stack.enter_context(stop_signals())
         yield Session(
-            run, directory, ranks, tokenizer, state, remembered, progress, absent_X, stop_requested, log, remembered
+            run,
+            directory,
+            ranks,
+            tokenizer,
+            state,
+            progress,
+            absent_X,
+            stop_requested,
+            log,
+            dict(saved.get("remembered", {})),
+            recorded_step=state.step,
         )
 
 
@@ -237,6 +254,13 @@ def _check_model(config: ModelConfig, tokenizer: Tokenizer, run: PosttrainRun) -
 def compute_dtype(run: PosttrainRun) -> torch.dtype:
     """The activations' type of a resolved run."""
     return torch.bfloat16 if run.train.compute_dtype == "bfloat16" else torch.float32
+
+
+def start_loss(session: Session[Any]) -> PosttrainLoss:
+    """The model that the run started from, with the run's loss: for log-probabilities without a gradient."""
+    loss = session.loss
+    model = load_model(session.run.init, device=session.ranks.device)
+    return PosttrainLoss(model, loss.compute_dtype, temperature=loss.temperature)
 
 
 def _train_state(source: Path, run: PosttrainRun, ranks: Ranks, detach_mtp: bool, temperature: float) -> TrainState:

@@ -1,0 +1,37 @@
+"""The engine that samples what is trained: on the trained tensors themselves, or on a copy of another type."""
+
+import copy
+from typing import Any
+
+import torch
+
+from fathom.engine.engine import Engine
+from fathom.posttrain.rl_config import RlConfig
+from fathom.posttrain.session import Session
+
+_BATCH = {"cpu": 64, "cuda": 256}
+"""Conversations that are sampled at one time."""
+
+
+class Sampler:
+    """An engine whose weights follow the trained model's."""
+
+    def __init__(self, session: Session[Any], config: RlConfig) -> None:
+        self._trained = session.state.model
+        shared = session.loss.compute_dtype == torch.float32
+        # What is computed in bfloat16 is trained on float32 weights: the engine reads them in the type it computes in.
+        model = self._trained if shared else copy.deepcopy(self._trained).bfloat16()
+        batch = min(config.problems * config.group_size, _BATCH[session.ranks.device.type])
+        length = min(model.config.max_position_embeddings, session.run.train.max_length)
+        self.engine = Engine(
+            model,
+            session.tokenizer,
+            speculative=config.speculative,
+            max_batch=batch,
+            cache_tokens=max(batch * length, model.config.max_position_embeddings),
+        )
+        self._shared = shared
+
+    def refresh(self) -> None:
+        """After an update of the weights."""
+        self.engine.update_weights({} if self._shared else self._trained.state_dict())
