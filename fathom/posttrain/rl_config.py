@@ -69,7 +69,8 @@ class RlConfig:
         bound = self.parity_bound
         check(bound is None or bound > 0, "parity_bound", bound, "a positive number, or None")
         cushion = self.overlong_cushion
-        check(cushion <= self.max_tokens, "overlong_cushion", cushion, f"at most max_tokens ({self.max_tokens})")
+        fits = self.overlong == "mask" or cushion <= self.max_tokens
+        check(fits, "overlong_cushion", cushion, f"at most max_tokens ({self.max_tokens})")
 
     def params(self) -> SamplingParams:
         """Of every answer."""
