@@ -4,25 +4,22 @@ A template is code that came with a checkpoint, and what users write is put into
 sandbox, without access to Python, and in a process that the kernel ends where a rendering takes too much time or
 memory: no list of costly operations would be complete.
 
-What users write must not become a control token, and templates may still compare, split and measure it. So it is the
-template's own strings that are marked. Where they are put out or joined to others, every character that may belong to a
-control token is replaced by a private one, its code, which no message contains. What consists of codes in the result is
-the template's, and everything else is text.
+What the template's strings and those of the messages are made into before they meet: `chat_strings.py`.
 
-Each line of standard input and output is a JSON text: first what the template is, then requests. This file imports
-jinja2 and the standard library alone, so that the process starts in a tenth of a second.
+Each line of standard input and output is a JSON text: first what the template is, then requests. Both files
+import jinja2 and the standard library alone, so that the process starts in a tenth of a second.
 """
 
 import contextlib
+import copy
 import datetime
 import json
-import random
 import re
 import resource
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jinja2
 from jinja2 import meta, nodes
@@ -31,129 +28,16 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
+from fathom.data.chat_strings import Arguments, Codes, Literal, Said, said
+
 _MEMORY = 1 << 30
 """Bytes that the process may allocate."""
 
 _LARGEST = 1 << 24
 """Characters of a rendering."""
 
-_PRIVATE = range(0xF0000, 0x10FFFE)
-"""The private planes of Unicode."""
-
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "observation")
 """Templates spell control tokens with them: '<|' + message.role + '|>'."""
-
-
-class Codes:
-    """Private characters for those that control tokens are spelled with."""
-
-    def __init__(self, spellings: Sequence[str], avoid: str) -> None:
-        """`avoid`: a text whose characters are no codes."""
-        self._longest_first = sorted(spellings, key=len, reverse=True)
-        self._found = re.compile("|".join(map(re.escape, self._longest_first)) or r"(?!)")
-        self._joined = "\0".join(spellings)
-        self._starts = {spelling[:end] for spelling in spellings for end in range(len(spelling))}
-        self._ends = {spelling[start:] for spelling in spellings for start in range(1, len(spelling) + 1)}
-        self._longest = max(map(len, spellings), default=0)
-        characters, free = {*map(ord, self._joined)}, sorted({*_PRIVATE} - {*map(ord, avoid)})
-        if len(free) < 2 * len(characters):
-            raise ValueError("the messages use nearly all of Unicode's private characters")
-        # By chance: what users write, or a template unescapes, cannot aim at them.
-        self._codes = dict(zip(characters, random.SystemRandom().sample(free, len(characters)), strict=True))
-        self._plain = {code: chr(character) for character, code in self._codes.items()}
-
-    def collide(self, text: str) -> bool:
-        """Whether any of them is in the text."""
-        return not self._plain.keys().isdisjoint(map(ord, re.findall("[\U000f0000-\U0010ffff]", text)))
-
-    def encode(self, text: str) -> str:
-        """The text with its control tokens in codes, and what may end one at its beginning or begin one at its end."""
-        if text in self._joined:
-            return text.translate(self._codes)
-        lengths = range(1, min(len(text), self._longest) + 1)
-        head = max((length for length in lengths if text[:length] in self._ends), default=0)
-        tail = len(text) - max((length for length in lengths if text[-length:] in self._starts), default=0)
-        coded = self._found.sub(lambda found: found[0].translate(self._codes), text)
-        coded = text[:head].translate(self._codes) + coded[head:]
-        return coded[:tail] + text[tail:].translate(self._codes)
-
-    def decode(self, coded: str) -> str:
-        """The text itself."""
-        return coded.translate(self._plain)
-
-    def split(self, coded: str) -> list[str]:
-        """Texts and, between any two of them, a control token of the template."""
-        alternatives = "|".join(spelling.translate(self._codes) for spelling in self._longest_first)
-        return [self.decode(piece) for piece in re.split(f"({alternatives or '(?!)'})", coded)]
-
-
-class Literal(str):
-    """A string of the template. Compared it is plain, put out or joined to another it is in codes."""
-
-    _codes: ClassVar[Codes]  # out of a template's reach, like every name with an underscore
-
-    def __str__(self) -> str:
-        return self._codes.encode(self)
-
-    def __format__(self, spec: str) -> str:
-        return format(str(self), spec)
-
-    def __add__(self, other: Any) -> Any:
-        return Literal(super().__add__(other)) if isinstance(other, Literal) else str(self) + other
-
-    def __radd__(self, other: Any) -> Any:
-        return other + str(self)
-
-    def __mod__(self, values: Any) -> str:
-        return str(self) % values
-
-    def join(self, parts: Iterable[Any]) -> str:
-        """As of a string."""
-        return str(self).join(map(str, parts))
-
-    def replace(self, old: Any, new: Any, count: Any = -1) -> str:
-        """As of a string."""
-        return str(new).join(str(Literal(part)) for part in self.split(old, count))
-
-
-def _still_literal(name: str) -> Callable[..., Literal]:
-    def method(self: Literal, *arguments: Any) -> Literal:
-        return Literal(getattr(str, name)(self, *arguments))
-
-    method.__name__ = name
-    return method
-
-
-for _name in (
-    "strip",
-    "lstrip",
-    "rstrip",
-    "upper",
-    "lower",
-    "capitalize",
-    "title",
-    "__mul__",
-    "__rmul__",
-    "__getitem__",
-):
-    setattr(Literal, _name, _still_literal(_name))  # no character of another string gets in
-
-
-class Arguments(dict[str, Any]):
-    """The arguments of a tool call: an object for templates that iterate, their JSON text for those that join it."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(json.loads(text))
-        self._text = text
-
-    def __str__(self) -> str:
-        return self._text
-
-    def __add__(self, other: Any) -> Any:
-        return self._text + other
-
-    def __radd__(self, other: Any) -> Any:
-        return other + self._text
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
@@ -217,7 +101,17 @@ def _to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
     # As in transformers; jinja2's own escapes what HTML needs escaped.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    mark = _mark_in(value)
+    return text if mark is None else said(text, mark)
+
+
+def _mark_in(value: Any) -> str | None:
+    """The mark of the last string in the value that has one."""
+    if isinstance(value, Said):
+        return value._mark
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return next((mark for mark in map(_mark_in, reversed(list(items))) if mark is not None), None)
 
 
 def _replace(text: Any, old: Any, new: Any, count: int = -1) -> str:
@@ -244,39 +138,58 @@ class Renderer:
         self.variables = sorted(meta.find_undeclared_variables(environment.parse(source)))
         self._template = environment.from_string(source)
 
-    def pieces(self, line: str) -> list[str]:
-        """The rendering of a request (a line of JSON), as `Codes.split` returns it."""
+    def answer(self, line: str) -> dict[str, Any]:
+        """The renderings of a request (a line of JSON).
+
+        Either one of all messages, whose `pieces` are as `Codes.split` returns them, or, as the request's list
+        `renderings` has them, several of the first messages, with `marks` (see `_take_marks`) if it says so.
+        """
         if Literal._codes.collide(line):
             Literal._codes = Codes(self._spellings, self._source + line)
         request = json.loads(line)
-        messages = [self._message(message) for message in request["messages"]]
+        if "renderings" not in request:
+            text = self._text(request["messages"], request, not request["continue_final"])
+            return {"pieces": Literal._codes.split(text)}
+        answers = []
+        for count, generation_prompt, marked in request["renderings"]:
+            messages = copy.deepcopy(request["messages"][:count])
+            text = self._text(_marked(messages) if marked else messages, request, generation_prompt)
+            pieces, marks = _take_marks(Literal._codes.split(text))
+            answers.append({"pieces": pieces, "marks": marks})
+        return {"renderings": answers}
+
+    def _text(self, messages: list[dict[str, Any]], request: dict[str, Any], generation_prompt: bool) -> str:
+        messages = [self._message(message) for message in messages]
         try:
-            text = self._render(messages, request)
+            text = self._render(messages, request, generation_prompt)
         except _RefusalError:
             raise
         except Exception:  # of whatever kind: many templates take a text where others test for none
             if all(message.get("content") is not None for message in messages):
                 raise
-            text = self._render([message | {"content": message.get("content") or ""} for message in messages], request)
-        if request["continue_final"]:
+            messages = [
+                message | {"content": ""} if message.get("content") is None else message for message in messages
+            ]
+            text = self._render(messages, request, generation_prompt)
+        if request.get("continue_final"):
             text = _up_to(text, messages[-1]["content"])
         if len(text) > _LARGEST:
             raise ValueError(f"the rendering has {len(text)} characters; the limit is {_LARGEST}")
-        return Literal._codes.split(text)
+        return text
 
-    def _render(self, messages: list[dict[str, Any]], request: dict[str, Any]) -> str:
+    def _render(self, messages: list[dict[str, Any]], request: dict[str, Any], generation_prompt: bool) -> str:
         tokens = {name: Literal(token) for name, token in self._tokens.items()}
         return self._template.render(
             request["variables"] | tokens,
             messages=messages,
             tools=request["tools"],
             documents=None,
-            add_generation_prompt=not request["continue_final"],
+            add_generation_prompt=generation_prompt,
         )
 
     def _message(self, message: dict[str, Any]) -> dict[str, Any]:
         if message.get("role") in _ROLES:
-            message["role"] = Literal(message["role"])
+            message = message | {"role": Literal(message["role"])}
         for call in message.get("tool_calls") or ():
             function = call.get("function", call)
             text = function.get("arguments")
@@ -284,6 +197,43 @@ class Renderer:
                 with contextlib.suppress(ValueError):  # what is not JSON stays a text
                     function["arguments"] = Arguments(text)
         return message
+
+
+def _marked(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with every string marked by the numbers of its message and its field.
+
+    Instructions are not: some templates move them to the front, and they are never between two parts of one turn.
+    """
+    marked = []
+    for number, message in enumerate(messages):
+        if message.get("role") not in ("system", "developer"):
+            fields = enumerate(message.items())
+            code = Literal._codes.mark
+            mark = f"{code}{number}.%d{code}"
+            message = {name: value if name == "role" else said(value, mark % field) for field, (name, value) in fields}
+        marked.append(message)
+    return marked
+
+
+def _take_marks(pieces: list[str]) -> tuple[list[str], list[tuple[int, int, int]]]:
+    """The pieces without marks, and these: the position, the number of the message, and that of its field.
+
+    Positions count characters of texts; a control token counts as one.
+    """
+    code = Literal._codes.mark
+    plain, marks, position = [], [], 0
+    for index, piece in enumerate(pieces):
+        if index % 2:
+            plain.append(piece)
+            position += 1
+            continue
+        texts = re.split(f"{code}([0-9]+)[.]([0-9]+){code}", piece)
+        for text, message, field in zip(texts[::3], texts[1::3], texts[2::3], strict=False):
+            position += len(text)
+            marks.append((position, int(message), int(field)))
+        position += len(texts[-1])
+        plain.append("".join(texts[::3]))
+    return plain, marks
 
 
 def _up_to(rendered: str, content: str) -> str:
@@ -313,7 +263,7 @@ def main() -> None:
                 renderer = Renderer(**json.loads(line))
                 answer: dict[str, Any] = {"variables": renderer.variables}
             else:
-                answer = {"pieces": renderer.pieces(line)}
+                answer = renderer.answer(line)
         except Exception as error:  # a template can raise anything
             kind = "" if isinstance(error, (_RefusalError, jinja2.TemplateError)) else f"{type(error).__name__}: "
             message = f"{kind}{error}"

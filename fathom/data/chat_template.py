@@ -5,16 +5,19 @@
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
 import jinja2  # noqa: F401 (the renderer's; that it is missing is reported here)
 
+from fathom.data.assistant_mask import Rendering, TurnError, assistant_spans, prefixes, spans_of_texts
 from fathom.data.tokenizer import Tokenizer
 
 _SECONDS = 2.0
@@ -45,6 +48,7 @@ class ChatTemplate:
         named = {name: _spelling(token) for name, token in tokenizer.config.items() if name.endswith("_token")}
         tokens = {name: token for name, token in named.items() if token is not None}
         self._setup = {"source": source, "spellings": special_spellings(tokenizer), "tokens": tokens}
+        self._eos = tokens["eos_token"]
         self._idle: list[subprocess.Popen[str]] = []
         weakref.finalize(self, _stop, self._idle)
         process, answer = self._start()
@@ -77,31 +81,82 @@ class ChatTemplate:
     ) -> list[int]:
         """The token ids of what `render` returns; what is in the messages becomes no control token."""
         pieces = self._pieces(messages, tools, variables, continue_final)
-        first, *texts = self._tokenizer.encode_batch(pieces[::2])
-        ids = list(first)
-        for control, text in zip(pieces[1::2], texts, strict=True):
-            ids += [cast(int, self._tokenizer.token_id(control)), *text]
-        return ids
+        return [token for ids in self._piece_ids(pieces) for token in ids]
+
+    def encode_training(
+        self,
+        messages: Sequence[Message],
+        tools: list[dict[str, Any]] | None = None,
+        variables: dict[str, Any] | None = None,
+    ) -> tuple[list[int], list[bool]]:
+        """The token ids of the whole conversation, and of each whether it is the assistant's, so that it is trained.
+
+        These are its contents, reasoning and tool calls as far as the template puts them out, with the template's own
+        text around them, and the end-of-turn token; not the role header or what else is in the generation prompt.
+        A token is trained if any part of it is the assistant's. `assistant_mask.py` says how they are found.
+
+        Raises ChatError where the template refuses the messages, or does not show which tokens these are.
+        """
+        roles = [str(message.get("role")) for message in messages]
+        parts, everything = prefixes(roles), (len(messages), False)
+        wanted = [(*everything, False), (*everything, True), *((*part, True) for part in parts)]
+        request = {"messages": list(messages), "tools": tools, "variables": variables or {}, "renderings": wanted}
+        plain, whole, *rest = [
+            Rendering(each["pieces"], [(at, message, field) for at, message, field in each["marks"]])
+            for each in self._answer(request)["renderings"]
+        ]
+        if plain.pieces != whole.pieces:
+            raise ChatError("the model's chat template is not for training: it renders marked contents in another way")
+        try:
+            spans = assistant_spans(roles, whole, dict(zip(parts, rest, strict=True)), self._eos)
+        except TurnError as error:
+            raise ChatError(f"the model's chat template does not show what is the assistant's: {error}") from error
+        ids, trained = [], []
+        inside = spans_of_texts(plain.pieces, spans)
+        for index, (piece, piece_ids) in enumerate(zip(plain.pieces, self._piece_ids(plain.pieces), strict=True)):
+            ids += piece_ids
+            trained += [bool(inside[index])] if index % 2 else self._tokens_in(piece, piece_ids, inside[index])
+        return ids, trained
+
+    def _piece_ids(self, pieces: Sequence[str]) -> Iterator[list[int]]:
+        """The ids of each piece: of texts by the tokenizer, which finds no control token in them."""
+        texts = iter(self._tokenizer.encode_batch(pieces[::2]))
+        for index, piece in enumerate(pieces):
+            yield [cast(int, self._tokenizer.token_id(piece))] if index % 2 else next(texts)
+
+    def _tokens_in(self, text: str, ids: Sequence[int], spans: list[tuple[int, int]]) -> list[bool]:
+        """For each of the text's tokens whether it has a part in the spans of characters."""
+        if not spans:
+            return [False] * len(ids)
+        byte_spans = [tuple(self._tokenizer.byte_position(text, at) for at in span) for span in spans]
+        ends = list(accumulate(len(self._tokenizer.token_bytes(token)) for token in ids))
+        if ends[-1:] != [self._tokenizer.byte_position(text, len(text))]:
+            raise ChatError("the model's tokenizer does not give back the text, so no token can be assigned to a turn")
+        tokens = zip([0, *ends], ends, strict=False)
+        return [any(begin < stop and end > start for start, stop in byte_spans) for begin, end in tokens]
 
     def _pieces(self, messages: Sequence[Message], tools: Any, variables: Any, continue_final: bool) -> list[str]:
         """Texts and, between any two of them, a control token."""
         if continue_final and not (messages and str(messages[-1].get("content") or "").strip()):
             raise ChatError("the final message has no text that could be continued")
         request = {"messages": list(messages), "tools": tools, "variables": variables or {}}
+        return self._answer(request | {"continue_final": continue_final})["pieces"]
+
+    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
         try:
             process = self._idle.pop()
         except IndexError:
             process, _ = self._start()
-        answer = _exchange(process, request | {"continue_final": continue_final})
+        answer = _exchange(process, request)
         self._idle.append(process)
         if "error" in answer:
             raise ChatError(f"the model's chat template does not take these messages: {answer['error']}")
-        return answer["pieces"]
+        return answer
 
     def _start(self) -> tuple["subprocess.Popen[str]", dict[str, Any]]:
         process = subprocess.Popen(
-            # -P: beside the renderer are modules named like some of the standard library.
-            [sys.executable, "-P", str(Path(__file__).with_name("chat_renderer.py")), str(_SECONDS)],
+            [sys.executable, "-P", "-m", "fathom.data.chat_renderer", str(_SECONDS)],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(_paths())},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",
@@ -113,6 +168,11 @@ class ChatTemplate:
             _stop([process])
             raise ChatError(f"the model's chat template cannot be read: {answer['error']}")
         return process, answer
+
+
+def _paths() -> list[str]:
+    """Where the process finds this package, wherever it lies, and what the environment names."""
+    return [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
 
 
 def special_spellings(tokenizer: Tokenizer) -> list[str]:

@@ -143,6 +143,19 @@ class Tokenizer:
         spelled = self._backend.id_to_token(token)
         return b"" if spelled is None else bytes_of(spelled)
 
+    def byte_position(self, text: str, position: int) -> int:
+        """How many bytes of the text's tokens come before its character at `position`.
+
+        The bytes are those of the text as the tokenizer normalises it, which may join characters beside one another.
+        """
+        normalizer = self._backend.normalizer
+        if normalizer is None:
+            return len(text[:position].encode())
+        start, whole = normalizer.normalize_str(text[:position]), normalizer.normalize_str(text)
+        while not whole.startswith(start):  # the character before is joined to the one behind
+            start = start[:-1]
+        return len(start.encode())
+
     def _named_id(self, field: str) -> int:
         named = self.config.get(field)
         # Older files spell a token out as {"content": ..., "lstrip": ...}.
