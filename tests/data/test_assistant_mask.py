@@ -67,7 +67,8 @@ WAYS = {
     "a block": "{% set x %}{{ m.content }}{% endset %}<｜Assistant｜>{{ x.split('</think>')[-1] }}{{ eos_token }}",
     "replaced": "{{ '<｜Assistant｜>X'.replace('X', m.content | replace('\\r', '')) + eos_token }}",
     "cut": "<｜Assistant｜>{{ m.content.split('</think>')[-1][0:] }}{{ eos_token }}",
-    "tested": "<｜Assistant｜>{% if m.content.startswith('a') and m.content == 'a b' %}{{ m.content + eos_token }}{% endif %}",
+    "tested": "<｜Assistant｜>{% if m.content.startswith('a') and m.content == 'a b' %}"
+    "{{ m.content + eos_token }}{% endif %}",
 }
 
 

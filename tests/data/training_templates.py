@@ -184,6 +184,6 @@ FAMILIES = {"v3": V3, "r1": R1, "kimi-k2": KIMI_K2, "qwen": QWEN, "llama-3": LLA
 
 
 def without_generation_tags(source: str) -> str:
-    """The same template as one that knows nothing of training."""
+    """The same template, without what it has for training."""
     source = re.sub(r"\{%(-?) generation (-?)%\}", r"{%\1 if true \2%}", source)
     return re.sub(r"\{%(-?) endgeneration (-?)%\}", r"{%\1 endif \2%}", source)
