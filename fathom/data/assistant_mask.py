@@ -55,29 +55,31 @@ class Rendering:
         return self.units[start:end]
 
 
-def prefixes(roles: Sequence[str]) -> list[Prefix]:
-    """What has to be rendered to find the assistant's turns of messages with these roles."""
-    turns = [number for number, role in enumerate(roles) if role == "assistant"]
+def prefixes(turns: Iterable[int]) -> list[Prefix]:
+    """What has to be rendered to find the assistant's turns that have these numbers among the messages."""
     return sorted({each for turn in turns for each in ((turn, False), (turn, True), (turn + 1, False))})
 
 
 def assistant_spans(
-    roles: Sequence[str], whole: Rendering, parts: dict[Prefix, Rendering], eos_token: str
+    turns: Iterable[int],
+    roles: Sequence[str],
+    whole: Rendering,
+    parts: dict[Prefix, Rendering],
+    eos_token: str,
 ) -> list[tuple[int, int]]:
-    """Where in `whole`, in units, the assistant's turns are, end of turn included: (start, end), in order.
+    """Where in `whole`, in units, these turns of the assistant are, end of turn included: (start, end), in order.
 
-    `parts`: the renderings of `prefixes(roles)`. Raises TurnError where they do not show it.
+    `roles`: of all messages. `parts`: the renderings of `prefixes(turns)`. Raises TurnError where they do not show it.
     """
     numbers = [message for _, message, _ in whole.marks]
     if numbers != sorted(numbers):
         raise TurnError("it puts the messages in another order")
     spans = []
-    for turn, role in enumerate(roles):
-        if role == "assistant":
-            start = _start(turn, roles, whole, parts)
-            end = _end(turn, start, whole, parts[turn + 1, False], eos_token)
-            if end > start:
-                spans.append((start, end))
+    for turn in turns:
+        start = _start(turn, roles, whole, parts)
+        end = _end(turn, start, whole, parts[turn + 1, False], eos_token)
+        if end > start:
+            spans.append((start, end))
     return spans
 
 

@@ -88,17 +88,21 @@ class ChatTemplate:
         messages: Sequence[Message],
         tools: list[dict[str, Any]] | None = None,
         variables: dict[str, Any] | None = None,
+        turns: Sequence[int] | None = None,
     ) -> tuple[list[int], list[bool]]:
         """The token ids of the whole conversation, and of each whether it is the assistant's, so that it is trained.
 
         These are its contents, reasoning and tool calls as far as the template puts them out, with the template's own
         text around them, and the end-of-turn token; not the role header or what else is in the generation prompt.
-        A token is trained if any part of it is the assistant's. `assistant_mask.py` says how they are found.
+        A token is trained if any part of it is the assistant's. `assistant_mask.py` says how they are found. `turns`:
+        the numbers of the messages to train, if not all of the assistant's are.
 
         Raises ChatError where the template refuses the messages, or does not show which tokens these are.
         """
         roles = [str(message.get("role")) for message in messages]
-        parts, everything = prefixes(roles), (len(messages), False)
+        if turns is None:
+            turns = [number for number, role in enumerate(roles) if role == "assistant"]
+        parts, everything = prefixes(turns), (len(messages), False)
         wanted = [(*everything, False), (*everything, True), *((*part, True) for part in parts)]
         request = {"messages": list(messages), "tools": tools, "variables": variables or {}, "renderings": wanted}
         plain, whole, *rest = [
@@ -108,7 +112,7 @@ class ChatTemplate:
         if plain.pieces != whole.pieces:
             raise ChatError("the model's chat template is not for training: it renders marked contents in another way")
         try:
-            spans = assistant_spans(roles, whole, dict(zip(parts, rest, strict=True)), self._eos)
+            spans = assistant_spans(turns, roles, whole, dict(zip(parts, rest, strict=True)), self._eos)
         except TurnError as error:
             raise ChatError(f"the model's chat template does not show what is the assistant's: {error}") from error
         ids, trained = [], []

@@ -84,6 +84,18 @@ def read_file(path: Path, column: str, skipped: Skipped) -> Iterator[tuple[int |
                 yield from _texts_of(rows, path, column, skipped)
 
 
+def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a JSON Lines file, compressed or not, each with the number of its line, from 1.
+
+    Raises ValueError for a line that holds none, and OSError where the file cannot be read.
+    """
+    with _decompressed(path) as content:
+        encoding = _skip_byte_order_mark(content)
+        for number, line in enumerate(_lines(content, encoding), start=1):
+            if line.strip():
+                yield number, _parse_line(line, where=f"{path}:{number}")
+
+
 def text_of(row: dict[str, Any], column: str, where: str) -> str:
     """The text in a row; null counts as empty, as data sets often have it. Raises ValueError where there is none."""
     if column not in row:
@@ -172,10 +184,11 @@ def _read_lines(lines: Iterator[bytes], path: Path, column: str, skipped: Skippe
     for number, line in enumerate(lines, start=1):
         if line.strip():
             with skipped.noted(path):
-                yield number, _parse_line(line, column, where=f"{path}:{number}")
+                where = f"{path}:{number}"
+                yield number, text_of(_parse_line(line, where), column, where)
 
 
-def _parse_line(line: bytes, column: str, where: str) -> str:
+def _parse_line(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except UnicodeDecodeError as error:
@@ -183,8 +196,8 @@ def _parse_line(line: bytes, column: str, where: str) -> str:
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{where}: not valid JSON: {error}") from error
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: a JSON {type(row).__name__}; every line should be an object with {column!r}")
-    return text_of(row, column, where)
+        raise ValueError(f"{where}: a JSON {type(row).__name__}; every line should be an object")
+    return row
 
 
 def _json_rows(data: bytes, encoding: str, path: Path, column: str) -> list[dict[str, Any]] | None:
