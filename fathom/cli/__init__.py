@@ -21,7 +21,7 @@ from fathom.train.errors import TrainingError
 
 _COMMANDS = {
     "train": ("PRESET --out DIR", f"train a model, or --resume a run; presets: {', '.join(presets.ALL)}"),
-    "sft": ("MODEL --data FILE --out DIR", "fine-tune a model on conversations, or --resume such a run"),
+    "sft": ("MODEL --data FILE --out DIR", "supervised fine-tuning on conversations"),
     "rl": ("MODEL --task NAME --out DIR", "reinforcement learning with verifiable rewards"),
     "generate": ("PATH --prompt …", "continue a text with any DeepSeek-V3 model directory"),
     "eval": ("PATH --tasks … | --text …", "run lm-eval's tasks on a model, or measure a text in bits per byte"),

@@ -153,8 +153,8 @@ def _check_calls(role: str, calls: Any) -> None:
         raise ValueError("its tool_calls must be a list")
     for call in calls:
         function = call.get("function") if isinstance(call, dict) else None
-        named = isinstance(function, dict) and isinstance(function.get("name"), str)
-        if not named or not isinstance(function.get("arguments"), str | dict):
+        function = function if isinstance(function, dict) else {}
+        if not (isinstance(function.get("name"), str) and isinstance(function.get("arguments"), str | dict)):
             raise ValueError("each of its tool_calls must be {'function': {'name': a text, 'arguments': an object}}")
 
 

@@ -28,7 +28,7 @@ from fathom.posttrain.sft_config import SftRun
 from fathom.posttrain.sft_data import SftSamples, open_text, read_samples, trained_tokens
 
 
-def fine_tune(run: SftRun, directory: Path, ranks: Ranks, resume: bool = False, console: Console | None = None) -> bool:
+def sft(run: SftRun, directory: Path, ranks: Ranks, resume: bool = False, console: Console | None = None) -> bool:
     """Train `run` in `directory`; returns whether it finished (False: a signal stopped it, after saving).
 
     With `resume` the run in `directory` goes on; `run` may change what `posttrain.config.CHANGEABLE` names of it.
