@@ -12,7 +12,6 @@ Nothing is guessed: where the renderings do not show where a turn begins or ends
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 Unit = str | tuple[str]
 """A character of a text, or a control token."""
@@ -28,21 +27,20 @@ class TurnError(ValueError):
     """The renderings do not show which part is the assistant's."""
 
 
+def units(pieces: Sequence[str]) -> list[Unit]:
+    """Texts and, between any two of them, a control token, as characters and control tokens."""
+    found: list[Unit] = []
+    for index, piece in enumerate(pieces):
+        found += [(piece,)] if index % 2 else piece
+    return found
+
+
 @dataclass(frozen=True)
 class Rendering:
-    """Messages as the template renders them."""
+    """All messages as the template renders them."""
 
-    pieces: list[str]
-    """Texts and, between any two of them, a control token."""
+    units: list[Unit]
     marks: list[Mark]
-
-    @cached_property
-    def units(self) -> list[Unit]:
-        """The same as characters and control tokens, in which positions count."""
-        units: list[Unit] = []
-        for index, piece in enumerate(self.pieces):
-            units += [(piece,)] if index % 2 else piece
-        return units
 
     def last_mark(self, message: int) -> Mark:
         """The last mark of the messages up to this one; the beginning, as if of message −1, where there is none."""
@@ -55,6 +53,15 @@ class Rendering:
         return self.units[start:end]
 
 
+@dataclass(frozen=True)
+class Tail:
+    """What the rendering of the first messages has behind its last mark."""
+
+    mark: tuple[int, int]
+    """The numbers of the message and the field; −1 where there is no mark, and the tail is everything."""
+    units: list[Unit]
+
+
 def prefixes(turns: Iterable[int]) -> list[Prefix]:
     """What has to be rendered to find the assistant's turns that have these numbers among the messages."""
     return sorted({each for turn in turns for each in ((turn, False), (turn, True), (turn + 1, False))})
@@ -64,12 +71,12 @@ def assistant_spans(
     turns: Iterable[int],
     roles: Sequence[str],
     whole: Rendering,
-    parts: dict[Prefix, Rendering],
+    parts: dict[Prefix, Tail],
     eos_token: str,
 ) -> list[tuple[int, int]]:
     """Where in `whole`, in units, these turns of the assistant are, end of turn included: (start, end), in order.
 
-    `roles`: of all messages. `parts`: the renderings of `prefixes(turns)`. Raises TurnError where they do not show it.
+    `roles`: of all messages. `parts`: the tails of `prefixes(turns)`. Raises TurnError where they do not show it.
     """
     numbers = [message for _, message, _ in whole.marks]
     if numbers != sorted(numbers):
@@ -83,27 +90,27 @@ def assistant_spans(
     return spans
 
 
-def _start(turn: int, roles: Sequence[str], whole: Rendering, parts: dict[Prefix, Rendering]) -> int:
+def _start(turn: int, roles: Sequence[str], whole: Rendering, parts: dict[Prefix, Tail]) -> int:
     """Behind the generation prompt, as far as `whole` has it there."""
     ended, prompted = parts[turn, False], parts[turn, True]
-    mark, unprompted = whole.last_mark(turn - 1), ended.behind(turn - 1)
-    common = _common(whole.behind(turn - 1), prompted.behind(turn - 1))
+    mark = whole.last_mark(turn - 1)
+    common = _common(whole.behind(turn - 1), prompted.units)
     # Turns of the assistant may follow one another, and some templates join them: all behind the first is its own.
     own = turn > 0 and roles[turn - 1] == "assistant" and mark[1] == turn - 1
-    same = all(part.last_mark(turn - 1)[1:] == mark[1:] for part in (ended, prompted))
-    if not same or (common < len(unprompted) and not own):
+    same = ended.mark == prompted.mark == mark[1:]
+    if not same or (common < len(ended.units) and not own):
         raise TurnError(f"it renders what comes before message {turn} in another way once there is an answer")
     return mark[0] + common
 
 
-def _end(turn: int, start: int, whole: Rendering, ended: Rendering, eos_token: str) -> int:
+def _end(turn: int, start: int, whole: Rendering, ended: Tail, eos_token: str) -> int:
     """Behind the end-of-turn token."""
-    mark, behind, ending = whole.last_mark(turn), whole.behind(turn), ended.behind(turn)
-    if ended.last_mark(turn)[1:] != mark[1:]:
+    mark, behind = whole.last_mark(turn), whole.behind(turn)
+    if ended.mark != mark[1:]:
         raise TurnError(f"it renders other parts of message {turn} once there are later ones")
-    if mark[1] == turn and not any(isinstance(unit, tuple) for unit in ending):
+    if mark[1] == turn and not any(isinstance(unit, tuple) for unit in ended.units):
         raise TurnError(f"it ends message {turn} without a control token, which would teach no model to stop")
-    shared = behind[: _common(behind, ending)]
+    shared = behind[: _common(behind, ended.units)]
     controls = [at for at, unit in enumerate(shared) if isinstance(unit, tuple) and mark[0] + at >= start]
     # Line ends that a template puts behind the token are not generated; nothing is behind EOS.
     eos = [at for at in controls if shared[at] == (eos_token,)]

@@ -126,9 +126,12 @@ def _literal(context: Any, text: str) -> Literal:
 class Renderer:
     """One template."""
 
-    def __init__(self, source: str, spellings: Sequence[str], tokens: dict[str, str]) -> None:
-        """`tokens`: control tokens by the template's names for them. Raises jinja2.TemplateError."""
-        self._source, self._spellings, self._tokens = source, spellings, tokens
+    def __init__(self, source: str, spellings: Sequence[str], tokens: dict[str, str], seconds: float) -> None:
+        """`tokens`: control tokens by the template's names for them; `seconds`: what a rendering may take.
+
+        Raises jinja2.TemplateError.
+        """
+        self._source, self._spellings, self._tokens, self._seconds = source, spellings, tokens, seconds
         Literal._codes = Codes(spellings, source)
         environment = _Sandbox(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
@@ -139,24 +142,28 @@ class Renderer:
         self._template = environment.from_string(source)
 
     def answer(self, line: str) -> dict[str, Any]:
-        """The renderings of a request (a line of JSON).
+        """The rendering of a request (a line of JSON): its `pieces`, as `Codes.split` returns them.
 
-        Either one of all messages, whose `pieces` are as `Codes.split` returns them, or, as the request's list
-        `renderings` has them, several of the first messages, with `marks` (see `_take_marks`) if it says so.
+        If the request has `prefixes`, lists of how many of the first messages and whether a generation prompt follows
+        them, also the `marks` of the whole and the `tails` of these prefixes (see `_take_marks` and `_tail`).
         """
         if Literal._codes.collide(line):
             Literal._codes = Codes(self._spellings, self._source + line)
         request = json.loads(line)
-        if "renderings" not in request:
+        if "prefixes" not in request:
             text = self._text(request["messages"], request, not request["continue_final"])
             return {"pieces": Literal._codes.split(text)}
-        answers = []
-        for count, generation_prompt, marked in request["renderings"]:
-            messages = copy.deepcopy(request["messages"][:count])
-            text = self._text(_marked(messages) if marked else messages, request, generation_prompt)
-            pieces, marks = _take_marks(Literal._codes.split(text))
-            answers.append({"pieces": pieces, "marks": marks})
-        return {"renderings": answers}
+        plain = self._text(copy.deepcopy(request["messages"]), request, False)
+        answer: dict[str, Any] = {"pieces": Literal._codes.split(plain), "tails": []}
+        marked = self._text(_marked(copy.deepcopy(request["messages"])), request, False)
+        pieces, answer["marks"] = _take_marks(Literal._codes.split(marked))
+        if pieces != answer["pieces"]:
+            raise _RefusalError("contents that are marked, as for training they must be, change the text")
+        for count, generation_prompt in request["prefixes"]:
+            signal.setitimer(signal.ITIMER_PROF, self._seconds)  # each may take as long
+            messages = _marked(copy.deepcopy(request["messages"][:count]))
+            answer["tails"].append(_tail(self._text(messages, request, generation_prompt)))
+        return answer
 
     def _text(self, messages: list[dict[str, Any]], request: dict[str, Any], generation_prompt: bool) -> str:
         messages = [self._message(message) for message in messages]
@@ -236,6 +243,14 @@ def _take_marks(pieces: list[str]) -> tuple[list[str], list[tuple[int, int, int]
     return plain, marks
 
 
+def _tail(text: str) -> tuple[int, int, list[str]]:
+    """The numbers of the last mark in a rendering, −1 where there is none, and the pieces of what follows it."""
+    code = Literal._codes.mark
+    before, _, behind = text.rpartition(code)
+    message, field = before.rpartition(code)[2].split(".") if before else ("-1", "-1")
+    return int(message), int(field), Literal._codes.split(behind)
+
+
 def _up_to(rendered: str, content: str) -> str:
     """The rendering up to the end of the final message, with the blanks behind it unless the template strips them."""
     start = rendered.rfind(content.strip())
@@ -260,7 +275,7 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
             if renderer is None:
-                renderer = Renderer(**json.loads(line))
+                renderer = Renderer(**json.loads(line), seconds=seconds)
                 answer: dict[str, Any] = {"variables": renderer.variables}
             else:
                 answer = renderer.answer(line)

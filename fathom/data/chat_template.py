@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import jinja2  # noqa: F401 (the renderer's; that it is missing is reported here)
 
-from fathom.data.assistant_mask import Rendering, TurnError, assistant_spans, prefixes, spans_of_texts
+from fathom.data.assistant_mask import Rendering, Tail, TurnError, assistant_spans, prefixes, spans_of_texts, units
 from fathom.data.tokenizer import Tokenizer
 
 _SECONDS = 2.0
@@ -102,22 +102,18 @@ class ChatTemplate:
         roles = [str(message.get("role")) for message in messages]
         if turns is None:
             turns = [number for number, role in enumerate(roles) if role == "assistant"]
-        parts, everything = prefixes(turns), (len(messages), False)
-        wanted = [(*everything, False), (*everything, True), *((*part, True) for part in parts)]
-        request = {"messages": list(messages), "tools": tools, "variables": variables or {}, "renderings": wanted}
-        plain, whole, *rest = [
-            Rendering(each["pieces"], [(at, message, field) for at, message, field in each["marks"]])
-            for each in self._answer(request)["renderings"]
-        ]
-        if plain.pieces != whole.pieces:
-            raise ChatError("the model's chat template is not for training: it renders marked contents in another way")
+        request = {"messages": list(messages), "tools": tools, "variables": variables or {}}
+        answer = self._answer(request | {"prefixes": prefixes(turns)})
+        pieces, marks = answer["pieces"], [(at, message, field) for at, message, field in answer["marks"]]
+        tails = [Tail((message, field), units(behind)) for message, field, behind in answer["tails"]]
         try:
-            spans = assistant_spans(turns, roles, whole, dict(zip(parts, rest, strict=True)), self._eos)
+            parts = dict(zip(prefixes(turns), tails, strict=True))
+            spans = assistant_spans(turns, roles, Rendering(units(pieces), marks), parts, self._eos)
         except TurnError as error:
             raise ChatError(f"the model's chat template does not show what is the assistant's: {error}") from error
         ids, trained = [], []
-        inside = spans_of_texts(plain.pieces, spans)
-        for index, (piece, piece_ids) in enumerate(zip(plain.pieces, self._piece_ids(plain.pieces), strict=True)):
+        inside = spans_of_texts(pieces, spans)
+        for index, (piece, piece_ids) in enumerate(zip(pieces, self._piece_ids(pieces), strict=True)):
             ids += piece_ids
             trained += [bool(inside[index])] if index % 2 else self._tokens_in(piece, piece_ids, inside[index])
         return ids, trained

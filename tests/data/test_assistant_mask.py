@@ -172,7 +172,9 @@ def test_a_tokenizer_that_normalises(tokenizer: Tokenizer) -> None:
 
 
 REFUSED = {
-    "renders marked": plain("<｜Assistant｜>{% set x %}{{ m.content }}{% endset %}{{ x | length }}{{ eos_token }}"),
+    "marked, as for training they must be": plain(
+        "<｜Assistant｜>{% set x %}{{ m.content }}{% endset %}{{ x | length }}{{ eos_token }}"
+    ),
     "without a control token": plain("<｜Assistant｜>{{ m.content }}\n"),
     "another order": "{{ bos_token }}{% for m in messages[::-1] %}{{ m.content + eos_token }}{% endfor %}",
     "before message 1 in another way": plain("{{ eos_token }}{{ m.content + eos_token }}").replace(

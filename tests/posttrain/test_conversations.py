@@ -96,9 +96,9 @@ def test_samples_that_are_too_long_are_counted_or_refused(tokenizer: Tokenizer, 
     assert (len(found.samples), found.too_long) == (1, 1) and found.longest > 20
     with pytest.raises(ValueError, match=r"chats.jsonl:2: \d+ tokens; train.max_length is 20"):
         read_conversations(path, tokenizer, 20, strict=True)
-    with pytest.raises(ValueError, match="no sample to train on; 1 samples have more than train.max_length"):
+    with pytest.raises(ValueError, match=r"no sample to train on; 1 samples have more than train.max_length"):
         read_conversations(write(tmp_path / "long.jsonl", long), tokenizer, 20)
-    with pytest.raises(ValueError, match="no sample to train on$"):
+    with pytest.raises(ValueError, match=r"no sample to train on$"):
         read_conversations(write(tmp_path / "empty.jsonl"), tokenizer, 20)
 
 
