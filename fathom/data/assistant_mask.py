@@ -73,10 +73,12 @@ def assistant_spans(
     whole: Rendering,
     parts: dict[Prefix, Tail],
     eos_token: str,
+    has_prompt: bool,
 ) -> list[tuple[int, int]]:
     """Where in `whole`, in units, these turns of the assistant are, end of turn included: (start, end), in order.
 
-    `roles`: of all messages. `parts`: the tails of `prefixes(turns)`. Raises TurnError where they do not show it.
+    `roles`: of all messages. `parts`: the tails of `prefixes(turns)`. `has_prompt`: whether the template leaves a
+    generation prompt out where none is wanted. Raises TurnError where the renderings do not show where a turn is.
     """
     numbers = [message for _, message, _ in whole.marks]
     if numbers != sorted(numbers):
@@ -84,7 +86,7 @@ def assistant_spans(
     spans = []
     for turn in turns:
         start = _start(turn, roles, whole, parts)
-        end = _end(turn, start, whole, parts[turn + 1, False], eos_token)
+        end = _end(turn, start, whole, parts[turn + 1, False], eos_token, has_prompt)
         if end > start:
             spans.append((start, end))
     return spans
@@ -103,7 +105,7 @@ def _start(turn: int, roles: Sequence[str], whole: Rendering, parts: dict[Prefix
     return mark[0] + common
 
 
-def _end(turn: int, start: int, whole: Rendering, ended: Tail, eos_token: str) -> int:
+def _end(turn: int, start: int, whole: Rendering, ended: Tail, eos_token: str, has_prompt: bool) -> int:
     """Behind the end-of-turn token."""
     mark, behind = whole.last_mark(turn), whole.behind(turn)
     if ended.mark != mark[1:]:
@@ -112,6 +114,10 @@ def _end(turn: int, start: int, whole: Rendering, ended: Tail, eos_token: str) -
         raise TurnError(f"it ends message {turn} without a control token, which would teach no model to stop")
     shared = behind[: _common(behind, ended.units)]
     controls = [at for at, unit in enumerate(shared) if isinstance(unit, tuple) and mark[0] + at >= start]
+    if len(controls) > 1 and not has_prompt and (eos_token,) not in shared:
+        raise TurnError(
+            f"it ends message {turn} with several control tokens, of which the last may be a prompt that it always adds"
+        )
     # Line ends that a template puts behind the token are not generated; nothing is behind EOS.
     eos = [at for at in controls if shared[at] == (eos_token,)]
     last = eos[0] if eos else controls[-1] if controls else len(shared) - 1

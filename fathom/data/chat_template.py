@@ -55,6 +55,9 @@ class ChatTemplate:
         self._idle.append(process)
         self.supports_tools = "tools" in answer["variables"]
         """Whether the template itself renders tools."""
+        self._has_prompt = "add_generation_prompt" in answer["variables"]
+        self.supports_tool_calls = "tool_calls" in source
+        """Whether it puts out the calls in the assistant's messages."""
         self.variables = frozenset(answer["variables"]) - _GIVEN - tokens.keys()
         """Further names that the template reads, such as enable_thinking."""
 
@@ -108,7 +111,7 @@ class ChatTemplate:
         tails = [Tail((message, field), units(behind)) for message, field, behind in answer["tails"]]
         try:
             parts = dict(zip(prefixes(turns), tails, strict=True))
-            spans = assistant_spans(turns, roles, Rendering(units(pieces), marks), parts, self._eos)
+            spans = assistant_spans(turns, roles, Rendering(units(pieces), marks), parts, self._eos, self._has_prompt)
         except TurnError as error:
             raise ChatError(f"the model's chat template does not show what is the assistant's: {error}") from error
         ids, trained = [], []

@@ -109,6 +109,10 @@ class _Encoder:
         turns = [turn for turn in turns if messages[turn].get("weight", 1)]
         if self._template is None:
             self._template = ChatTemplate(self._tokenizer)
+        if tools and not self._template.supports_tools:
+            raise ValueError("the model's chat template puts out no 'tools', so that none would be learnt")
+        if not self._template.supports_tool_calls and any(each.get("tool_calls") for each in messages):
+            raise ValueError("the model's chat template puts out no 'tool_calls', so that none would be learnt")
         plain = [{name: value for name, value in each.items() if name != "weight"} for each in messages]
         return self._template.encode_training(plain, tools or None, turns=turns)
 

@@ -175,6 +175,10 @@ REFUSED = {
     "marked, as for training they must be": plain(
         "<｜Assistant｜>{% set x %}{{ m.content }}{% endset %}{{ x | length }}{{ eos_token }}"
     ),
+    "of which the last may be a prompt that it always adds": (
+        "{% for m in messages %}{{ '<｜User｜>' if m.role == 'user' else '<｜Assistant｜>' }}"
+        "{{ m.content + '<｜fim▁end｜>' }}{% endfor %}<｜Assistant｜>"
+    ),
     "without a control token": plain("<｜Assistant｜>{{ m.content }}\n"),
     "another order": "{{ bos_token }}{% for m in messages[::-1] %}{{ m.content + eos_token }}{% endfor %}",
     "before message 1 in another way": plain("{{ eos_token }}{{ m.content + eos_token }}").replace(

@@ -127,7 +127,9 @@ BAD: list[tuple[Any, str]] = [
     ),
     ({"messages": [USER_SAYS | {"tool_calls": []}]}, "message 0: tool_calls in a message of the role user"),
     ({"messages": [CALLING | {"tool_calls": [{"id": "1"}]}]}, "message 0: each of its tool_calls must be"),
-    ({"messages": [USER_SAYS, CALLING, TOOL, ASSISTANT_SAYS]}, "role tool is not known"),  # so the template says
+    ({"messages": [{"role": "developer", "content": "x"}, ASSISTANT_SAYS]}, "role developer is not known"),
+    ({"messages": [USER_SAYS, CALLING, TOOL, ASSISTANT_SAYS]}, "the model's chat template puts out no 'tool_calls'"),
+    ({"messages": [USER_SAYS, ASSISTANT_SAYS], "tools": [{}]}, "the model's chat template puts out no 'tools'"),
     ({"messages": [USER_SAYS, ASSISTANT_SAYS], "tools": "f"}, "'tools' must be a list of objects"),
     ({"messages": [USER_SAYS, ASSISTANT_SAYS | {"content": "\ud800"}]}, "half of a surrogate pair"),
     ({"prompt": "cat", "completion": ""}, "'completion' is empty: nothing comes behind the prompt"),
