@@ -138,10 +138,10 @@ def vowels(monkeypatch: pytest.MonkeyPatch) -> Callable[[Task], None]:
 def test_rewards_rise(directory: Path, tmp_path: Path, vowels: object, variant: str) -> None:
     bounds = {"clip_low": 0.05, "clip_high": 0.05} if variant == "gspo" else {}
     run = run_of(directory, variant=variant, problems=8, group_size=8, max_tokens=16, updates=2, **bounds)
-    run = replace(run, train=replace(run.train, steps=40, save_every=0))
+    run = replace(run, train=replace(run.train, steps=60, save_every=0, eval_every=0))
     assert rl(run, tmp_path / "run", SINGLE_PROCESS)
     rewards = [row["reward"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "reward" in row]
-    assert sum(rewards[-4:]) / 4 > sum(rewards[:2]) / 2 + 0.25
+    assert sum(rewards[-4:]) / 4 > sum(rewards[:2]) / 2 + 0.1
 
 
 def test_metrics_are_all_there(directory: Path, tmp_path: Path, vowels: object) -> None:
@@ -246,7 +246,7 @@ def test_runs_that_are_killed_end_with_the_same_bits(directory: Path, tmp_path: 
     """SIGKILL at random moments: while sampling, updating, evaluating and saving."""
 
     def command(out: Path) -> list[str]:
-        flags = "--task count_letters --problems 2 --group-size 4 --max-tokens 10 --overlong penalise --train.steps 6"
+        flags = "--task count_letters --problems 2 --group-size 4 --max-tokens 10 --overlong penalise --overlong-cushion 4 --train.steps 6"
         rest = "--train.max-length 256 --train.save-every 1 --train.compute-dtype float32 --eval-problems 1"
         return [*f"{sys.executable} -m fathom rl {directory} {flags} {rest} --resume --out {out}".split()]
 
