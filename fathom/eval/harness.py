@@ -2,16 +2,20 @@
 
 lm-eval poses the questions and scores the answers; this is its model interface. Texts are tokenised as by its own `hf`
 backend, so that results can be compared: in perplexity tasks BOS is both context and target. Only control tokens
-differ: one that a text merely spells stays text.
+differ: one that a text merely spells stays text, unless questions are put by the chat template, whose rendering lm-eval
+passes on as a text.
 
 A task's YAML file can name Python functions, which lm-eval runs: whoever chooses a task chooses to run its code.
 """
 
+import hashlib
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
+from fathom.data.chat_template import ChatTemplate, special_spellings
 from fathom.data.tokenizer import Tokenizer
 from fathom.engine.engine import Engine
 from fathom.engine.sampling.sampler import SamplingParams
@@ -31,16 +35,28 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
 
 def run_tasks(
-    model: Model, tokenizer: Tokenizer, tasks: Sequence[str], few_shot: int | None = None, limit: int | None = None
+    model: Model,
+    tokenizer: Tokenizer,
+    tasks: Sequence[str],
+    few_shot: int | None = None,
+    limit: int | None = None,
+    chat: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Run lm-eval's tasks, by their names or as YAML files; each one's metrics, as lm-eval names them.
 
     `few_shot` examples come before each question (None: as the task says); only the first `limit` questions are asked
-    (None: all). Raises ValueError for a task that does not exist or asks for what is not there.
+    (None: all). `chat`: questions are put by the model's chat template. Raises ValueError for a task that does not
+    exist or asks for what is not there, and where there is no chat template.
     """
+    adapter = HarnessModel(model, tokenizer, chat)
     try:
         found = lm_eval.simple_evaluate(
-            HarnessModel(model, tokenizer), tasks=list(tasks), num_fewshot=few_shot, limit=limit, log_samples=False
+            adapter,
+            tasks=list(tasks),
+            num_fewshot=few_shot,
+            limit=limit,
+            log_samples=False,
+            apply_chat_template=chat,
         )
     except KeyError as error:
         raise ValueError(f"lm-eval: {error.args[0]}") from error
@@ -51,10 +67,14 @@ def run_tasks(
 class HarnessModel(TemplateLM):
     """lm-eval's model interface over the engine."""
 
-    def __init__(self, model: Model, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: Model, tokenizer: Tokenizer, chat: bool = False) -> None:
+        """`chat`: lm-eval puts its questions by the chat template. Raises ValueError where there is none."""
         super().__init__()
         self._model, self._tokenizer = model, tokenizer
         self._device = model.embed_tokens.weight.device
+        self._template = ChatTemplate(tokenizer) if chat else None
+        spellings = special_spellings(tokenizer) if chat else []
+        self._control = re.compile(f"({'|'.join(map(re.escape, spellings)) or '(?!)'})")
 
     @property
     def eot_token_id(self) -> int:
@@ -71,9 +91,31 @@ class HarnessModel(TemplateLM):
         """The model's context."""
         return self._model.config.max_position_embeddings
 
+    @property
+    def tokenizer_name(self) -> str:
+        """Under which lm-eval caches what the chat template made."""
+        return hashlib.sha256(self._tokenizer.tokenizer_json.encode()).hexdigest()
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template's source, for lm-eval's records."""
+        return str(self._tokenizer.config["chat_template"]) if chat_template else None
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The conversation as the model is to continue it, control tokens spelled out."""
+        assert self._template is not None
+        return self._template.render(chat_history, continue_final=not add_generation_prompt)
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids, with BOS unless it is declined."""
-        return self._tokenizer.encode(string, bos=add_special_tokens is not False)
+        """Token ids, with BOS unless it is declined, or the chat template has put it."""
+        if self._template is None:
+            return self._tokenizer.encode(string, bos=add_special_tokens is not False)
+        pieces = self._control.split(string)
+        first, *texts = self._tokenizer.encode_batch(pieces[::2])
+        ids = list(first)
+        for control, text in zip(pieces[1::2], texts, strict=True):
+            ids += [cast(int, self._tokenizer.token_id(control)), *text]
+        has_bos = ids[:1] == [self._tokenizer.bos_id]
+        return ids if has_bos or add_special_tokens is False else [self._tokenizer.bos_id, *ids]
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any

@@ -135,6 +135,44 @@ def test_tasks_give_the_numbers_of_the_hf_backend(
     assert f"{found['bits']['bits_per_byte,none']:.4f}" in said
 
 
+def test_questions_put_by_the_chat_template_give_the_numbers_of_the_hf_backend(
+    directory: Path, tasks: dict[str, str], peer: Any, tmp_path: Path
+) -> None:
+    out = tmp_path / "figures.json"
+    main(["eval", str(directory), "--tasks", tasks["choice"], "--chat", "--few-shot", "1", "--json", str(out)])
+    found = json.loads(out.read_text())["choice"]
+    chat, plain = (by_peer(peer, [tasks["choice"]], num_fewshot=1, apply_chat_template=put) for put in (True, False))
+    assert figures(found) == pytest.approx(figures(chat["choice"]), rel=1e-5)
+    assert figures(chat["choice"]) != pytest.approx(figures(plain["choice"]), rel=1e-5)
+
+
+def test_a_conversation_has_the_tokens_of_the_hf_backend(directory: Path, peer: Any) -> None:
+    model = HarnessModel(load_model(directory), load_tokenizer(directory), chat=True)
+    history = [
+        {"role": "system", "content": "Say it."},
+        {"role": "user", "content": "the cat\n"},
+        {"role": "assistant", "content": "sat"},
+        {"role": "user", "content": "on <｜User｜> it"},
+    ]
+    for messages, generation in ((history, True), (history[:3], False)):
+        text = model.apply_chat_template(messages, generation)
+        assert text == peer.apply_chat_template(messages, generation)
+        assert model.tok_encode(text) == peer.tok_encode(text)
+        pair = model._encode_pair(text, " mat")
+        assert pair == peer._encode_pair(text, " mat")
+    assert model.tok_encode("the cat") == peer.tok_encode("the cat")
+    instance = Instance("generate_until", {}, (text, {"until": ["k"], "max_gen_toks": 20}), 0)
+    with torch.no_grad():
+        assert model.generate_until([instance]) == peer.generate_until([instance], disable_tqdm=True)
+
+
+def test_the_chat_template_must_be_there(directory: Path) -> None:
+    tokenizer = load_tokenizer(directory)
+    tokenizer.config.pop("chat_template")
+    with pytest.raises(ValueError, match="no chat template"):
+        HarnessModel(load_model(directory), tokenizer, chat=True)
+
+
 def test_few_shot_examples_and_limits_are_passed_on(ours: HarnessModel, peer: Any, tasks: dict[str, str]) -> None:
     found = run_tasks(ours._model, ours._tokenizer, [tasks["choice"]], few_shot=2, limit=5)["choice"]
     expected = by_peer(peer, [tasks["choice"]], num_fewshot=2, limit=5)["choice"]

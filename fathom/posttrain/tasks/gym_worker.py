@@ -22,7 +22,7 @@ import numpy as np
 import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
-_SECONDS = 20.0
+_SECONDS = 10.0
 """Processor time of one request; most take milliseconds, the first ones read files."""
 _MEMORY = 4 << 30
 """Bytes that the process may allocate."""
