@@ -24,7 +24,10 @@ _COMMANDS = {
     "sft": ("MODEL --data FILE --out DIR", "supervised fine-tuning on conversations"),
     "rl": ("MODEL --task NAME --out DIR", "reinforcement learning with verifiable rewards"),
     "generate": ("PATH --prompt …", "continue a text with any DeepSeek-V3 model directory"),
-    "eval": ("PATH --tasks … | --text …", "run lm-eval's tasks on a model, or measure a text in bits per byte"),
+    "eval": (
+        "PATH --task … | --tasks … | --text …",
+        "how often a model solves a task; lm-eval's tasks; a text in bits per byte",
+    ),
     "info": ("PATH", "parameters, cache and memory of a model, without loading it"),
     "export": ("PATH --to hf|fp8|gguf --out DIR", "write a model for other programs"),
     "import": ("PATH --out DIR", "write any model that loads in our layout"),

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -128,11 +127,14 @@ def _show_task(name: str, own: TaskEval, other: TaskEval | None, command: EvalCo
     if other is not None:
         columns |= {"against": other.metrics(config.seed), "difference": differences(own, other, config.seed)}
     drawn = f", {config.samples} samples each at temperature {config.temperature:g}" if config.samples else ""
-    title = f"{name}: {config.problems:,} test problems{drawn}; 95 % intervals"
-    table = Table("", *columns, title=title, box=SIMPLE, pad_edge=False)  # which fits three columns into 80
+    table = Table("", *columns, box=None, padding=(0, 2, 0, 0), pad_edge=False)  # three columns fit into 80
     for metric in columns["model"]:
-        table.add_row(metric, *(_cell(metric, column[metric], head) for head, column in columns.items()))
-    Console().print(table)
+        table.add_row(
+            metric.replace("_", " "), *(_cell(metric, column[metric], head) for head, column in columns.items())
+        )
+    console = Console()
+    console.print(f"{name}: {config.problems:,} test problems{drawn}; 95 % intervals", highlight=False, soft_wrap=True)
+    console.print(table)
     model, *others = ((head, as_json(column)) for head, column in columns.items())
     return {"problems": config.problems, "samples": config.samples, **model[1], **dict(others)}
 
@@ -140,8 +142,8 @@ def _show_task(name: str, own: TaskEval, other: TaskEval | None, command: EvalCo
 def _cell(metric: str, interval: Interval, heading: str) -> str:
     """Rates in percent, lengths in tokens; a difference with its sign."""
     scale, sign = (1 if metric == "length" else 100), ("+" if heading == "difference" else "")
-    value, low, high = (f"{scale * each:{sign}.1f}" for each in (interval.value, interval.low, interval.high))
-    return f"{value} ({low}..{high})"
+    value, low, high = (scale * each for each in (interval.value, interval.low, interval.high))
+    return f"{value:{sign}.1f} ({low:.1f}..{high:.1f})"
 
 
 def _show(results: Metrics) -> None:

@@ -21,7 +21,7 @@ _SAMPLE_BITS = 16
 _REPEATS = 20
 """Test problems that are looked at for each distinct one that is wanted."""
 
-GREEDY = "greedy pass@1"
+GREEDY = "greedy_pass@1"
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class TaskEval:
         if samples > 1:
             values[f"maj@{samples}"] = [_majority(answers) for answers in self.sampled]
         every = [[greedy, *answers] for greedy, answers in zip(self.greedy, self.sampled, strict=True)]
-        values["stop rate"] = [statistics.fmean(answer.stopped for answer in answers) for answers in every]
+        values["stop_rate"] = [statistics.fmean(answer.stopped for answer in answers) for answers in every]
         values["length"] = [statistics.fmean(answer.length for answer in answers) for answers in every]
         return values
 
