@@ -1,6 +1,7 @@
 """Every task of reasoning-gym: problems are pure, the recorded answer is right, and nothing beside an answer is."""
 
 import contextlib
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from fathom.config import ConfigError
 from fathom.posttrain.tasks import task
-from fathom.posttrain.tasks.gym import GymTask
+from fathom.posttrain.tasks.gym import GymTask, _Worker, _worker
 from fathom.posttrain.tasks.protocol import Problem, answer_line
 
 reasoning_gym = pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed")
@@ -76,7 +77,7 @@ def test_the_recorded_answer_is_right_and_what_is_no_answer_is_not(name: str) ->
         accepted = [answer for answer in wrong if reward(found, problem, answer) != 0]
         assert accepted == [], f"problem {problem.index}, whose answer is {problem.answer!r}"
     assert [found.reward(problems[0], text) for text in ("", "answer", "garbage " * 500)] == [0, 0, 0]
-    assert found._process is not None, "no request ended the process"
+    assert _worker()._process is not None, "no request ended the process"
     assert [found.problem(i) for i in reversed(range(PROBLEMS))] == problems[::-1]
 
 
@@ -138,6 +139,7 @@ def test_problems_are_the_same_in_every_process(name: str, monkeypatch: pytest.M
     numbers = (3, 501, 0)
     first = [gym(name).problem(i) for i in numbers]
     monkeypatch.setenv("PYTHONHASHSEED", "7")
+    monkeypatch.setattr("fathom.posttrain.tasks.gym._worker", functools.cache(_Worker))
     other = gym(name)
     other.problem(9)
     assert [other.problem(i) for i in numbers] == first

@@ -7,6 +7,7 @@ of their own (`gym_worker.py`).
 """
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -77,8 +78,7 @@ class GymTask(Task):
         if importlib.util.find_spec("reasoning_gym") is None:
             raise ImportError(f"task {name} needs the package reasoning-gym: pip install 'fathom-lm[posttrain]'")
         self.name, self._dataset = name, dataset
-        self._process: subprocess.Popen[str] | None = None
-        names = self._exchange({"names": True})
+        names = _worker().exchange({"names": True})
         if names is None:
             raise ImportError(f"task {name}: the package reasoning-gym is there, but cannot be imported")
         if dataset not in names:
@@ -86,7 +86,7 @@ class GymTask(Task):
 
     def problem(self, i: int) -> Problem:
         """The i-th problem. Raises ValueError where the package cannot make it."""
-        entry = self._exchange({"problem": i})
+        entry = _worker().exchange({"dataset": self._dataset, "problem": i})
         if entry is None:
             raise ValueError(f"task {self.name}, problem {i}: reasoning-gym cannot make it")
         content = f"{entry['question']}\n\nEnd with {answer_line('and the answer, with nothing behind it')}"
@@ -111,13 +111,20 @@ class GymTask(Task):
         return form is not None and re.fullmatch(form, answer, re.DOTALL) is not None
 
     def _score(self, index: int, answer: str) -> float:
-        score = self._exchange({"score": index, "answer": answer})
+        score = _worker().exchange({"dataset": self._dataset, "score": index, "answer": answer})
         return 0.0 if score is None else float(score)
 
-    def _exchange(self, request: dict[str, Any]) -> Any:
+
+class _Worker:
+    """The process of the package, which all tasks share; it is started anew when it has ended."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+
+    def exchange(self, request: dict[str, Any]) -> Any:
         """What the process answers; None where the package raises, or takes too much time or memory."""
         if self._process is None:
-            self._process = _start(self._dataset)
+            self._process = _start()
             weakref.finalize(self, _stop, self._process)
         assert self._process.stdin is not None and self._process.stdout is not None
         line = ""
@@ -131,10 +138,15 @@ class GymTask(Task):
         return json.loads(line) if line else None
 
 
-def _start(dataset: str) -> "subprocess.Popen[str]":
+@functools.cache
+def _worker() -> _Worker:
+    return _Worker()
+
+
+def _start() -> "subprocess.Popen[str]":
     return subprocess.Popen(
         # -P: beside the worker are modules named like some of the standard library.
-        [sys.executable, "-P", str(Path(__file__).with_name("gym_worker.py")), dataset],
+        [sys.executable, "-P", str(Path(__file__).with_name("gym_worker.py"))],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         encoding="utf-8",

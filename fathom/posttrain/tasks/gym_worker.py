@@ -1,4 +1,4 @@
-"""Makes and judges the problems of one data set of reasoning-gym, in a process that `gym.py` starts.
+"""Makes and judges the problems of reasoning-gym, in a process that `gym.py` starts.
 
 Why a process: some data sets draw from Python's and NumPy's global generators or from the order of sets, which here
 hold still; some verifiers evaluate what they are given, search without end, or print. The kernel ends the process where
@@ -49,9 +49,10 @@ def _seed(value: int) -> None:
     np.random.seed(value % 2**32)
 
 
-def _answer(name: str, request: dict[str, Any]) -> Any:
+def _answer(request: dict[str, Any]) -> Any:
     if "names" in request:
         return sorted(set(DATASETS) - {"composite"})  # which is a mixture of the others
+    name = request["dataset"]
     if "problem" in request:
         entry = _entry(name, request["problem"])
         return {"question": entry["question"], "answer": entry["answer"]}
@@ -60,7 +61,6 @@ def _answer(name: str, request: dict[str, Any]) -> Any:
 
 
 def main() -> None:
-    name = sys.argv[1]
     for limit, value in ((resource.RLIMIT_AS, _MEMORY), (resource.RLIMIT_CORE, 0)):
         with contextlib.suppress(ValueError, OSError):  # macOS does not limit memory; time it does
             resource.setrlimit(limit, (value, value))
@@ -73,7 +73,7 @@ def main() -> None:
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_PROF, _SECONDS)
         try:
-            answer = json.dumps(_answer(name, json.loads(line)))
+            answer = json.dumps(_answer(json.loads(line)))
         except Exception:  # of whatever kind the package raises
             answer = "null"
         signal.setitimer(signal.ITIMER_PROF, 0)
