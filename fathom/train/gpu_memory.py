@@ -14,7 +14,7 @@ from fathom.ops.loss import chunk_tokens
 from fathom.train.run import Run
 
 _FLOAT32, _INT64 = 4, 8
-_WORKSPACES = 2 * (32 << 20)
+WORKSPACES = 2 * (32 << 20)
 """cuBLAS workspaces of the thread that runs forward and of the one that runs backward (torch on Hopper)."""
 
 
@@ -68,7 +68,7 @@ def gpu_memory(run: Run, itemsize: int) -> GpuMemory:
         gradients=gradients,
         kept=kept,
         passing=passing,
-        workspaces=_WORKSPACES,
+        workspaces=WORKSPACES,
     )
 
 
@@ -94,7 +94,7 @@ def _kept(run: Run, c: int) -> tuple[int, int, int]:
     n, d = train.micro_batch_size * train.sequence_length, config.hidden_size
     vocab_size, modules = config.vocab_size, config.num_nextn_predict_layers
     sparse, dense = layer_bytes(config, c, moe=True), layer_bytes(config, c, moe=False)
-    last = _backward_bytes(config, c, n)
+    last = backward_bytes(config, c, n)
     if train.activation_checkpointing:
         kept = n * config.num_hidden_layers * d * c
         last += n * max(sparse if config.num_moe_layers else 0, dense if config.first_k_dense_replace else 0)
@@ -128,13 +128,17 @@ def layer_bytes(config: ModelConfig, c: int, moe: bool) -> int:
     return c * elements + wide
 
 
-def _backward_bytes(config: ModelConfig, c: int, n: int) -> int:
-    """The most that a layer's backward pass needs while all activations are alive: its feed-forward's gradients."""
+def backward_bytes(config: ModelConfig, c: int, n: int, frozen: bool = False) -> int:
+    """The most that a layer's backward pass needs while all activations are alive: its feed-forward's gradients.
+
+    `frozen`: without those of the feed-forward's weights.
+    """
     d, k, f = config.hidden_size, config.num_experts_per_tok, config.moe_intermediate_size
+    trained = 0 if frozen else 1
     if not config.num_moe_layers:
-        return c * (n * (d + 3 * config.intermediate_size) + 3 * d * config.intermediate_size)
+        return c * (n * (d + 3 * config.intermediate_size) + trained * 3 * d * config.intermediate_size)
     # Gradients of the rows, of the activation, of gate and up, and the activation; later those of the weights.
-    return c * (n * d + max(n * k * (d + 4 * f), 3 * config.n_routed_experts * d * f))
+    return c * (n * d + max(n * k * (d + 4 * f), trained * 3 * config.n_routed_experts * d * f))
 
 
 def _muon_bytes(run: Run) -> int:

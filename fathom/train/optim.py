@@ -28,10 +28,10 @@ BATCH_ELEMENTS = 1 << 24
 
 
 def build_optimizers(model: Model, config: OptimizerConfig) -> list[Optimizer]:
-    """One optimizer per kind of parameter; each parameter belongs to exactly one."""
+    """One optimizer per kind of parameter; each that is not frozen belongs to exactly one."""
     matrices = muon_groups(model) if config.name == "muon" else []
     taken = {id(p) for group in matrices for p in group["params"]}
-    rest = [p for p in model.parameters() if id(p) not in taken]
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
     decayed = [p for p in rest if p.dim() >= 2]
     plain = [p for p in rest if p.dim() < 2]
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]

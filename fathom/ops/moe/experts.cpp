@@ -59,6 +59,7 @@ void forward(int threads, const T* x, const int64_t* token, const float* weight,
     }
 }
 
+// `dgate_up` and `ddown` are null where the weights are frozen.
 template <class T, class Weight>
 void backward(int threads, const T* x, const int64_t* token, const float* weight, const int32_t* ends,
               const Weight* gate_up, const Weight* down, const T* before, const T* dout, T* dx, float* dweight,
@@ -70,8 +71,8 @@ void backward(int threads, const T* x, const int64_t* token, const float* weight
     for (int64_t place = 0; place < experts; place++) {
         const int64_t e = order[place], start = e ? ends[e - 1] : 0, rows = ends[e] - start;
         if (!rows) {
-            std::memset(dgate_up + e * g * d, 0, g * d * sizeof(Weight));
-            std::memset(ddown + e * d * f, 0, d * f * sizeof(Weight));
+            if (dgate_up) std::memset(dgate_up + e * g * d, 0, g * d * sizeof(Weight));
+            if (ddown) std::memset(ddown + e * d * f, 0, d * f * sizeof(Weight));
             continue;
         }
         T *tokens = scratch<T>(0, rows * d), *hidden = scratch<T>(1, rows * f), *dy = scratch<T>(2, rows * d);
@@ -84,8 +85,10 @@ void backward(int threads, const T* x, const int64_t* token, const float* weight
             dweight[start + row] = swiglu_row_backward(in, in + f, weight[start + row], dhidden + row * f, to, to + f,
                                                        hidden + row * f, f);
         }
-        multiply(ddown + e * d * f, f, f, transposed(dy, rows, d), Right<T>(matrix(hidden, rows, f)), Into::memory);
+        if (ddown)
+            multiply(ddown + e * d * f, f, f, transposed(dy, rows, d), Right<T>(matrix(hidden, rows, f)), Into::memory);
         multiply(dx + start * d, d, d, matrix(dbefore, rows, g), Right<T>(matrix(gate_up + e * g * d, g, d)));
+        if (!dgate_up) continue;
         gather(x, token + start, tokens, rows, d);
         multiply(dgate_up + e * g * d, d, d, transposed(dbefore, rows, g), Right<T>(matrix(tokens, rows, d)),
                  Into::memory);

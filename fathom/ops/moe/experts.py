@@ -74,7 +74,9 @@ class _ExpertByExpert(torch.autograd.Function):
         token_R, weight_R = _tokens_and_weights(sort_indices_R, weights_NK)
         tensors = (x_ND, token_R, weight_R, ends_E, gate_up_EGD, down_EDF, gate_up_RG, dout_ND.contiguous())
         dx_RD, dweight_R = x_ND.new_empty(len(sort_indices_R), x_ND.shape[1]), torch.empty_like(weight_R)
-        dgate_up_EGD, ddown_EDF = torch.empty_like(gate_up_EGD), torch.empty_like(down_EDF)
+        gate_up_needs_grad, down_needs_grad = ctx.needs_input_grad[5:]
+        dgate_up_EGD = torch.empty_like(gate_up_EGD) if gate_up_needs_grad else None
+        ddown_EDF = torch.empty_like(down_EDF) if down_needs_grad else None
         sizes = (*down_EDF.shape, int(down_EDF.dtype == torch.float32))
         outputs = (dx_RD, dweight_R, dgate_up_EGD, ddown_EDF)
         cpu.call("routed_experts_backward", x_ND.dtype, *tensors, *outputs, *sizes)
@@ -118,8 +120,11 @@ class _RoutedExperts(torch.autograd.Function):
         dscaled_RF = grouped_matmul(dy_RD, down_EDF, ends_E)
         activation = (gate_up_RG, weight_R.to(x_ND.dtype), dscaled_RF)
         dgate_up_RG, scaled_RF, dweight_R = weighted_swiglu_backward(*activation)
-        ddown_EDF = grouped_wgrad(dy_RD, scaled_RF, ends_E)
-        dgate_up_EGD = grouped_wgrad(dgate_up_RG, _gather_rows(x_ND, token_R, inverse_indices_NK), ends_E)
+        gate_up_needs_grad, down_needs_grad = ctx.needs_input_grad[5:]
+        ddown_EDF = grouped_wgrad(dy_RD, scaled_RF, ends_E) if down_needs_grad else None
+        dgate_up_EGD = None
+        if gate_up_needs_grad:
+            dgate_up_EGD = grouped_wgrad(dgate_up_RG, _gather_rows(x_ND, token_R, inverse_indices_NK), ends_E)
         dx_ND = combine(grouped_matmul(dgate_up_RG, gate_up_EGD, ends_E), inverse_indices_NK)
         dweights_NK = values_of_pairs(dweight_R, inverse_indices_NK).to(weights_NK.dtype)
         return dx_ND, None, None, None, dweights_NK, dgate_up_EGD, ddown_EDF
