@@ -41,6 +41,11 @@ def verify_digests(checkpoint: Path) -> int:
     return len(digests)
 
 
+def digest_of(*files: Path) -> str:
+    """One digest of the contents of several files, in this order."""
+    return xxhash.xxh3_128_hexdigest(" ".join(map(_digest, files)).encode())
+
+
 def _digest(file: Path) -> str:
     with open(file, "rb", buffering=0) as content:
         return hashlib.file_digest(content, xxhash.xxh3_128).hexdigest()

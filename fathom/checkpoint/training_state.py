@@ -87,10 +87,12 @@ def save_checkpoint(
     state: dict[str, Any],
     ema: dict[str, Tensor] | None,
     keep_last: int,
+    write_more: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write the checkpoint of `step`, point RUN/model at it, and delete all but the newest `keep_last`.
 
     `state` consists of tensors, numbers, strings, lists and dicts; `ema` is the moving average of the parameters.
+    `write_more` is called with the checkpoint's directory while it is unfinished, and adds files of its own.
     """
     final = run / "checkpoints" / f"step-{step:06d}"
     if final.exists():
@@ -100,6 +102,8 @@ def save_checkpoint(
         if ema is not None:
             with _swapped_weights(model, ema):
                 save_model(model, staging / "ema", tokenizer)
+        if write_more is not None:
+            write_more(staging)
         (staging / _STATE).parent.mkdir()
         with open(staging / _STATE, "wb") as file:  # given a path, torch.save hides why it failed
             torch.save(state, file)

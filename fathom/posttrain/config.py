@@ -81,6 +81,23 @@ class LearningRateConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Adapters, which are trained instead of the model's weights."""
+
+    rank: int = 0
+    """Rank of the adapters of attention, dense layers and shared experts; 0: train all weights, without adapters."""
+    alpha: float = 32.0
+    """Adapters are multiplied by alpha / rank. Their learning rate is about ten times that of all weights."""
+    experts: bool = False
+    """Adapt the routed experts, too, each by its own."""
+
+    def __post_init__(self) -> None:
+        check(self.rank >= 0, "lora.rank", self.rank, "0 (no adapters) or more")
+        check(self.alpha > 0, "lora.alpha", self.alpha, "a positive number")
+        check(self.rank > 0 or not self.experts, "lora.experts", self.experts, "False where lora.rank is 0")
+
+
+@dataclass(frozen=True)
 class PosttrainRun:
     """The part that all runs share."""
 
@@ -92,6 +109,12 @@ class PosttrainRun:
     """AdamW or Muon, and their settings."""
     schedule: LearningRateConfig = field(default_factory=LearningRateConfig)
     """The learning rate during the run."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adapters."""
+
+    def __post_init__(self) -> None:
+        adamw = self.optimizer.name == "adamw" or not self.lora.rank
+        check(adamw, "optimizer.name", self.optimizer.name, "'adamw' with lora.rank: adapters are not whole matrices")
 
     def hyperparameters(self, step: int) -> StepHyperparameters:
         """Those of `step` (from 0)."""

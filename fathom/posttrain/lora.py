@@ -26,35 +26,19 @@ Shapes: E experts, O outputs, I inputs, R rank; … nothing, or E.
 
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fathom.config import ConfigError, check
+from fathom.config import ConfigError
+from fathom.model.config import ModelConfig
 from fathom.model.layers import Linear, SwiGLU
 from fathom.model.mla import MultiHeadLatentAttention
 from fathom.model.moe import Experts
 from fathom.model.transformer import Model
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """Adapters, which are trained instead of the model's weights."""
-
-    rank: int = 0
-    """Rank of the adapters of attention, dense layers and shared experts; 0: train all weights, without adapters."""
-    alpha: float = 32.0
-    """Adapters are multiplied by alpha / rank. Their learning rate is about ten times that of all weights."""
-    experts: bool = False
-    """Adapt the routed experts, too, each by its own."""
-
-    def __post_init__(self) -> None:
-        check(self.rank >= 0, "lora.rank", self.rank, "0 (no adapters) or more")
-        check(self.alpha > 0, "lora.alpha", self.alpha, "a positive number")
-        check(self.rank > 0 or not self.experts, "lora.experts", self.experts, "False where lora.rank is 0")
+from fathom.posttrain.config import LoraConfig
 
 
 class LoraWeight(nn.Module):
@@ -91,6 +75,23 @@ def adaptable_weights(model: Model, experts: bool) -> Iterator[tuple[str, nn.Mod
                 yield f"{path}.{name}", module, name
 
 
+def adaptable_shapes(config: ModelConfig, experts: bool) -> dict[str, torch.Size]:
+    """Name and shape of the weights that take an adapter, from the configuration alone."""
+    with torch.device("meta"):
+        weights = adaptable_weights(Model(config), experts)
+        return {name: getattr(module, parameter).shape for name, module, parameter in weights}
+
+
+def check_ranks(config: ModelConfig, lora: LoraConfig) -> None:
+    """Raise ConfigError for a rank that is not smaller than both sides of every matrix that it is to adapt."""
+    for name, shape in adaptable_shapes(config, lora.experts).items():
+        if not 0 < lora.rank < min(shape[-2:]):
+            raise ConfigError(
+                f"lora.rank is {lora.rank}; it must be from 1 to {min(shape[-2:]) - 1}, as {name} is "
+                f"{shape[-2]} x {shape[-1]}"
+            )
+
+
 def add_adapters(model: Model, config: LoraConfig, seed: int) -> None:
     """Freeze the model, in place, and give it adapters that change nothing yet: B is 0, A random by (seed, name).
 
@@ -98,16 +99,20 @@ def add_adapters(model: Model, config: LoraConfig, seed: int) -> None:
     """
     if any(isinstance(module, LoraWeight) for module in model.modules()):
         raise ValueError("the model has adapters already; merge them first (merged_model)")
-    weights = list(adaptable_weights(model, config.experts))
-    for name, module, parameter in weights:
-        least = min(getattr(module, parameter).shape[-2:])
-        if not 0 < config.rank < least:
-            raise ConfigError(f"lora.rank is {config.rank}; {name} needs it to be from 1 to {least - 1}")
+    check_ranks(model.config, config)
     model.requires_grad_(False)
-    for name, module, parameter in weights:
+    for name, module, parameter in list(adaptable_weights(model, config.experts)):
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         adapter = LoraWeight(getattr(module, parameter), config, generator)
         parametrize.register_parametrization(module, parameter, adapter, unsafe=True)  # it keeps shape and type
+
+
+def float32_head(model: Model) -> None:
+    """Keep the head in float32, so that log-probabilities are as exact as with float32 weights."""
+    model.lm_head.float()
+    if model.config.tie_word_embeddings:
+        model.embed_tokens.float()
+        model.tie_head()
 
 
 def adapters(model: Model) -> dict[str, LoraWeight]:

@@ -1,18 +1,16 @@
 """GPU memory of a training step with adapters, counted from the configuration alone, as fathom/train/gpu_memory.py
 does for the training of all weights.
 
-Letters: D hidden, H heads, O vocabulary, E experts, F expert width; c bytes of a weight or an activation.
+Letters: R rank, O outputs, I inputs; c bytes of a weight or an activation.
 """
 
 import math
 from dataclasses import dataclass
 
-import torch
-
 from fathom.model.config import ModelConfig
-from fathom.model.transformer import Model
 from fathom.ops.loss import chunk_tokens
-from fathom.posttrain.lora import LoraConfig, adaptable_weights
+from fathom.posttrain.config import LoraConfig
+from fathom.posttrain.lora import adaptable_shapes
 from fathom.train.gpu_memory import WORKSPACES, backward_bytes, layer_bytes
 
 _FLOAT32 = 4
@@ -23,7 +21,7 @@ class LoraMemory:
     """Bytes at the peak of a step, by part; they add up to `total`."""
 
     weights: int
-    """The frozen model, in the activations' type."""
+    """The frozen model, in the activations' type, with a float32 head."""
     adapters: int
     """A and B, their gradients and AdamW's two moments, in float32."""
     sums: int
@@ -52,10 +50,9 @@ def lora_memory(
     counts, c = config.parameter_counts(), itemsize
     layers, modules = config.num_hidden_layers, config.num_nextn_predict_layers
     adapted = _adapted_elements(config, lora)
-    largest = max(sum(weights) for weights in adapted.values())
-    in_modules = sum(sum(weights) for layer, weights in adapted.items() if layer >= layers)
-    everywhere = sum(map(sum, adapted.values()))
-    alive = max(largest, in_modules) if activation_checkpointing else everywhere
+    largest = max(adapted.values())
+    in_modules = sum(elements for layer, elements in adapted.items() if layer >= layers)
+    alive = max(largest, in_modules) if activation_checkpointing else sum(adapted.values())
 
     sparse, dense = layer_bytes(config, c, moe=True), layer_bytes(config, c, moe=False)
     one_layer = max(sparse if config.num_moe_layers else 0, dense if config.first_k_dense_replace else 0)
@@ -65,10 +62,10 @@ def lora_memory(
         kept = config.num_moe_layers * sparse + config.first_k_dense_replace * dense
     kept += modules * (sparse + (2 * c + 2 * _FLOAT32) * config.hidden_size)
     kept += (1 + modules) * (c + _FLOAT32) * config.hidden_size  # the last norms' inputs, and what the head takes
-    # fathom/ops/loss: logits of a chunk in the activations' type, and twice in float32
-    chunk = min(tokens, chunk_tokens(config.vocab_size, "cuda")) * config.vocab_size * (c + 2 * _FLOAT32)
+    # Logits of a chunk, their log-softmax and its gradient (fathom/ops/loss).
+    chunk = min(tokens, chunk_tokens(config.vocab_size, "cuda")) * config.vocab_size * 3 * _FLOAT32
     return LoraMemory(
-        weights=c * (counts.total + counts.mtp),
+        weights=c * (counts.total + counts.mtp) + (_FLOAT32 - c) * config.vocab_size * config.hidden_size,
         adapters=4 * _FLOAT32 * _adapter_elements(config, lora),
         sums=c * (alive + largest),
         kept=tokens * kept,
@@ -77,23 +74,32 @@ def lora_memory(
     )
 
 
-def _shapes(config: ModelConfig, lora: LoraConfig) -> list[tuple[str, torch.Size]]:
-    with torch.device("meta"):
-        model = Model(config)
-    weights = adaptable_weights(model, lora.experts)
-    return [(name, getattr(module, parameter).shape) for name, module, parameter in weights]
+def lora_memory_refusal(needs: LoraMemory, free: int, activation_checkpointing: bool) -> str | None:
+    """Why a run with adapters will not fit, with advice; None when it will."""
+    if needs.total <= free:
+        return None
+    gib = 2**30
+    message = (
+        f"this run needs about {needs.total / gib:.1f} GiB ({needs.weights / gib:.1f} for frozen weights, "
+        f"{needs.adapters / gib:.1f} for adapters, {needs.kept / gib:.1f} for activations) and {free / gib:.1f} GiB "
+        "are free"
+    )
+    if not activation_checkpointing:
+        return f"{message}: set train.activation_checkpointing, which keeps less for the backward pass"
+    return f"{message}: lower train.micro-batch-tokens, or leave lora.experts out"
 
 
 def _adapter_elements(config: ModelConfig, lora: LoraConfig) -> int:
     """A (…, R, I) and B (…, O, R) of every adapted weight (…, O, I)."""
-    return sum(lora.rank * math.prod(shape[:-2]) * sum(shape[-2:]) for _, shape in _shapes(config, lora))
+    shapes = adaptable_shapes(config, lora.experts).values()
+    return sum(lora.rank * math.prod(shape[:-2]) * sum(shape[-2:]) for shape in shapes)
 
 
-def _adapted_elements(config: ModelConfig, lora: LoraConfig) -> dict[int, list[int]]:
+def _adapted_elements(config: ModelConfig, lora: LoraConfig) -> dict[int, int]:
     """Elements of the adapted weights of each layer, MTP module k being layer num_hidden_layers + k."""
-    found: dict[int, list[int]] = {}
-    for name, shape in _shapes(config, lora):
+    found: dict[int, int] = {}
+    for name, shape in adaptable_shapes(config, lora.experts).items():
         kind, number, *_ = name.split(".")
         layer = int(number) + (config.num_hidden_layers if kind == "mtp" else 0)
-        found.setdefault(layer, []).append(math.prod(shape))
+        found[layer] = found.get(layer, 0) + math.prod(shape)
     return found

@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from fathom.checkpoint.digests import digest_of
 from fathom.checkpoint.hf.model import load_config, load_model, model_directory
 from fathom.checkpoint.training_state import load_state, newest_whole_checkpoint, save_checkpoint
 from fathom.config import ConfigError, load_json, save_json
@@ -30,10 +31,14 @@ from fathom.distributed.ranks import Ranks
 from fathom.metrics import MetricsLog
 from fathom.model.config import ModelConfig
 from fathom.posttrain.config import CHANGEABLE, PosttrainRun
+from fathom.posttrain.lora import adapter_state, add_adapters, check_ranks, float32_head, load_adapters, merged_model
+from fathom.posttrain.lora_files import refuse_merged, write_lora_files
+from fathom.posttrain.lora_memory import lora_memory, lora_memory_refusal
 from fathom.posttrain.loss import Objective, PosttrainLoss
 from fathom.posttrain.pack import PackedSamples, Sample, micro_batches, pack
-from fathom.runtime.hardware import faster_dtype, install_allocator
+from fathom.runtime.hardware import faster_dtype, free_memory, install_allocator
 from fathom.train.divergence import check_divergence
+from fathom.train.errors import TrainingError
 from fathom.train.optim import build_optimizers
 from fathom.train.preflight import locked_directory
 from fathom.train.progress import Progress
@@ -63,6 +68,8 @@ class Session(Generic[R]):
     """On the main rank."""
     remembered: dict[str, Any] = field(default_factory=dict)
     """Tensors, numbers, strings, lists and dicts that every checkpoint keeps for the loop, and a resumed run finds."""
+    base: str = ""
+    """With adapters: the digest of the model that they were added to."""
     recorded_step: int = 0
     """The last one in the log."""
     previous_step: int = 0
@@ -136,9 +143,15 @@ class Session(Generic[R]):
         if self.ranks.is_main:
             content = {**saved_optimizers(self.state), "remembered": self.remembered}
             state, keep = self.state, self.run.train.keep_last
-            path = save_checkpoint(self.directory, state.step, state.model, self.tokenizer, content, None, keep)
+            content |= {"base": self.base, "adapters": adapter_state(state.model)} if self.run.lora.rank else {}
+            model, tokenizer = merged_model(state.model), self.tokenizer
+            path = save_checkpoint(self.directory, state.step, model, tokenizer, content, None, keep, self._write_lora)
             self.progress.print(f"saved {path}")
         self.ranks.barrier()
+
+    def _write_lora(self, checkpoint: Path) -> None:
+        if self.run.lora.rank:
+            write_lora_files(self.state.model, self.run.lora, self.run.init, checkpoint)
 
 
 @contextmanager
@@ -165,11 +178,14 @@ def open_session(
         found = newest_whole_checkpoint(directory, progress.print) if resume and ranks.is_main else None
         found = ranks.gather(found)[0]
         saved = load_state(found) if found else {}
-        source = found or model_directory(run.init)
-        tokenizer = load_tokenizer(source)
-        _check_model(load_config(source), tokenizer, run)
+        # Adapters stay beside the model that they were added to; the checkpoints have them merged.
+        source = found if found and not run.lora.rank else model_directory(run.init)
+        tokenizer, config = load_tokenizer(source), load_config(source)
+        _check_model(config, tokenizer, run)
+        base = _check_base(source, config, run, saved, ranks, progress) if run.lora.rank else ""
         state = _train_state(source, run, ranks, detach_mtp, temperature)
         if found:
+            load_adapters(state.model, saved.get("adapters", {}))
             restore_optimizers(state, saved, found, run.train.steps)
             progress.print(f"resuming after step {state.step} ({found})")
         log = None
@@ -192,6 +208,7 @@ def open_session(
             stop_requested,
             log,
             dict(saved.get("remembered", {})),
+            base,
             recorded_step=state.step,
         )
 
@@ -251,6 +268,27 @@ def _check_model(config: ModelConfig, tokenizer: Tokenizer, run: PosttrainRun) -
         )
 
 
+def _check_base(
+    source: Path, config: ModelConfig, run: PosttrainRun, saved: Mapping[str, Any], ranks: Ranks, progress: Progress
+) -> str:
+    """The digest of the model that adapters are added to. Raises ConfigError where it cannot be their base, or has
+    changed since the run started; TrainingError where the GPU is too small."""
+    refuse_merged(source)
+    check_ranks(config, run.lora)
+    digest = digest_of(source / "config.json", *sorted(source.glob("*.safetensors")))
+    if saved and saved["base"] != digest:
+        raise ConfigError(f"{source} is not the model that it was when the run started: its adapters fit that one")
+    if ranks.device.type == "cuda":
+        train, itemsize = run.train, compute_dtype(run).itemsize
+        needs = lora_memory(config, run.lora, train.micro_batch_tokens, itemsize, train.activation_checkpointing)
+        progress.print(
+            f"needs about {needs.total / 2**30:.1f} GiB, {needs.weights / 2**30:.1f} of them for the weights"
+        )
+        if refusal := lora_memory_refusal(needs, free_memory(ranks.device), train.activation_checkpointing):
+            raise TrainingError(refusal)
+    return digest
+
+
 def compute_dtype(run: PosttrainRun) -> torch.dtype:
     """The activations' type of a resolved run."""
     return torch.bfloat16 if run.train.compute_dtype == "bfloat16" else torch.float32
@@ -265,9 +303,16 @@ def start_loss(session: Session[Any]) -> PosttrainLoss:
 
 def _train_state(source: Path, run: PosttrainRun, ranks: Ranks, detach_mtp: bool, temperature: float) -> TrainState:
     """The model of `source` with the loss and fresh optimizers of `run`."""
-    model = load_model(source, device=ranks.device).train()
     dtype = compute_dtype(run)
-    copies = bf16_copies(model, dtype, ranks)
+    if run.lora.rank:
+        # A GPU multiplies frozen weights as they are; kernels on a CPU round float32 ones as they read them.
+        model = load_model(source, dtype if ranks.device.type == "cuda" else torch.float32, ranks.device).train()
+        float32_head(model)
+        add_adapters(model, run.lora, run.train.seed)
+        copies = None
+    else:
+        model = load_model(source, device=ranks.device).train()
+        copies = bf16_copies(model, dtype, ranks)
     loss = PosttrainLoss(
         model if copies is None else copies.model,
         dtype,
