@@ -83,11 +83,11 @@ def adaptable_shapes(config: ModelConfig, experts: bool) -> dict[str, torch.Size
 
 
 def check_ranks(config: ModelConfig, lora: LoraConfig) -> None:
-    """Raise ConfigError for a rank that is not smaller than both sides of every matrix that it is to adapt."""
+    """Raise ConfigError for a rank beyond that of a matrix that it is to adapt."""
     for name, shape in adaptable_shapes(config, lora.experts).items():
-        if not 0 < lora.rank < min(shape[-2:]):
+        if not 0 < lora.rank <= min(shape[-2:]):
             raise ConfigError(
-                f"lora.rank is {lora.rank}; it must be from 1 to {min(shape[-2:]) - 1}, as {name} is "
+                f"lora.rank is {lora.rank}; it must be from 1 to {min(shape[-2:])}, as {name} is "
                 f"{shape[-2]} x {shape[-1]}"
             )
 
@@ -95,7 +95,7 @@ def check_ranks(config: ModelConfig, lora: LoraConfig) -> None:
 def add_adapters(model: Model, config: LoraConfig, seed: int) -> None:
     """Freeze the model, in place, and give it adapters that change nothing yet: B is 0, A random by (seed, name).
 
-    Move the model to its device and type before. Raises ConfigError for a rank that is not smaller than its matrices.
+    Move the model to its device and type before. Raises ConfigError for a rank beyond that of a matrix.
     """
     if any(isinstance(module, LoraWeight) for module in model.modules()):
         raise ValueError("the model has adapters already; merge them first (merged_model)")
@@ -122,14 +122,16 @@ def adapters(model: Model) -> dict[str, LoraWeight]:
 
 
 def adapter_state(model: Model) -> dict[str, Tensor]:
-    """A and B of every adapter, by the weight's name with `.A` or `.B` after it: all that training changes."""
-    found = adapters(model)
-    return {f"{name}.{part}": getattr(each, part).detach() for name, each in found.items() for part in "AB"}
+    """All that training changes: A and B by the weight's name with `.A` or `.B` after it, and the correction biases."""
+    found = adapters(model).items()
+    return {f"{name}.{part}": getattr(each, part).detach() for name, each in found for part in "AB"} | dict(
+        model.named_buffers()
+    )
 
 
 @torch.no_grad()
 def load_adapters(model: Model, state: Mapping[str, Tensor]) -> None:
-    """Copy what `adapter_state` returned into the adapters of a model; ValueError where it is of other adapters."""
+    """Copy what `adapter_state` returned into a model with adapters; ValueError where it is of other ones."""
     own = adapter_state(model)
     for name in own.keys() ^ state.keys():
         raise ValueError(f"{name} is in {'the model' if name in own else 'the state'} alone; their adapters differ")

@@ -93,5 +93,6 @@ class RlRun(PosttrainRun):
     """The learning rate during the run."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         steps, updates = self.train.steps, self.rl.updates
         check(steps % updates == 0, "train.steps", steps, f"a multiple of updates ({updates})")

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from fathom.engine.engine import Engine
+from fathom.posttrain.lora import merged_model, merged_state
 from fathom.posttrain.rl_config import RlConfig
 from fathom.posttrain.session import Session
 
@@ -18,9 +19,12 @@ class Sampler:
 
     def __init__(self, session: Session[Any], config: RlConfig) -> None:
         self._trained = session.state.model
-        shared = session.loss.compute_dtype == torch.float32
-        # What is computed in bfloat16 is trained on float32 weights: the engine reads them in the type it computes in.
-        model = self._trained if shared else copy.deepcopy(self._trained).bfloat16()
+        model = merged_model(self._trained)
+        shared = model is self._trained and session.loss.compute_dtype == torch.float32
+        if session.loss.compute_dtype != torch.float32:
+            # What is computed in bfloat16 is trained on float32 weights: the engine reads them in the type it computes
+            # in.
+            model = copy.deepcopy(model).bfloat16()
         batch = min(config.problems * config.group_size, _BATCH[session.ranks.device.type])
         length = min(model.config.max_position_embeddings, session.run.train.max_length)
         self.engine = Engine(
@@ -34,4 +38,4 @@ class Sampler:
 
     def refresh(self) -> None:
         """After an update of the weights."""
-        self.engine.update_weights({} if self._shared else self._trained.state_dict())
+        self.engine.update_weights({} if self._shared else merged_state(self._trained))

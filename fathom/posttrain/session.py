@@ -185,7 +185,8 @@ def open_session(
         base = _check_base(source, config, run, saved, ranks, progress) if run.lora.rank else ""
         state = _train_state(source, run, ranks, detach_mtp, temperature)
         if found:
-            load_adapters(state.model, saved.get("adapters", {}))
+            if run.lora.rank:
+                load_adapters(state.model, saved["adapters"])
             restore_optimizers(state, saved, found, run.train.steps)
             progress.print(f"resuming after step {state.step} ({found})")
         log = None

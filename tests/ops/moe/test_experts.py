@@ -225,3 +225,21 @@ def test_dispatch_sorts_pairs_and_loses_none(tokens: int, experts: int, data: st
         pairs = pairs[pairs >= 0]
         assert (ids_NK.flatten()[pairs] == expert).all() and (pairs.diff() > 0).all()
         start = end
+
+
+@pytest.mark.parametrize("frozen", ["gate_up", "down", "both"])
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "plain torch"])
+def test_frozen_weights_have_no_gradient_and_change_no_other(frozen: str, kernels: bool) -> None:
+    case = Case(*ROUTINGS["experts without tokens"], ALIGNED)
+    grads = []
+    for trained in ({"gate_up", "down"}, {"gate_up", "down"} - ({"gate_up", "down"} if frozen == "both" else {frozen})):
+        x_ND, weights_NK = case.x_ND.float().requires_grad_(), case.weights_NK.float().requires_grad_()
+        gate_up_EGD = case.gate_up_EGD.float().requires_grad_("gate_up" in trained)
+        down_EDF = case.down_EDF.float().requires_grad_("down" in trained)
+        with nullcontext() if kernels else cpu.disabled():
+            out_ND = routed_experts(x_ND, dispatch(case.ids_NK, case.experts), weights_NK, gate_up_EGD, down_EDF)
+            out_ND.backward(case.upstream_ND.float())
+        grads.append([x_ND.grad, weights_NK.grad, gate_up_EGD.grad, down_EDF.grad])
+    for every, some in zip(*grads, strict=True):
+        assert some is None or torch.equal(every, some)
+    assert [g is None for g in grads[1]] == [False, False, frozen != "down", frozen != "gate_up"]
