@@ -44,7 +44,7 @@ def read_conversations(path: Path, tokenizer: Tokenizer, max_length: int, strict
     Raises ValueError, which names the line, for one that cannot be trained on, with `strict` also for one that has more
     than `max_length` tokens; and for a file of which nothing is left.
     """
-    encoder, found = _Encoder(tokenizer), ConversationFile()
+    encoder, found = SampleEncoder(tokenizer), ConversationFile()
     for number, row in read_objects(path):
         try:
             ids, trained = encoder.encode(row)
@@ -63,7 +63,7 @@ def read_conversations(path: Path, tokenizer: Tokenizer, max_length: int, strict
     return found
 
 
-class _Encoder:
+class SampleEncoder:
     """From a line's object to token ids and which of them are trained; every ValueError says what is wrong."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:

@@ -7,8 +7,9 @@ Shapes: T tokens of a sample, S inputs of all samples, X targets of them that ha
 one per MTP module), L MoE layers, K experts per token.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from torch import Tensor
 from fathom.config import ConfigError
 from fathom.data.batch import Batch, packed_batch
 from fathom.ops.loss import IGNORE, SamplingMask
+
+S = TypeVar("S", bound=Sized)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,12 +88,12 @@ class PackedSamples:
         return PackedSamples(self.batch.to(device), self.index_X.to(device), targets, topk_ids_LBSK, mask)
 
 
-def micro_batches(samples: Sequence[Sample], tokens: int) -> Iterator[list[Sample]]:
-    """The samples in their order, cut where a micro-batch would have more than `tokens` tokens.
+def micro_batches(samples: Sequence[S], tokens: int) -> Iterator[list[S]]:
+    """The samples, or pairs of them, in their order, cut where a micro-batch would have more than `tokens` tokens.
 
     Raises ConfigError for a sample that is longer by itself.
     """
-    part: list[Sample] = []
+    part: list[S] = []
     for sample in samples:
         if len(sample) > tokens:
             raise ConfigError(
