@@ -26,7 +26,6 @@ Shapes: E experts, O outputs, I inputs, R rank; … nothing, or E.
 
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -176,4 +175,4 @@ def merged_model(model: Model) -> Model:
 def _plain_name(name: str) -> str:
     """layers.0.mlp.up_proj.parametrizations.weight.0 → layers.0.mlp.up_proj.weight"""
     path, _, rest = name.partition(".parametrizations.")
-    return f"{path}.{cast(str, rest.rpartition('.')[0])}"
+    return f"{path}.{rest.rpartition('.')[0]}"

@@ -8,6 +8,7 @@ Shapes: S inputs of a micro-batch, X targets, H = 1 + M heads, D hidden.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,20 +58,26 @@ class PosttrainLoss(nn.Module):
         self.temperature = temperature
 
     def forward(
-        self, packed: PackedSamples, objective: Objective, weights_H: Tensor, mtp_loss_weight: float, fraction: float
+        self, packed: PackedSamples, objective: Any, weights_H: Tensor, mtp_loss_weight: float, fraction: float
     ) -> LossOutput:
-        """`weights_H` are the global sums of target weights, `fraction` is this micro-batch's part of the samples."""
+        """`objective` is what `_main_loss` takes, `weights_H` are the global sums of target weights, `fraction` is this
+        micro-batch's part of the samples."""
         hidden = self._hidden(packed, mtp=len(self.model.mtp) > 0)
-        logprobs_X, facts = self._facts(packed, hidden)
-        total = -(objective(packed.targets, facts) * logprobs_X).sum()
+        total, main_sum = self._main_loss(packed, hidden, objective)
         total = total + self.seq_balance_loss_weight * fraction * hidden.router.balance_loss
-        sums_H = [-(packed.targets.weights_X * facts.logprobs_X).sum()]
+        sums_H = [main_sum]
         if hidden.mtp_h_BSD:
             mtp_sums = [self._mtp_sum(packed, k, h_BSD) for k, h_BSD in enumerate(hidden.mtp_h_BSD, start=1)]
             total = total + mtp_loss_weight * weighted_means(torch.stack(mtp_sums), weights_H[1:]).mean()
             sums_H += [each.detach() for each in mtp_sums]
         balance = hidden.router.balance_loss.detach() * fraction
         return LossOutput(total, torch.stack(sums_H), balance, hidden.router.tokens_per_expert_LE)
+
+    def _main_loss(self, packed: PackedSamples, hidden: HiddenStates, objective: Any) -> tuple[Tensor, Tensor]:
+        """With an `Objective`: the main head's loss to differentiate; and Σ weight·(−log p), detached, to report."""
+        logprobs_X, facts = self._facts(packed, hidden)
+        total = -(objective(packed.targets, facts) * logprobs_X).sum()
+        return total, -(packed.targets.weights_X * facts.logprobs_X).sum()
 
     @torch.no_grad()
     def facts(self, packed: PackedSamples) -> TargetFacts:

@@ -171,5 +171,5 @@ def _check_batch(run: PreferRun, pairs: int, ranks: Ranks) -> None:
     batch = run.train.batch_samples
     if not ranks.world <= batch <= pairs:
         raise ConfigError(
-            f"train.batch_samples is {batch}; it must be from {ranks.world} to {pairs}, the ranks and the pairs to train on"
+            f"train.batch_samples is {batch}; it must be from {ranks.world}, a pair a rank, to all {pairs} pairs"
         )

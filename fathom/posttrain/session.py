@@ -34,7 +34,7 @@ from fathom.posttrain.config import CHANGEABLE, PosttrainRun
 from fathom.posttrain.lora import adapter_state, add_adapters, check_ranks, float32_head, load_adapters, merged_model
 from fathom.posttrain.lora_files import refuse_merged, write_lora_files
 from fathom.posttrain.lora_memory import lora_memory, lora_memory_refusal
-from fathom.posttrain.loss import Objective, PosttrainLoss
+from fathom.posttrain.loss import PosttrainLoss
 from fathom.posttrain.pack import PackedSamples, Sample, micro_batches, pack
 from fathom.runtime.hardware import faster_dtype, free_memory, install_allocator
 from fathom.train.divergence import check_divergence
@@ -164,6 +164,7 @@ def open_session(
     *,
     detach_mtp: bool,
     temperature: float = 1,
+    loss_type: type[PosttrainLoss] = PosttrainLoss,
 ) -> Iterator[Session[R]]:
     """Everything a loop needs, in `directory`, which other processes are kept out of within the block.
 
@@ -183,7 +184,7 @@ def open_session(
         tokenizer, config = load_tokenizer(source), load_config(source)
         _check_model(config, tokenizer, run)
         base = _check_base(source, config, run, saved, ranks, progress) if run.lora.rank else ""
-        state = _train_state(source, run, ranks, detach_mtp, temperature)
+        state = _train_state(source, run, ranks, loss_type, detach_mtp, temperature)
         if found:
             if run.lora.rank:
                 load_adapters(state.model, saved["adapters"])
@@ -214,8 +215,8 @@ def open_session(
         )
 
 
-def posttrain_step(session: Session[Any], batches: Sequence[PackedSamples], objective: Objective) -> StepMetrics:
-    """One optimizer step on this rank's micro-batches of a global batch."""
+def posttrain_step(session: Session[Any], batches: Sequence[PackedSamples], objective: Any) -> StepMetrics:
+    """One optimizer step on this rank's micro-batches of a global batch; `objective` is what the loss takes."""
     state, ranks = session.state, session.ranks
     hyper = session.run.hyperparameters(state.step)
     weights_H = ranks.sum(torch.stack([packed.batch.target_weights() for packed in batches]).sum(0))
@@ -302,7 +303,14 @@ def start_loss(session: Session[Any]) -> PosttrainLoss:
     return PosttrainLoss(model, loss.compute_dtype, temperature=loss.temperature)
 
 
-def _train_state(source: Path, run: PosttrainRun, ranks: Ranks, detach_mtp: bool, temperature: float) -> TrainState:
+def _train_state(
+    source: Path,
+    run: PosttrainRun,
+    ranks: Ranks,
+    loss_type: type[PosttrainLoss],
+    detach_mtp: bool,
+    temperature: float,
+) -> TrainState:
     """The model of `source` with the loss and fresh optimizers of `run`."""
     dtype = compute_dtype(run)
     if run.lora.rank:
@@ -314,7 +322,7 @@ def _train_state(source: Path, run: PosttrainRun, ranks: Ranks, detach_mtp: bool
     else:
         model = load_model(source, device=ranks.device).train()
         copies = bf16_copies(model, dtype, ranks)
-    loss = PosttrainLoss(
+    loss = loss_type(
         model if copies is None else copies.model,
         dtype,
         seq_balance_loss_weight=run.train.seq_balance_loss_weight,

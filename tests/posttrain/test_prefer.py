@@ -88,7 +88,7 @@ def test_the_gradient_is_that_of_dpos_loss_through_whole_logits() -> None:
         assert relative_error(model.get_parameter(name).grad, gradient) < 1e-9, name
     metrics = objective.metrics(Ranks(0, 1, torch.device("cpu")))
     assert metrics["dpo_loss"] == pytest.approx(float(torch.stack(losses).mean().detach()), rel=1e-6)
-    assert metrics["accuracy"] == sum(float(loss) < torch.tensor(2.0).log() for loss in losses) / pairs
+    assert metrics["accuracy"] == sum(float(loss.detach()) < torch.tensor(2.0).log() for loss in losses) / pairs
     assert metrics["margin"] * beta == pytest.approx(metrics["chosen_reward"] - metrics["rejected_reward"])
 
 
@@ -214,7 +214,7 @@ def test_settings_that_cannot_be_are_refused(tmp_path: Path, one_rank: Ranks) ->
         replace(run, beta=0.0)
     with pytest.raises(ConfigError, match="name the pairs"):
         prefer(replace(run, data=PreferData()), tmp_path / "out", one_rank)
-    with pytest.raises(ConfigError, match="batch_samples is 99; it must be from 1 to"):
+    with pytest.raises(ConfigError, match="batch_samples is 99; it must be from 1, a pair a rank, to"):
         prefer(replace(run, train=replace(run.train, batch_samples=99)), tmp_path / "out", one_rank)
 
 

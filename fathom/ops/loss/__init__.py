@@ -33,6 +33,7 @@ __all__ = [
     "linear_cross_entropy_reference",
     "linear_logprobs",
     "linear_logprobs_reference",
+    "log_softmax_chunks",
 ]
 
 
@@ -137,7 +138,7 @@ class _LinearLogprobs(torch.autograd.Function):
         h_ND = h_ND.contiguous()
         wide = torch.promote_types(h_ND.dtype, torch.float32)
         logprobs_N, entropies_N = (torch.empty(len(h_ND), dtype=wide, device=h_ND.device) for _ in range(2))
-        for chunk, log_p_MO, _ in _log_softmax_chunks(h_ND, head_OD, temperature, mask):
+        for chunk, log_p_MO, _ in log_softmax_chunks(h_ND, head_OD, temperature, mask):
             ignored_M = targets_N[chunk] == IGNORE
             target_M1 = targets_N[chunk].masked_fill(ignored_M, 0).unsqueeze(1)
             logprobs_N[chunk] = log_p_MO.gather(1, target_M1).squeeze(1).masked_fill(ignored_M, 0)
@@ -155,7 +156,7 @@ class _LinearLogprobs(torch.autograd.Function):
         h_needs_grad, head_needs_grad, *_ = ctx.needs_input_grad
         dh_ND = torch.empty_like(h_ND) if h_needs_grad else None
         dhead_OD = torch.zeros_like(head_OD, dtype=entropies_N.dtype) if head_needs_grad else None
-        for chunk, log_p_MO, weight_OD in _log_softmax_chunks(h_ND, head_OD, ctx.temperature, ctx.mask):
+        for chunk, log_p_MO, weight_OD in log_softmax_chunks(h_ND, head_OD, ctx.temperature, ctx.mask):
             upstream = [None if d is None else d[chunk] for d in (dlogprobs_N, dentropies_N)]
             dlogits_MO = _logits_gradient(log_p_MO, targets_N[chunk], entropies_N[chunk], *upstream)
             dlogits_MO = dlogits_MO.div_(ctx.temperature).to(h_ND.dtype)
@@ -166,7 +167,7 @@ class _LinearLogprobs(torch.autograd.Function):
         return dh_ND, None if dhead_OD is None else dhead_OD.to(head_OD.dtype), None, None, None
 
 
-def _log_softmax_chunks(
+def log_softmax_chunks(
     h_ND: Tensor, head_OD: Tensor, temperature: float, mask: SamplingMask | None
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Which tokens, their log-probabilities (M, O) in float32 at least, and the head as `linear`'s matmuls take it."""

@@ -1,8 +1,9 @@
 """Losses and log-probabilities from whole logits: the definitions.
 
-Shapes: N tokens, D hidden, O vocabulary, P kept ids of all tokens, X ids.
+Shapes: N tokens, D hidden, U the hidden of a teacher, O vocabulary, P kept ids of all tokens, X ids.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -63,3 +64,34 @@ def linear_logprobs_reference(
     logprobs_N = log_p_NO.gather(1, targets_N.masked_fill(ignored_N, 0).unsqueeze(1)).squeeze(1)
     entropies_N = -(log_p_NO.exp() * log_p_NO).sum(1)
     return logprobs_N.masked_fill(ignored_N, 0), entropies_N.masked_fill(ignored_N, 0)
+
+
+def linear_distillation_reference(
+    h_ND: Tensor,
+    head_OD: Tensor,
+    teacher_h_NU: Tensor,
+    teacher_head_OU: Tensor,
+    beta: float = 0.0,
+    temperature: float = 1.0,
+) -> Tensor:
+    """How far the student's distribution S of the next token is from the teacher's T, over all O, in nats: (N).
+
+    beta 0: KL(T‖S), which covers all that the teacher may say. beta 1: KL(S‖T), which stays within it. Between them the
+    generalised Jensen-Shannon divergence β·KL(T‖M) + (1 − β)·KL(S‖M) with M = β·T + (1 − β)·S (GKD, arXiv 2306.13649).
+    Both are softmaxes of logits / temperature, in float32 at least. Gradients reach the student alone.
+    """
+    wide = torch.promote_types(h_ND.dtype, torch.float32)
+    logits_NO = F.linear(h_ND, head_OD.to(h_ND.dtype)).to(wide)
+    teacher_NO = F.linear(teacher_h_NU, teacher_head_OU.to(teacher_h_NU.dtype)).detach().to(wide)
+    s_NO, t_NO = ((each_NO / temperature).log_softmax(1) for each_NO in (logits_NO, teacher_NO))
+    if beta == 0:
+        return kl_divergence(t_NO, s_NO)
+    if beta == 1:
+        return kl_divergence(s_NO, t_NO)
+    m_NO = torch.logaddexp(t_NO + math.log(beta), s_NO + math.log1p(-beta))
+    return beta * kl_divergence(t_NO, m_NO) + (1 - beta) * kl_divergence(s_NO, m_NO)
+
+
+def kl_divergence(p_NO: Tensor, q_NO: Tensor) -> Tensor:
+    """KL(P‖Q) of distributions given by their logarithms (N)."""
+    return (p_NO.exp() * (p_NO - q_NO)).sum(1)
