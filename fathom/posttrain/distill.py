@@ -4,6 +4,8 @@ At every token of the assistant's, end of turn included, the student's distribut
 to the teacher's, by the divergence that `beta` chooses (fathom/ops/loss/reference.py; GKD, arXiv 2306.13649). A token
 is one target to fine-tuning and as many as the vocabulary has to this.
 
+With `on_policy` the student answers the prompts itself (distill_on_policy.py).
+
 MTP modules learn from the text itself and change nothing but themselves.
 
 Shapes: X targets of a micro-batch, D the student's hidden, U the teacher's.
@@ -28,6 +30,7 @@ from fathom.model.outputs import HiddenStates
 from fathom.model.transformer import Model
 from fathom.ops.loss.distillation import linear_distillation
 from fathom.posttrain.distill_config import DistillRun
+from fathom.posttrain.distill_on_policy import distill_on_policy
 from fathom.posttrain.loss import PosttrainLoss
 from fathom.posttrain.pack import PackedSamples, Sample
 from fathom.posttrain.session import Session, compute_dtype, open_session, posttrain_step
@@ -49,8 +52,10 @@ def distill(
     run = replace(run, train=replace(run.train, steps=run.train.steps or steps))
     _check_lengths(run, teacher_source, ranks)
 
+    # What the student samples is trained by weights of its tokens, as in reinforcement learning.
+    loss_type = PosttrainLoss if run.on_policy else DistillLoss
     with open_session(
-        run, directory, ranks, resume, console, detach_mtp=True, temperature=run.temperature, loss_type=DistillLoss
+        run, directory, ranks, resume, console, detach_mtp=True, temperature=run.temperature, loss_type=loss_type
     ) as session:
         run = session.run
         _check_unchanged(session, data.digest, teacher_source)
@@ -62,6 +67,8 @@ def distill(
             f"data   {len(data.trained):,} samples, {len(data.held_out):,} held out, {data.file.too_long:,} too long "
             f"and left out; {run.train.steps:,} steps of {run.train.batch_samples:,} samples"
         )
+        if run.on_policy:
+            return distill_on_policy(session, data, teacher)
         while not session.done:
             step, began = session.state.step, time.perf_counter()
             samples = data.batch(step, run.train.batch_samples, run.train.seed)

@@ -48,7 +48,7 @@ def rl(run: RlRun, directory: Path, ranks: Ranks, resume: bool = False, console:
         run, directory, ranks, resume, console, detach_mtp=True, temperature=run.rl.temperature
     ) as session:
         config, state = session.run.rl, session.state
-        sampler = Sampler(session, config)
+        sampler = Sampler(session, config.problems * config.group_size, config.speculative)
         start = start_loss(session) if config.kl_weight else None
         stream = problems(exercise, "train", start=state.step // config.updates * config.problems)
         while not session.done:

@@ -7,7 +7,6 @@ import torch
 
 from fathom.engine.engine import Engine
 from fathom.posttrain.lora import merged_model, merged_state
-from fathom.posttrain.rl_config import RlConfig
 from fathom.posttrain.session import Session
 
 _BATCH = {"cpu": 64, "cuda": 256}
@@ -17,7 +16,8 @@ _BATCH = {"cpu": 64, "cuda": 256}
 class Sampler:
     """An engine whose weights follow the trained model's."""
 
-    def __init__(self, session: Session[Any], config: RlConfig) -> None:
+    def __init__(self, session: Session[Any], conversations: int, speculative: bool) -> None:
+        """For so many conversations at a time; `speculative`: with drafts."""
         self._trained = session.state.model
         model = merged_model(self._trained)
         shared = model is self._trained and session.loss.compute_dtype == torch.float32
@@ -25,12 +25,12 @@ class Sampler:
             # What is computed in bfloat16 is trained on float32 weights: the engine reads them in the type it computes
             # in.
             model = copy.deepcopy(model).bfloat16()
-        batch = min(config.problems * config.group_size, _BATCH[session.ranks.device.type])
+        batch = min(conversations, _BATCH[session.ranks.device.type])
         length = min(model.config.max_position_embeddings, session.run.train.max_length)
         self.engine = Engine(
             model,
             session.tokenizer,
-            speculative=config.speculative,
+            speculative=speculative,
             max_batch=batch,
             cache_tokens=max(batch * length, model.config.max_position_embeddings),
         )
