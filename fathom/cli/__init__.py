@@ -23,6 +23,7 @@ _COMMANDS = {
     "train": ("PRESET --out DIR", f"train a model, or --resume a run; presets: {', '.join(presets.ALL)}"),
     "sft": ("MODEL --data FILE --out DIR", "supervised fine-tuning on conversations"),
     "prefer": ("MODEL --data FILE --out DIR", "train a model on pairs of a better and a worse answer (DPO)"),
+    "sample": ("MODEL --task NAME --out FILE", "answer problems several times, keep right answers as data for sft"),
     "distill": ("STUDENT --teacher MODEL --data FILE --out DIR", "train a model towards another one's predictions"),
     "rl": ("MODEL --task NAME --out DIR", "reinforcement learning with verifiable rewards"),
     "generate": ("PATH --prompt …", "continue a text with any DeepSeek-V3 model directory"),
