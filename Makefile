@@ -11,7 +11,7 @@ BENCHMARKS ?= ops train decode convert
 LINT_SOURCES := fathom tests $(wildcard benchmarks examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo test check nightly lint soak bench clean
+.PHONY: help setup setup-test demo posttrain test check nightly lint soak bench clean
 
 help: ## List the targets and options
 	@echo "Targets:"
@@ -31,6 +31,10 @@ setup-test:
 
 demo: setup ## Train a small model here in six minutes and report what it learned
 	@.venv/bin/fathom demo
+
+posttrain: setup ## Fine-tune and reinforce the demo's model in ten minutes, and report what changed (trains it first)
+	@test -e runs/demo/model || .venv/bin/fathom demo
+	@.venv/bin/fathom posttrain-demo
 
 test: setup-test lint ## Run every check: format, lint, types, layers, all tests
 	@$(PY) -m pytest $(PARALLEL)

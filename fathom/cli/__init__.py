@@ -38,6 +38,7 @@ _COMMANDS = {
     "serve": ("PATH", "serve a model over the OpenAI protocol, with a web page"),
     "chat": ("PATH", "talk to a model in the terminal"),
     "demo": ("", "train a small model in six minutes and report what it learned"),
+    "posttrain-demo": ("", "teach the demo's model to solve problems in ten minutes and report what changed"),
     "inspect": ("PATH", "write a page on what experts, heads, latents and drafts do with a text"),
     "plan": (
         "PRESET|PATH",
@@ -82,7 +83,7 @@ def _run(words: list[str]) -> None:
         )
     if command not in _COMMANDS:
         raise ConfigError(f"there is no command {command!r}; there are {', '.join(_COMMANDS)}")
-    importlib.import_module(f"fathom.cli.{command}").run(words[1:])
+    importlib.import_module(f"fathom.cli.{command.replace('-', '_')}").run(words[1:])
 
 
 @contextmanager
