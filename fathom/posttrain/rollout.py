@@ -7,7 +7,7 @@ seed, the problem and the number of the sample, whatever else is in the batch.
 Shapes: L MoE layers, T tokens, K experts per token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -73,12 +73,14 @@ def rollouts(
     *,
     seed: str = "0",
     for_training: bool = False,
+    finished: Callable[[], None] = lambda: None,
 ) -> list[list[Rollout]]:
     """`samples` conversations for each problem, with their rewards, in the problems' order.
 
     `params.max_tokens` is for all turns of a conversation together. `for_training` records log-probabilities, kept ids
-    and routing, and needs a temperature above 0. Raises TaskError where a reward cannot be used, ValueError for a
-    problem that does not fit the model, RuntimeError where no token could be sampled.
+    and routing, and needs a temperature above 0. `finished` is called after each conversation. Raises TaskError where a
+    reward cannot be used, ValueError for a problem that does not fit the model and where no token could be
+    sampled.
     """
     groups = []
     running: dict[Generation, tuple[Rollout, SamplingParams, int]] = {}
@@ -96,6 +98,8 @@ def rollouts(
                 if (answer := _take(engine, task, rollout, update.generation, own)) is not None:
                     _add(rollout, answer)
                     running[_submit(engine, rollout, own, number, for_training)] = rollout, own, number
+                else:
+                    finished()
     for group in groups:
         for rollout in group:
             rollout.reward = checked_reward(task, rollout.problem, rollout.turns[-1])
@@ -119,7 +123,7 @@ def _take(
 ) -> list[int] | None:
     """Add a turn to its conversation; returns the tokens of the tool's answer where the conversation goes on."""
     if generation.finish_reason == "error":
-        raise RuntimeError(f"task {task.name}, problem {rollout.problem.index}: {generation.error}")
+        raise ValueError(f"task {task.name}, problem {rollout.problem.index}: {generation.error}")
     if generation.routed_experts is not None:
         known = sum(each_LTK.shape[1] for each_LTK in rollout.routing)
         rollout.routing.append(generation.routed_experts[:, known:].clone())

@@ -22,14 +22,13 @@ from fathom.model.transformer import Model
 from fathom.ops.loss import IGNORE
 from fathom.posttrain.evaluate import (
     GREEDY,
-    Answer,
     TaskEval,
     TaskEvalConfig,
-    converse,
     differences,
     distinct_problems,
     evaluate_task,
 )
+from fathom.posttrain.rollout import Rollout
 from fathom.posttrain.tasks import task
 from fathom.posttrain.tasks.protocol import Problem, Task, worked_conversation
 from tests.serve.random_model import CONFIG, TEXT, save_random_model
@@ -40,7 +39,7 @@ LEARNED = 3
 
 
 class Parity(Task):
-    """Earns a reward where the text has an even number of characters; every turn but the third calls a tool."""
+    """A reward for an even number of characters; a turn that ends calls a tool, twice at most."""
 
     name, tool_calls = "parity", 2
 
@@ -109,9 +108,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_model_that_knows_the_solutions_solves_them_with_the_tool(trained: Path) -> None:
     engine, found = Engine(load_model(trained), load_tokenizer(trained)), task("calculator")
     chosen = distinct_problems(found, LEARNED)
-    config = TaskEvalConfig(problems=LEARNED, samples=3, temperature=0.1, max_tokens=64)
+    config = TaskEvalConfig(problems=LEARNED, samples=3, temperature=0.1, max_tokens=100)
     result = evaluate_task(engine, found, config)
-    assert [answer.turns for answer in result.greedy] == [problem.example for problem in chosen]
+    assert [tuple(answer.turns) for answer in result.greedy] == [problem.example for problem in chosen]
     assert max(len(problem.example) for problem in chosen) > 2, "some need several calls"
     metrics = result.metrics()
     for name in (GREEDY, "pass@1", "pass@3", "maj@3", "stop_rate"):
@@ -128,7 +127,7 @@ def test_one_model_against_another(
     out, notes = tmp_path / "out.json", tmp_path / "notes.txt"
     notes.write_text("The number is 7\n")
     flags = ["--task", "calculator", "--problems", str(LEARNED), "--samples", "2", "--temperature", "0.1"]
-    flags += ["--max-tokens", "40", "--text", str(notes), "--against", str(directory), "--json", str(out)]
+    flags += ["--max-tokens", "80", "--text", str(notes), "--against", str(directory), "--json", str(out)]
     main(["eval", str(trained), *flags])
     found, printed = json.loads(out.read_text()), capsys.readouterr().out
     calculator = found["calculator"]
@@ -146,72 +145,57 @@ def test_one_model_against_another(
     assert max(map(len, printed.splitlines())) <= 80
 
 
-def test_a_turn_is_what_the_engine_generates_after_the_turns_before_it(engine: Engine) -> None:
-    """EOS is made likely, so that turns end; each is repeated alone, and so is the whole in another order."""
-    found, eos = Parity(), engine.tokenizer.eos_id  # type: ignore[union-attr]
-    params = SamplingParams(temperature=1.0, max_tokens=12, seed=4, logit_bias={eos: 3.0})
-    chosen = [found.problem(i) for i in range(6)]
+def test_an_answer_is_a_function_of_seed_problem_and_sample(engine: Engine) -> None:
     finished: list[None] = []
-    answers = converse(engine, found, chosen, params, 3, lambda: finished.append(None))
-    assert len(finished) == 18
-    turns = set()
-    for problem, samples in zip(chosen, answers, strict=True):
-        for answer in samples:
-            messages = [*problem.messages]
-            assert answer.stopped or len(answer.turns) <= 3
-            turns.add(len(answer.turns))
-            for text in answer.turns[:-1]:
-                messages += [{"role": "assistant", "content": text}, {"role": "user", "content": f"name {len(text)}"}]
-            assert answer.reward == len(answer.turns[-1]) % 2 ^ 1
-    assert turns == {1, 2, 3}, "some stop at max_tokens, which is no call"
-    assert len({answer.turns for samples in answers for answer in samples}) > 12, "samples differ"
-    assert converse(engine, found, chosen[::-1], params, 3)[::-1] == answers
-    assert [samples[:2] for samples in answers] == converse(engine, found, chosen, params, 2)
-    greedy = converse(engine, found, chosen, replace(params, temperature=0.0))
-    for problem, [answer] in zip(chosen, greedy, strict=True):
-        messages = [*problem.messages]
-        for text in answer.turns:
-            assert engine.chat(messages, replace(params, temperature=0.0)).text == text
-            messages += [{"role": "assistant", "content": text}, {"role": "user", "content": f"name {len(text)}"}]
+    config = TaskEvalConfig(problems=6, samples=3, max_tokens=12)
+
+    def texts(config: TaskEvalConfig) -> list[list[list[str]]]:
+        result = evaluate_task(engine, Parity(), config, lambda: finished.append(None))
+        for answer in (*result.greedy, *(answer for answers in result.sampled for answer in answers)):
+            assert answer.reward == (len(answer.turns[-1]) + 1) % 2
+        return [[answer.turns for answer in answers] for answers in result.sampled]
+
+    whole = texts(config)
+    assert len(finished) == 6 * (1 + 3)
+    assert len({str(turns) for answers in whole for turns in answers}) == 18, "samples differ"
+    fewer = texts(replace(config, problems=4, samples=2))
+    assert fewer == [answers[:2] for answers in whole[:4]]
+    assert texts(replace(config, seed=1)) != whole
 
 
-def test_a_conversation_that_outgrows_the_context_ends(directory: Path) -> None:
-    model = load_model(directory)
-    engine = Engine(model, load_tokenizer(directory))
-    engine.max_length = 60
-    eos = engine.tokenizer.eos_id  # type: ignore[union-attr]
-
-    class Long(Parity):
-        def tool_result(self, problem: Problem, text: str) -> str | None:
-            return "number " * 60
-
-    [[answer]] = converse(engine, Long(), [Long().problem(0)], SamplingParams(max_tokens=5, logit_bias={eos: 100.0}))
-    assert len(answer.turns) == 1 and not answer.stopped
+def test_the_greedy_answer_is_that_of_a_chat(engine: Engine) -> None:
+    result = evaluate_task(engine, Parity(), TaskEvalConfig(problems=5, samples=0, max_tokens=12))
+    for problem, answer in zip(distinct_problems(Parity(), 5), result.greedy, strict=True):
+        assert answer.turns[0] == engine.chat(problem.messages, SamplingParams(max_tokens=12)).text
+    assert result.sampled == [[]] * 5
 
 
 def test_what_cannot_be_evaluated_is_named(engine: Engine, directory: Path) -> None:
     with pytest.raises(ConfigError, match="problems is 60; among 1200 test problems of parity"):
         distinct_problems(Parity(), 60)
-    engine.max_length = 20
-    with pytest.raises(ConfigError, match=r"task addition, problem \d+ has \d+ tokens; .* context of 20"):
-        converse(engine, task("addition"), [task("addition").problem(0)], SamplingParams())
-    assert not engine.has_work
     broken = load_model(directory)
     with torch.no_grad():
         broken.norm.weight.fill_(torch.nan)
     other = Engine(broken, load_tokenizer(directory))
-    chosen = [task("addition").problem(i) for i in range(3)]
-    with pytest.raises(ValueError, match=r"task addition, problem \d: the answer ends in an error: .*not finite"):
-        converse(other, task("addition"), chosen, SamplingParams(max_tokens=4))
-    assert not other.has_work, "the others are cancelled"
+    with pytest.raises(ValueError, match=r"task addition, problem \d+: .*not finite"):
+        evaluate_task(other, task("addition"), TaskEvalConfig(problems=3, max_tokens=4))
 
 
 # ------------------------------------------------------------------------------------------------------- metrics
 
 
-def answers(rewards: str) -> list[Answer]:
+def answers(rewards: str) -> list[Rollout]:
+    """An answer for each mark: 1 is right, x ends at a limit; they are 10, 11 … tokens long."""
     return [
-        Answer((f"answer: {mark}",), float(mark == "1"), 10 + place, mark != "x") for place, mark in enumerate(rewards)
+        Rollout(
+            task("addition").problem(0),
+            [],
+            turns=[f"answer: {mark}"],
+            reward=float(mark == "1"),
+            sampled=[True] * (10 + place),
+            finish_reason="length" if mark == "x" else "stop",
+        )
+        for place, mark in enumerate(rewards)
     ]
 
 
