@@ -4,6 +4,7 @@ import ast
 import math
 import random
 import re
+import time
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from fathom.config import ConfigError
 from fathom.data.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
 from fathom.posttrain.tasks import NAMES, task
+from fathom.posttrain.tasks.gym import _FORMS
 from fathom.posttrain.tasks.protocol import (
     Problem,
     Task,
@@ -303,6 +305,15 @@ def test_other_tasks_have_no_tool() -> None:
         found = task(name)
         result = found.tool_result(found.problem(0), "calc(1 + 2)")
         assert (result is None, found.tool_calls == 0) == ((name != "calculator"),) * 2
+
+
+def test_no_answer_takes_long_to_compare_with_a_form() -> None:
+    """Patterns that can match a text in many ways take exponential time where they fail at its end."""
+    for name, form in _FORMS.items():
+        for unit in ("0", "1 ", "x", "x ", "(", "A", "A=1,", "L", "**0 ", "Q_\n", "A, ", "0.", "up ", "a" * 30 + "-"):
+            text, began = (unit * 20_000)[:20_000] + "!", time.process_time()
+            assert re.fullmatch(form, text, re.DOTALL) is None
+            assert time.process_time() - began < 0.5, (name, unit)
 
 
 # -------------------------------------------------------------------------------------------------------- errors

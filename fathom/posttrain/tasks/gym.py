@@ -30,9 +30,8 @@ _LONGEST = 20_000
 _NUMBER = r"-?(?:0|[1-9][0-9]{0,40})(?:\.[0-9]{1,40})?(?:e[+-]?[0-9]{1,3})?"
 _ARITHMETIC = r"(?!.*(?:\*\*|//))[0-9+*/() -]+"
 # No other name, and no tower of powers: sympy evaluates what it parses.
-_FORMULA = (
-    r"(?!.*\*\* ?[0-9]+ ?\*\*)(?:\b(?:sin|cos|tan|asin|acos|atan|exp|log|sqrt|[A-Za-z])\b|[0-9]{1,12}|[-+*/() ])+"
-)
+_NAMES = r"\b(?:sin|cos|tan|asin|acos|atan|exp|log|sqrt|[A-Za-z])\b"
+_FORMULA = rf"(?!.*\*\* ?[0-9]+ ?\*\*)(?:{_NAMES}|[0-9+*/() -])+"
 
 
 def _list(item: str, between: str) -> str:
