@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fathom.checkpoint.hf.model import load_model, save_model
+from fathom.checkpoint.hf.model import load_model
 from fathom.config import ConfigError
 from fathom.data.tokenizer import load_tokenizer
 from fathom.distributed.ranks import SINGLE_PROCESS
@@ -31,7 +31,7 @@ from fathom.posttrain.rollout import rollouts
 from fathom.posttrain.tasks.protocol import Problem, Task, TaskError
 from fathom.train.errors import TrainingError
 from fathom.train.run import OptimizerConfig
-from tests.serve.random_model import save_random_model
+from tests.posttrain.talking_model import save_talking_model
 
 
 class Vowels(Task):
@@ -56,14 +56,7 @@ class Tool(Vowels):
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model that ends a turn now and then."""
-    path = save_random_model(tmp_path_factory.mktemp("model"))
-    model, tokenizer = load_model(path), load_tokenizer(path)
-    with torch.no_grad():
-        model.lm_head.weight *= 0.4
-        model.lm_head.weight[tokenizer.eos_id] *= 3
-    save_model(model, path, tokenizer)
-    return path
+    return save_talking_model(tmp_path_factory.mktemp("model"))
 
 
 CONFIG = RlConfig(
@@ -246,9 +239,10 @@ def test_runs_that_are_killed_end_with_the_same_bits(directory: Path, tmp_path: 
     """SIGKILL at random moments: while sampling, updating, evaluating and saving."""
 
     def command(out: Path) -> list[str]:
-        flags = "--task count_letters --problems 2 --group-size 4 --max-tokens 10 --overlong penalise --overlong-cushion 4 --train.steps 6"
-        rest = "--train.max-length 256 --train.save-every 1 --train.compute-dtype float32 --eval-problems 1"
-        return [*f"{sys.executable} -m fathom rl {directory} {flags} {rest} --resume --out {out}".split()]
+        flags = "--task count_letters --problems 2 --group-size 4 --max-tokens 10 --eval-problems 1"
+        flags += " --overlong penalise --overlong-cushion 4 --train.steps 6 --train.max-length 256"
+        flags += " --train.save-every 1 --train.compute-dtype float32 --resume"
+        return f"{sys.executable} -m fathom rl {directory} {flags} --out {out}".split()
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command(tmp_path / "whole"), check=True, env=environment, capture_output=True)
