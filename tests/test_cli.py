@@ -28,7 +28,7 @@ def test_each_command_explains_its_flags(arguments: list[str], capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["dance"], "no command 'dance'; there are train, generate"),
+        (["dance"], "no command 'dance'; there are train, "),
         (["train", "nan"], "no preset 'nan'; there are nano"),
         (["train", "--out", "x"], "name a preset"),
         (["train", "--resume", "--out", "/nonexistent"], "holds no run to resume"),
