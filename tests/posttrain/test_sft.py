@@ -263,7 +263,7 @@ def test_sigkill_at_random_moments(run: SftRun, tmp_path: Path) -> None:
             process.communicate()
             kills += 1
         else:
-            _, errors = process.communicate(timeout=120)
+            _, errors = process.communicate(timeout=600)
             assert process.returncode == 0, errors.decode()
             break
         if (killed / "run.json").exists():
