@@ -1,4 +1,4 @@
-"""Middleware in front of the routes: API keys, a limit on the size of bodies, security headers of the page."""
+"""Middleware in front of the routes: API keys, limits on the bytes of bodies, security headers of the page."""
 
 import hashlib
 import hmac
@@ -18,12 +18,20 @@ _HEADERS = [
 ]
 
 
+_RETRY_SECONDS = 2
+_SHORT_BYTES = 1 << 16
+_LARGEST_BODIES = 16
+"""As many bytes as this number of the largest bodies are held at once; bodies of up to 64 kB always fit."""
+
+
 class AuthMiddleware:
     """ASGI middleware."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str], largest_body: int) -> None:
         """`keys`: each is accepted; none: no authentication. Only their hashes are kept. `largest_body` in bytes."""
         self._app = app
+        self._held = 0
+        """Bytes of the bodies of all requests that are being received or responded to."""
         self._hashes = [hashlib.sha256(key.encode()).digest() for key in keys]
         self._largest = largest_body
 
@@ -40,9 +48,14 @@ class AuthMiddleware:
             # The Content-Length header may be missing or wrong.
             nonlocal received
             message = await receive()
-            received += len(message.get("body", b""))
+            length = len(message.get("body", b""))
+            received += length
+            self._held += length
             if received > self._largest:
                 raise too_large
+            if received > _SHORT_BYTES and self._held > _LARGEST_BODIES * self._largest:
+                reason = "the bodies of other requests take the memory that there is for them; try again later"
+                raise ApiError(503, reason, code="too_many_bodies", retry_after=_RETRY_SECONDS)
             return message
 
         async def with_headers(message: Message) -> None:
@@ -59,7 +72,10 @@ class AuthMiddleware:
         elif not length.isdigit() or int(length[:19]) > self._largest:
             await too_large.response()(scope, receive, with_headers)
         else:
-            await self._app(scope, counted, with_headers)
+            try:
+                await self._app(scope, counted, with_headers)
+            finally:
+                self._held -= received
 
     def _is_refused(self, path: str, authorization: bytes) -> bool:
         if not self._hashes or path in ("/", "/health", "/inspect") or path.startswith("/page/"):
