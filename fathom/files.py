@@ -71,7 +71,8 @@ def atomic_directory(target: Path, replaced: Sequence[str] = ("*",)) -> Iterator
 
 
 def _temporary_sibling(target: Path) -> Path:
-    return Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    # A staging directory's own sibling has no second dot, so that `remove_leftovers` finds it by the same name.
+    return Path(tempfile.mkdtemp(prefix=f".{target.name.removeprefix('.')}.", suffix=".tmp", dir=target.parent))
 
 
 def _replace(target: Path, staging: Path, replaced: Sequence[str]) -> None:

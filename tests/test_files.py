@@ -91,3 +91,20 @@ def test_leftovers_of_the_killed_are_removed_and_nothing_else(tmp_path: Path) ->
         (tmp_path / other).touch()
     remove_leftovers(tmp_path, "data")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".data", ".database.x.tmp", "data.tmp"]
+
+
+def test_leftovers_of_a_write_within_a_write_are_removed(tmp_path: Path) -> None:
+    """As those of a model that is saved into the staging directory of a checkpoint."""
+    with (
+        pytest.raises(KeyboardInterrupt),
+        atomic_directory(tmp_path / "data") as staging,
+        atomic_directory(staging) as nested,
+    ):
+        (nested / "config").touch()
+        names = [path.name for path in tmp_path.iterdir()]
+        raise KeyboardInterrupt
+    assert len(names) == 2
+    for name in names:
+        (tmp_path / name).mkdir()
+    remove_leftovers(tmp_path, "data")
+    assert not list(tmp_path.iterdir())
