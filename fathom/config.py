@@ -112,7 +112,7 @@ def load_json(cls: type[T], path: Path) -> T:
         data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}") from error
-    except ValueError as error:  # a duplicate key, or bytes that are not UTF-8
+    except (ValueError, RecursionError) as error:  # a duplicate key, bytes that are not UTF-8, or endless brackets
         raise ConfigError(f"{path}: {error}") from error
     return from_json(cls, data, where=str(path))
 

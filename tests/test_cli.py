@@ -118,3 +118,17 @@ def test_old_flags_work_and_are_named_in_one_plain_line(
     lines = [line for line in capsys.readouterr().err.splitlines() if "clip" in line]
     expected = "--optimizer.clip is now called --optimizer.max-grad-norm; the old name goes with the next release"
     assert lines == [f"note: {expected}"]
+
+
+def test_names_in_damaged_files_are_printed_as_text_on_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No line break, and no escape sequence that the terminal would follow."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "deepseek_v3", "a\n\x1b]0;b": [1]}))
+    index = {"weight_map": {"lm_head.weight": "\n\x1b[31mx"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    for path in (str(tmp_path), f"{tmp_path}\x1b[31m"):
+        with pytest.raises(SystemExit):
+            main(["info", path])
+        said = capsys.readouterr().err
+        assert len(said.splitlines()) == 1 and "\x1b" not in said and r"\x1b" in said

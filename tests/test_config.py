@@ -158,6 +158,7 @@ def test_what_could_not_be_read_back_is_not_written(change: dict[str, Any], tmp_
         ('{"lr": NaN}', "train.json: lr: got nan, expected a finite number"),
         ('{"lr": 1e999}', "train.json: lr: got inf, expected a finite number"),
         (b"\xff{}", "train.json: 'utf-8' codec can't decode byte"),
+        ("[" * 100_000, "train.json: maximum recursion depth exceeded"),
     ],
 )
 def test_errors_name_the_file(text: str | bytes, message: str, tmp_path: Path) -> None:

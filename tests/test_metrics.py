@@ -94,3 +94,12 @@ def test_tensorboard_missing_says_what_to_install(tmp_path: Path, monkeypatch: p
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError, match=r"pip install 'fathom-lm\[tensorboard\]'"):
         MetricsLog(tmp_path, tensorboard=True)
+
+
+def test_endless_brackets_are_a_broken_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n' + '{"a": ' * 100_000 + '\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not a line of JSON"):
+        read_metrics(path)
+    path.write_text('{"step": 1}\n' + "[" * 100_000)
+    assert [record["step"] for record in read_metrics(path)] == [1]

@@ -10,7 +10,6 @@ its final name is complete, no matter when the process was killed.
 """
 
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -122,12 +121,14 @@ def remove_unfinished(run: Path) -> None:
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
-    """The training state of a checkpoint; only plain data is unpickled."""
+    """The training state of a checkpoint; only plain data is unpickled. Raises CheckpointError for a damaged file."""
     file = checkpoint / _STATE
     try:
-        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the operations of a damaged pickle lead to
+        raise CheckpointError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
+    if not isinstance(state, dict) or not state.keys() >= {"optimizers", "skipped", "skipped_in_a_row"}:
+        raise CheckpointError(f"{file} holds no state of a training run")
     return state
 
 

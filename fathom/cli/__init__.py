@@ -69,8 +69,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, ImportError, TrainingError) as error:
         # Every room raises these with a message made for the user.
-        Console(stderr=True).print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
+        message = _printable(f"error: {error}")
+        Console(stderr=True).print(message, style="bold red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
+
+
+def _printable(message: str) -> str:
+    """One line that a terminal takes for text: names in damaged files may hold line breaks and escape sequences."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in message)
 
 
 def _run(words: list[str]) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,8 @@ class Tokenizer:
         """Ids of many texts, without BOS, computed in parallel. Raises ValueError for a lone surrogate."""
         chunks = [(index, chunk) for index, text in enumerate(texts) for chunk in split_chunks(text)]
         try:
-            encodings = self._backend.encode_batch_fast([chunk for _, chunk in chunks], add_special_tokens=False)
+            with _panics_as_errors("a text cannot be tokenised"):
+                encodings = self._backend.encode_batch_fast([chunk for _, chunk in chunks], add_special_tokens=False)
         except TypeError as error:
             lone = re.search("[\ud800-\udfff]", "".join(texts))
             if lone is None:
@@ -166,8 +168,9 @@ class Tokenizer:
 
     def _affixes(self) -> tuple[list[int], list[int]]:
         """What the post-processor adds before and after a text."""
-        plain = self._backend.encode("a", add_special_tokens=False).ids
-        whole = self._backend.encode("a").ids
+        with _panics_as_errors("tokenizer.json is damaged"):
+            plain = self._backend.encode("a", add_special_tokens=False).ids
+            whole = self._backend.encode("a").ids
         start = next((at for at in range(len(whole)) if plain and whole[at : at + len(plain)] == plain), len(whole))
         before, after = whole[:start], whole[start + len(plain) :]
         # DeepSeek's own files leave BOS to the class they name.
@@ -185,9 +188,24 @@ def is_control(added: dict[str, Any]) -> bool:
 
 def _read_backend(tokenizer_json: str) -> tokenizers.Tokenizer:
     try:
-        return tokenizers.Tokenizer.from_str(tokenizer_json)
+        with _panics_as_errors("tokenizer.json is damaged"):
+            return tokenizers.Tokenizer.from_str(tokenizer_json)
     except Exception as error:  # the package raises no narrower one
         raise ValueError(f"tokenizer.json is not a tokenizer: {error}") from error
+
+
+@contextmanager
+def _panics_as_errors(what: str) -> Iterator[None]:
+    """Raise ValueError, which begins with `what`, where the package's Rust code panics.
+
+    It does so for some damaged files, and where its threads cannot be started (under `ulimit -v`).
+    """
+    try:
+        yield
+    except BaseException as error:  # a panic is no Exception, and its class cannot be imported
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{what}: the package tokenizers panicked: {error}") from error
 
 
 class _Texts(dict[int, bytes]):
@@ -239,7 +257,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    with _panics_as_errors("no tokenizer can be trained"):
+        backend.train_from_iterator(texts, trainer)
     # For programs that read the file: they prepend BOS as `encode` does.
     begin = (BOS, backend.token_to_id(BOS))
     backend.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[begin])

@@ -13,7 +13,12 @@ from fathom.serve import errors
 
 _SCHEMAS = "#/components/schemas/{model}"
 
-_ERRORS = {401: "no valid API key", 404: "no such model", 500: "internal error", 503: "the engine has stopped, or too many bodies"}
+_ERRORS = {
+    401: "no valid API key",
+    404: "no such model",
+    500: "internal error",
+    503: "the engine has stopped, or too many bodies",
+}
 _BODY_ERRORS = {
     400: "the request is invalid; the message names the field",
     408: "deadline exceeded",

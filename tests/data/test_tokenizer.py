@@ -150,3 +150,19 @@ def test_bad_directories_are_explained(tokenizer: Tokenizer, tmp_path: Path) -> 
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="decoder is Metaspace"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value"),
+    [("model", "continuing_subword_prefix", "x" * 1000), ("post_processor", "special_tokens", {})],
+)
+def test_a_tokenizer_that_makes_the_package_panic_is_a_damaged_file(
+    part: str, field: str, value: object, tmp_path: Path
+) -> None:
+    """A panic is no Exception. One comes as the file is read, the other as a text is encoded."""
+    save_tokenizer(train_tokenizer(["a text of words, and words"], 300), tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content[part][field] = value
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"{tmp_path}: tokenizer.json is .*the package tokenizers panicked"):
+        load_tokenizer(tmp_path)

@@ -150,5 +150,5 @@ def _run(model: str) -> Run:
 def _read(path: Path) -> ModelConfig:
     try:
         return ModelConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, AttributeError) as error:
         raise ConfigError(f"{path} is not a config.json: {error}") from error
