@@ -8,16 +8,18 @@ PY := .venv/bin/python
 # One process of tests a core; a process that runs out of tests takes some of another's.
 PARALLEL := -n logical --dist worksteal
 BENCHMARKS ?= ops train decode convert
+FUZZ_SECONDS ?= 3600
 LINT_SOURCES := fathom tests $(wildcard benchmarks examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo posttrain test check nightly lint soak bench clean
+.PHONY: help setup setup-test demo posttrain test check nightly lint fuzz bench clean
 
 help: ## List the targets and options
 	@echo "Targets:"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 	@echo "Options (most of them for the set-up, which the other targets run first):"
 	@echo "  BENCHMARKS=convert    which of benchmarks/ 'make bench' runs; all of them: $(BENCHMARKS)"
+	@echo "  FUZZ_SECONDS=600      how long 'make fuzz' takes: an hour by default"
 	@echo "  PYTHON=python3.12     the Python, 3.11 or newer, that .venv is made with"
 	@echo "  TORCH_VERSION=2.11.0  another torch than the one pinned in constraints.txt"
 	@echo "  TORCH_INDEX=URL       where torch's wheels are offered. On Linux plain PyPI gives the CUDA build, several"
@@ -42,10 +44,10 @@ test: setup-test lint ## Run every check: format, lint, types, layers, all tests
 check: setup-test lint ## Run the fast checks: a contributor's loop
 	@$(PY) -m pytest -x $(PARALLEL) -m "not slow and not oracle and not distributed"
 
-nightly: test soak demo ## make test, make soak and make demo: half an hour
+nightly: test fuzz demo ## make test, make fuzz and make demo: an hour and a half
 
-soak: setup-test ## Ten minutes of misbehaving clients against the server
-	@SOAK_SECONDS=600 $(PY) -m pytest -s tests/serve/test_soak.py
+fuzz: setup-test ## An hour of kills, damage, mutated files and hostile requests
+	@FUZZ_SECONDS=$(FUZZ_SECONDS) $(PY) -m pytest -s tests/fuzz
 
 bench: setup-test ## Measure against other programs (28 GB of disk for the conversions)
 	@set -e; for name in $(BENCHMARKS); do echo "benchmarks/$$name.py"; $(PY) benchmarks/$$name.py; done

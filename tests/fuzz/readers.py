@@ -34,8 +34,8 @@ SLACK_BYTES = 48 << 20
 """Of memory beside twice the files: what torch, tokenizers and the allocator take for any model."""
 
 
-class Accepted(Exception):
-    """A run would go on."""
+class RunAcceptedError(Exception):
+    """A run would go on: no error, but the end of what is looked at."""
 
 
 def read_model(directory: Path) -> None:
@@ -63,12 +63,12 @@ def read_state(checkpoint: Path) -> None:
 
 def read_run(directory: Path) -> None:
     def accepted(*arguments: object) -> None:
-        raise Accepted
+        raise RunAcceptedError
 
     pretrain.pretrain_step = accepted  # type: ignore[assignment]
     run = load_json(Run, directory / "run.json")
     console = Console(file=io.StringIO())
-    with contextlib.suppress(Accepted):
+    with contextlib.suppress(RunAcceptedError):
         pretrain.train(run, directory, Ranks(0, 1, torch.device("cpu")), resume=True, console=console)
 
 

@@ -1,4 +1,4 @@
-"""Every file of a checkpoint cut, emptied, removed and flipped at many places: always noticed, and the one before taken.
+"""Every file of a checkpoint cut, emptied, removed and flipped at many places: noticed, and the one before taken.
 
 Whether training then ends with the same bits is tested in tests/train/test_damage.py.
 """

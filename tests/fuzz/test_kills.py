@@ -25,7 +25,7 @@ from tests.fuzz.child import start, train_until
 
 pytestmark = pytest.mark.slow
 
-QUICK_SECONDS = 12.0
+QUICK_SECONDS = 8.0
 KILLS_OF_A_RUN = 3
 
 

@@ -31,7 +31,7 @@ from tests.fuzz.readers import READERS, read_mutants
 psutil = pytest.importorskip("psutil", reason="processor time is read by psutil")
 pytestmark = pytest.mark.slow
 
-QUICK_SECONDS = 10.0
+QUICK_SECONDS = 8.0
 HANG_SECONDS = 5.0
 TEXT = "The number is 12, größer als 7. 数据 😀\n def f(x): return [x, 'y']\n"
 

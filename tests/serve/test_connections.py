@@ -1,4 +1,4 @@
-"""What a client may hold without a request: connections, unfinished requests, bodies, responses that it does not read."""
+"""What a client may hold: connections, unfinished requests, bodies, responses that it does not read."""
 
 import asyncio
 import json
@@ -6,20 +6,17 @@ import logging
 import resource
 import select
 import socket
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("starlette", reason="the server needs starlette")
-psutil = pytest.importorskip("psutil", reason="memory is read by psutil")
 import httpx
 import uvicorn
 
@@ -29,12 +26,14 @@ from fathom.serve.server import FewRecords
 from tests.serve.random_model import save_random_model
 from tests.serve.running import Running, running
 
+psutil = pytest.importorskip("psutil", reason="memory is read by psutil")
+
 MOST = 4
 SECONDS = 0.4
 
 
 class Application:
-    """/quick responds, /slow until the client leaves, /large with more than any buffer; a body comes back as its size."""
+    """/quick responds, /slow waits for the client to leave, /large exceeds any buffer; a body returns as its size."""
 
     def __init__(self) -> None:
         self.responding = 0
