@@ -18,7 +18,7 @@ from fathom.data.dataset import TokenRows
 from fathom.data.tokenize import TokenizedCorpus
 from fathom.distributed.ranks import Ranks
 from fathom.runtime.hardware import install_allocator, matmul_flops
-from fathom.train.divergence import check_divergence
+from fathom.train.divergence import bad_steps, diverged, high_loss
 from fathom.train.evaluation import Validation
 from fathom.train.log import RunLog, step_values
 from fathom.train.preflight import open_directory, preflight
@@ -32,6 +32,7 @@ from fathom.train.setup import (
     reopen_corpus,
     resolve,
     restore_state,
+    saved_optimizers,
     tokenize_once,
 )
 from fathom.train.signals import stop_signals
@@ -43,7 +44,7 @@ def train(run: Run, directory: Path, ranks: Ranks, resume: bool = False, console
 
     With `resume` the run in `directory` goes on; `run` may change what `fathom.train.resume.CHANGEABLE` names of it.
 
-    Raises TrainingError where memory will not do or the loss stays infinite, CheckpointError where no checkpoint is
+    Raises TrainingError where memory will not do or the run diverges, CheckpointError where no checkpoint is
     whole, ConfigError for a directory that holds another run, and ValueError for one that another process trains in.
     """
     arena_problem = install_allocator()
@@ -79,7 +80,7 @@ def train(run: Run, directory: Path, ranks: Ranks, resume: bool = False, console
             if log is not None:
                 log.stepped(state.step, values, metrics.tokens_per_expert_LE)
             progress.stepped(state.step, values)
-            check_divergence(state, run.train.max_bad_steps, run.optimizer.learning_rate, directory, progress)
+            _end_diverged(state, metrics.loss, run, corpus, directory, ranks, progress)
 
             done = state.step == run.train.steps
             if done or _due(state.step, run.train.eval_every):
@@ -91,7 +92,7 @@ def train(run: Run, directory: Path, ranks: Ranks, resume: bool = False, console
 
             stopping = ranks.any(stop_requested())
             # A run of bad steps must not push the last good checkpoint out; whatever ends the run is saved.
-            due = _due(state.step, run.train.save_every) and not state.skipped_in_a_row
+            due = _due(state.step, run.train.save_every) and not (state.skipped_in_a_row or state.high_in_a_row)
             if done or stopping or due:
                 progress.print(f"saved {save(directory, state, run, corpus, ranks)}")
             if stopping and not done:
@@ -133,16 +134,23 @@ def micro_batches(rows: TokenRows, first: int, sequences: int, run: Run, ranks: 
 def save(directory: Path, state: TrainState, run: Run, corpus: TokenizedCorpus, ranks: Ranks) -> Path:
     """Write a checkpoint. A collective call: all ranks hold the same, so the main one writes and the others wait."""
     if ranks.is_main:
-        training_state = {
-            "optimizers": [optimizer.state_dict() for optimizer in state.optimizers],
-            "skipped": state.skipped,
-            "skipped_in_a_row": state.skipped_in_a_row,
-            "corpus_hash": corpus.corpus_hash,
-        }
+        training_state = {**saved_optimizers(state), "corpus_hash": corpus.corpus_hash}
         ema = None if state.ema is None else state.ema.weights
         save_checkpoint(directory, state.step, state.model, corpus.tokenizer, training_state, ema, run.train.keep_last)
     ranks.barrier()
     return checkpoints(directory)[-1]
+
+
+def _end_diverged(
+    state: TrainState, loss: float, run: Run, corpus: TokenizedCorpus, directory: Path, ranks: Ranks, progress: Progress
+) -> None:
+    """After a step: raise TrainingError where the run has diverged. A model is left even where none had been saved."""
+    reason = bad_steps(state, run.train.max_bad_steps, progress) or high_loss(state, loss)
+    if reason is None:
+        return
+    if ranks.any(not checkpoints(directory)):
+        save(directory, state, run, corpus, ranks)
+    raise diverged(reason, run.optimizer.learning_rate, directory)
 
 
 def _due(step: int, every: int) -> bool:

@@ -114,6 +114,8 @@ def restore_optimizers(state: TrainState, saved: dict[str, Any], checkpoint: Pat
         optimizer.load_state_dict(content)
     state.step = checkpoint_step(checkpoint) or 0
     state.skipped, state.skipped_in_a_row = saved["skipped"], saved["skipped_in_a_row"]
+    # A checkpoint of the version before does not have these.
+    state.first_loss, state.high_in_a_row = saved.get("first_loss"), saved.get("high_in_a_row", 0)
     if state.step > steps:
         raise ConfigError(f"train.steps is {steps}; {checkpoint} has {state.step} steps already")
 
@@ -124,6 +126,8 @@ def saved_optimizers(state: TrainState) -> dict[str, Any]:
         "optimizers": [optimizer.state_dict() for optimizer in state.optimizers],
         "skipped": state.skipped,
         "skipped_in_a_row": state.skipped_in_a_row,
+        "first_loss": state.first_loss,
+        "high_in_a_row": state.high_in_a_row,
     }
 
 

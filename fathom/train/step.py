@@ -56,6 +56,10 @@ class TrainState:
     skipped: int = 0
     """Steps skipped because the loss or gradient was not finite."""
     skipped_in_a_row: int = 0
+    first_loss: float | None = None
+    """Pretraining's, of its first finite step."""
+    high_in_a_row: int = 0
+    """Steps in a row with a loss far above that."""
 
 
 @dataclass(frozen=True)
