@@ -1,6 +1,9 @@
 """Every text comes back, no text becomes a control token, and `transformers` reads the same ids."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -166,3 +169,42 @@ def test_a_tokenizer_that_makes_the_package_panic_is_a_damaged_file(
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=f"{tmp_path}: tokenizer.json is .*the package tokenizers panicked"):
         load_tokenizer(tmp_path)
+
+
+def test_a_pattern_that_backtracks_for_ever_is_an_error_in_time(tmp_path: Path) -> None:
+    save_tokenizer(train_tokenizer(["a text of words, and words"], 300), tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    split = content["pre_tokenizer"]["pretokenizers"][0]
+    assert split["type"] == "Split"
+    split["pattern"] = {"Regex": "(a+)+$"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.decode(tokenizer.encode("words")) == "words"
+    began = time.process_time()
+    with pytest.raises(ValueError, match="a text cannot be tokenised: .* retry-limit-in-match over"):
+        tokenizer.encode("a" * 60 + "!")
+    assert time.process_time() - began < 5
+
+
+NO_THREADS = """
+import resource
+from pathlib import Path
+from fathom.data.tokenizer import train_tokenizer
+status = Path("/proc/self/status").read_text()
+size = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmSize")) << 10
+resource.setrlimit(resource.RLIMIT_AS, (size + (3 << 20), size + (3 << 20)))
+try:
+    train_tokenizer(["a text of words"] * 1000, 300)
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_threads_that_cannot_be_started_are_an_error() -> None:
+    """As under `ulimit -v`."""
+    done = subprocess.run([sys.executable, "-c", NO_THREADS], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(
+        "no tokenizer can be trained: the package tokenizers panicked: The global thread pool"
+    )
