@@ -38,7 +38,7 @@ class _Parser(HttpRequestParser):
         self.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn sets it
         self._protocol = protocol
 
-    def feed_data(self, data: bytes) -> None:
+    def feed_data(self, data: bytes) -> None:  # type: ignore[override]  # what asyncio gives it
         """As httptools specifies."""
         try:
             super().feed_data(data)
@@ -65,6 +65,8 @@ class Protocol(HttpToolsProtocol):
     uvicorn pauses reading where requests are pipelined, and the end of a connection is not noticed while reading is
     paused. So what comes ahead of a response is read, and kept unparsed until the response is complete.
     """
+
+    parser: _Parser
 
     def __init__(self, others: Connections, **uvicorn: Any) -> None:
         super().__init__(**uvicorn)

@@ -94,6 +94,7 @@ def read_mutants(kind: str, directory: Path, files: list[str], seed: str, first:
     """Mutant after mutant of the files of a directory: send its number and file, then how it was taken."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    os.environ["RUST_BACKTRACE"] = "0"  # symbols take 46 MiB
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     contents = {name: (directory / name).read_bytes() for name in files}
     size = sum(map(len, contents.values()))

@@ -33,6 +33,8 @@ pytestmark = pytest.mark.slow
 
 QUICK_SECONDS = 8.0
 HANG_SECONDS = 5.0
+LEAST = 20
+"""Mutants, also where the machine is too busy for them in the seconds that there are."""
 TEXT = "The number is 12, größer als 7. 数据 😀\n def f(x): return [x, 'y']\n"
 
 
@@ -90,13 +92,13 @@ def campaign(kind: str, directory: Path, files: list[str], until: float) -> tupl
     """Read mutants until a moment of time.monotonic(); how they were taken, and what must not have happened."""
     seed, seen, failures, number = f"{campaign_seed()} {kind}", Counter[str](), [], 0
     print(f"{kind}: FUZZ_SEED={campaign_seed()}")
-    while time.monotonic() < until:
+    while time.monotonic() < until or seen.total() < LEAST:
         ours, theirs = Pipe(duplex=False)
         child = start(read_mutants, kind, directory, files, seed, number, theirs)
         theirs.close()
         process = psutil.Process(child.pid)
         ended = ""
-        while not ended and time.monotonic() < until:
+        while not ended and (time.monotonic() < until or seen.total() < LEAST):
             try:
                 number, name = ours.recv()
                 began = process.cpu_times()
