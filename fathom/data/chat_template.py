@@ -44,6 +44,8 @@ class ChatTemplate:
             source = next((each.get("template") for each in source if each.get("name") == "default"), None)
         if not isinstance(source, str):
             raise ChatError("the model directory has no chat template; use completions, or add chat_template.jinja")
+        self.source = source
+        """The template itself, in Jinja."""
         self._tokenizer = tokenizer
         named = {name: _spelling(token) for name, token in tokenizer.config.items() if name.endswith("_token")}
         tokens = {name: token for name, token in named.items() if token is not None}

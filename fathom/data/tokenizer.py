@@ -9,6 +9,7 @@ Text is data: whatever a user or a document writes, `Tokenizer.encode` yields no
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -157,6 +158,13 @@ class Tokenizer:
         while not whole.startswith(start):  # the character before is joined to the one behind
             start = start[:-1]
         return len(start.encode())
+
+    def spelling_out(self, text: str) -> Tokenizer:
+        """The same tokenizer, but that special tokens found in `text` are not left out of texts."""
+        other = copy.copy(self)
+        other._hidden_ids = {token for token in self._hidden_ids if self._added[token] not in text}
+        other._texts = _Texts(other)
+        return other
 
     def _named_id(self, field: str) -> int:
         named = self.config.get(field)

@@ -7,6 +7,10 @@ from fathom.data.tokenizer import Tokenizer
 from fathom.engine.detokenizer import OutputStream, OutputToken
 from fathom.engine.outputs import Generation
 from fathom.engine.sampling.verify import TokenLogprob
+from fathom.serve.message_parser import MessageParser
+from fathom.serve.output_format import END_THINK
+
+_END = END_THINK.encode()
 
 
 class Choice(OutputStream):
@@ -15,14 +19,16 @@ class Choice(OutputStream):
     def __init__(self, generation: Generation, tokenizer: Tokenizer, each: bool, number: int = 0) -> None:
         """`each`: whether the client asks for the tokens one by one."""
         super().__init__(generation, tokenizer, each)
+        self._tokenizer = tokenizer
         self.number = number
-        self.perhaps_call: str | None = None
-        """The beginning of what may be a tool call, while that is undecided."""
+        self.parser: MessageParser | None = None
+        """A chat's."""
         self.offset = 0
         """Characters sent in chunks."""
         self.surrounding = ("", "")
         """The JSON before and after the text in a chunk that holds nothing else."""
         self._routed = 0
+        self._reasoned, self._tail, self._thought = 0, b"", False
 
     def routing(self) -> list[dict[str, Any]]:
         """Routing of released tokens: of those that have been through the model since the last call."""
@@ -38,6 +44,16 @@ class Choice(OutputStream):
             {"index": index, "experts": experts, "weights": [[round(each, 4) for each in layer] for layer in weights]}
             for index, (experts, weights) in enumerate(zip(experts_TLK, weights_TLK, strict=True), start=first)
         ]
+
+    def reasoning_tokens(self) -> int:
+        """How many of the tokens are reasoning, the tags included."""
+        if self.parser is None or not self.parser.reasoned:
+            return 0
+        while not self._thought and self._reasoned < self.num_tokens:
+            spelled = self._tail + self._tokenizer.token_bytes(self.generation.token_ids[self._reasoned])
+            self._thought, self._tail = _END in spelled, spelled[1 - len(_END) :]
+            self._reasoned += 1
+        return self._reasoned
 
     def drafted(self, token: OutputToken) -> bool:
         """Whether the token was an accepted draft."""

@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 from fathom.serve.body import parse, read_json
 from fathom.serve.errors import ApiError
 from fathom.serve.protocol import Sampling
-from fathom.serve.response import Plan, ResponseBuilder, as_json
+from fathom.serve.response import Plan, ResponseBuilder
 from fathom.serve.service import Service
 
 _STREAM_HEADERS = [
@@ -80,15 +80,13 @@ class CompletionsEndpoint:
         """Send chunks as they come; those generated while the client read slowly go out together."""
         while not reply.over:
             if chunks:
-                await send({"type": "http.response.body", "body": _server_sent_events(chunks), "more_body": True})
+                await send({"type": "http.response.body", "body": _body(chunks), "more_body": True})
             try:
                 chunks = reply.chunks(await self._service.next_events(reply))
             except ApiError as error:
-                chunks = [as_json(error.body())]
+                chunks = reply.failure(error)
                 break
-        else:
-            chunks = [*chunks, "[DONE]"]
-        await send({"type": "http.response.body", "body": _server_sent_events(chunks), "more_body": False})
+        await send({"type": "http.response.body", "body": _body(chunks), "more_body": False})
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -96,5 +94,5 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-def _server_sent_events(chunks: list[str]) -> bytes:
-    return "".join([f"data: {chunk}\n\n" for chunk in chunks]).encode(errors="replace")
+def _body(events: list[str]) -> bytes:
+    return "".join(events).encode(errors="replace")

@@ -6,6 +6,7 @@ wait, so that a request has a budget for them.
 """
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -15,10 +16,13 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from torch import Tensor
 
 from fathom.data.tokenizer import Tokenizer
+from fathom.serve.output_format import END_THINK, THINK, CallFormat, Reasoning
 
 _WHITESPACE = r"\n?[ \t]{0,16}"
 """Between the parts of a JSON text. Without a bound a weak model generates blanks forever."""
 
+_FREE = r"/(.|\n)*/"
+"""Any text without control tokens."""
 
 _SECONDS_PER_MASK, _RESERVE_SECONDS = 0.002, 0.1
 """Budget of a request: what its masks may take on average, ten times what usual ones do, and by how much exceed."""
@@ -42,23 +46,71 @@ class Grammars:
         content = json.loads(tokenizer.tokenizer_json)
         for token in content["added_tokens"]:
             token["special"] = True  # no grammar may produce a control token
+        self._tokens = {token["content"]: token["id"] for token in content["added_tokens"]}
         self._vocab_size = vocab_size
         self._tokenizer = LLTokenizer(json.dumps(content), n_vocab=vocab_size, eos_token=tokenizer.eos_id)
 
-    def of_schema(self, schema: dict[str, Any] | bool) -> str:
-        """The grammar of JSON texts that match a JSON schema."""
-        return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides={"whitespace_pattern": _WHITESPACE})
+    def of_schema(self, schema: dict[str, Any] | bool, reasoning: Reasoning = "none") -> str:
+        """The grammar of JSON texts that match a JSON schema, behind the reasoning."""
+        if reasoning == "none":
+            return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides={"whitespace_pattern": _WHITESPACE})
+        return self._behind_reasoning([f"answer: {_json(schema)}"], reasoning)
 
-    def of_calls(self, tools: Sequence[dict[str, Any]], or_text: bool) -> str:
-        """The grammar of a call of one of `tools`: {"name": …, "arguments": {…}}; or, if so, of any text instead.
+    def of_calls(
+        self,
+        format_: CallFormat,
+        tools: Sequence[dict[str, Any]],
+        or_text: bool,
+        several: bool = True,
+        reasoning: Reasoning = "none",
+    ) -> str:
+        """The grammar of calls of `tools`, spelled as the model does, behind the reasoning.
 
-        A text differs from a call in its first character: it does not start with a brace.
+        `or_text`: a text may come before them or instead. `several`: not one call alone.
         """
-        calls = {"anyOf": [_call_schema(tool["function"]) for tool in tools]}
+        functions = [tool["function"] for tool in tools]
+        rules = [f"function: {' | '.join(f'function_{number}' for number in range(len(functions)))}"]
+        for number, function in enumerate(functions):
+            name = self._spelled(format_.before_name + function["name"])
+            counted = " /:[0-9]{1,4}/" if format_.numbered else ""
+            arguments = _json(function.get("parameters") or {"type": "object"})
+            rules.append(f"function_{number}: {name}{counted} {self._spelled(format_.before_arguments)} {arguments}")
+        rules.append(f"call: {self._spelled(format_.call_begin)} function {self._spelled(format_.call_end)}")
+        more = f" ({self._spelled(format_.between)} call)*" if several and not format_.single else ""
+        rules.append(f"calls: {self._spelled(format_.begin)} call{more} {self._spelled(format_.end)}")
         if not or_text:
-            return self.of_schema(calls)
-        lark = f"start: call | text\ncall: %json {json.dumps(calls)}\ntext: /([^{{](.|\\n)*)?/"
-        return LLMatcher.grammar_from_lark(lark)
+            answer = ["answer: calls"]
+        elif format_.single:  # a text differs from a call in its first character: it does not start with a brace
+            answer = ["answer: calls | text", "text: /\\s*([^{\\s](.|\\n)*)?/"]
+        else:
+            answer = ["answer: text calls?", f"text: {_FREE}"]
+        return self._behind_reasoning([*answer, *rules], reasoning)
+
+    def _behind_reasoning(self, rules: Sequence[str], reasoning: Reasoning) -> str:
+        """The grammar of the rule `answer`, and of the reasoning in front of it."""
+        if reasoning == "none":
+            return LLMatcher.grammar_from_lark("\n".join(["start: answer", *rules]))
+        thinking = "thought blanks answer"
+        start = thinking if reasoning == "begun" else f"answer | blanks {self._spelled(THINK)} {thinking}"
+        end = self._tokens.get(END_THINK)
+        thought = (
+            [f"thought[suffix={json.dumps(END_THINK)}]: {_FREE}"]
+            if end is None
+            else [f"thought: unspoken <[{end}]>", f"unspoken: {_FREE}"]
+        )
+        return LLMatcher.grammar_from_lark(
+            "\n".join([f"start: {start}", *rules, *thought, "blanks: /[ \\t\\n]{0,16}/"])
+        )
+
+    def _spelled(self, text: str) -> str:
+        """A text in a grammar: tokens that the vocabulary has for it, and texts."""
+        pieces = re.split(f"({'|'.join(map(re.escape, sorted(self._tokens, key=len, reverse=True))) or '(?!)'})", text)
+        each = [
+            f"<[{self._tokens[piece]}]>" if piece in self._tokens else json.dumps(piece, ensure_ascii=False)
+            for piece in pieces
+            if piece
+        ]
+        return " ".join(each)
 
     def constraints(self, grammar: str, count: int = 1) -> list["GrammarConstraint"]:
         """For the choices of one request: compiled, and with the first mask, once for all of them.
@@ -130,11 +182,6 @@ class GrammarConstraint:
             raise GrammarError(" ".join(self._matcher.get_error().split())[:300])
 
 
-def _call_schema(function: dict[str, Any]) -> dict[str, Any]:
-    parameters = function.get("parameters") or {"type": "object"}
-    return {
-        "type": "object",
-        "properties": {"name": {"const": function["name"]}, "arguments": parameters},
-        "required": ["name", "arguments"],
-        "additionalProperties": False,
-    }
+def _json(schema: dict[str, Any] | bool) -> str:
+    schema = {"type": "object"} if schema is True else {"not": {}} if schema is False else schema
+    return f"%json {json.dumps({**schema, 'x-guidance': {'whitespace_pattern': _WHITESPACE}})}"

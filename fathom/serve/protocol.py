@@ -291,7 +291,7 @@ class ChatRequest(Sampling):
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(fail_fast=True, min_length=1, max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
-    parallel_tool_calls: bool = Field(True, description="A response calls one function at most.")
+    parallel_tool_calls: bool = Field(True, description="False: one call at most.")
     chat_template_kwargs: dict[str, JsonValue] = Field({}, description="Only names that the template reads.")
     reasoning_effort: Annotated[str, StringConstraints(max_length=64)] | None = Field(
         None, description="For templates that read it."

@@ -18,6 +18,7 @@ from fathom.serve.engine_thread import EngineDeadError, EngineThread, Event
 from fathom.serve.errors import ApiError
 from fathom.serve.grammar import GrammarConstraint, GrammarError, Grammars
 from fathom.serve.metrics import Metrics
+from fathom.serve.output_format import OutputFormat, Reasoning, ReasoningParser
 from fathom.serve.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -43,7 +44,14 @@ _FIM = re.compile(f"(?:{BOS})?{FIM_PREFIX}((?:(?!<｜fim▁).)*){FIM_SUFFIX}((?:
 class Service:
     """One model behind the protocol."""
 
-    def __init__(self, engine: Engine, engine_thread: EngineThread, name: str, deadline: float) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        engine_thread: EngineThread,
+        name: str,
+        deadline: float,
+        reasoning_parser: ReasoningParser = "auto",
+    ) -> None:
         """`name`: the model's, in responses. `deadline`: seconds per request. The engine must have a tokenizer."""
         assert engine.tokenizer is not None
         self.tokenizer: Tokenizer = engine.tokenizer
@@ -56,6 +64,7 @@ class Service:
         self.template: ChatTemplate | None = None
         try:
             self.template = ChatTemplate(self.tokenizer)
+            self.format = OutputFormat(self.template, self.tokenizer, reasoning_parser)
         except ChatError as error:
             self._no_chat = ApiError(400, str(error), "messages", "no_chat_template")
 
@@ -89,13 +98,22 @@ class Service:
     def plan_chat(self, body: ChatRequest) -> Plan:
         """Raises ApiError for requests that cannot be served."""
         self.check_name(body.model)
-        tools = body.chosen_tools()
-        ids = self._encode_chat(body.messages, tools, self._template_variables(body), body.continue_final_message)
-        constraints = self._constraints(body, tools)
+        tools, continued = body.chosen_tools(), body.continue_final_message
+        ids = self._encode_chat(body.messages, tools, self._template_variables(body), continued)
+        last = str(body.messages[-1].plain()["content"]) if continued else None
+        reasoning = self.format.reasoning(ids, last)
+        constraints = self._constraints(body, tools, reasoning)
         limit = body.max_completion_tokens or body.max_tokens or self._context
         top = body.top_logprobs if body.logprobs else None
         requests = self._requests(body, [ids], "messages", limit, top, constraints=constraints)
-        return Plan(body, requests, True, top, calls=bool(tools))
+        calls = self.format.calls if tools else None
+        return Plan(body, requests, True, top, calls, reasoning, self.format.tokenizer)
+
+    def count_chat(self, body: ChatRequest) -> int:
+        """The number of tokens of a conversation with its tools. Raises ApiError where the template refuses it."""
+        self.check_name(body.model)
+        continued = body.continue_final_message
+        return len(self._encode_chat(body.messages, body.chosen_tools(), self._template_variables(body), continued))
 
     def tokenize(self, body: TokenizeRequest) -> list[int]:
         """The token ids of a text or of a conversation. Raises ApiError where the template refuses it."""
@@ -253,17 +271,20 @@ class Service:
             for stream, (ids, constraint) in enumerate(zip_longest(each, constraints))
         ]
 
-    def _constraints(self, body: ChatRequest, tools: list[dict[str, Any]]) -> list[GrammarConstraint]:
+    def _constraints(
+        self, body: ChatRequest, tools: list[dict[str, Any]], reasoning: Reasoning
+    ) -> list[GrammarConstraint]:
         """One for each choice; none where the output is free."""
         wanted, grammars = body.response_format, self._grammars
         if not tools and (wanted is None or wanted.type == "text"):
             return []
         try:
             if wanted is None or tools:
-                grammar = grammars.of_calls(tools, or_text=body.tool_choice in (None, "auto"))
+                free = body.tool_choice in (None, "auto")
+                grammar = grammars.of_calls(self.format.calls, tools, free, body.parallel_tool_calls, reasoning)
             else:
                 schema = wanted.json_schema
-                grammar = grammars.of_schema({"type": "object"} if schema is None else schema.schema_)
+                grammar = grammars.of_schema({"type": "object"} if schema is None else schema.schema_, reasoning)
             return grammars.constraints(grammar, body.n)
         except GrammarError as error:
             param = "tools" if tools else "response_format"

@@ -1,11 +1,9 @@
-"""Tools: how they are rendered into the prompt, and how a tool call is parsed from the output.
+"""Tools for chat templates without support of them: listed in a system message, calls and results in plain messages.
 
-A call is the JSON text {"name": …, "arguments": {…}}, which a grammar enforces. Chat templates with tool support get
-the tools themselves; for the others the functions are listed in a system message, calls and results in plain messages.
+A call is the JSON text {"name": …, "arguments": {…}}, which a grammar enforces (`output_format.JSON`).
 """
 
 import json
-import secrets
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,22 +18,6 @@ def render_tools(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, A
     if rendered[0]["role"] == "system":
         return [{**rendered[0], "content": f"{rendered[0]['content']}\n\n{text}"}, *rendered[1:]]
     return [{"role": "system", "content": text}, *rendered]
-
-
-def parse_tool_call(text: str) -> dict[str, Any] | None:
-    """The call in OpenAI's form; None where the text is not one."""
-    try:
-        call = json.loads(text)
-    except ValueError:
-        return None
-    if not isinstance(call, dict) or set(call) != {"name", "arguments"} or not isinstance(call["name"], str):
-        return None
-    arguments = json.dumps(call["arguments"], ensure_ascii=False)
-    return {
-        "id": f"call_{secrets.token_hex(12)}",
-        "type": "function",
-        "function": {"name": call["name"], "arguments": arguments},
-    }
 
 
 def _plain(message: dict[str, Any]) -> dict[str, Any]:
