@@ -4,6 +4,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 from rich.console import Console
@@ -42,6 +43,8 @@ class ServeCommand:
     """Data type of the weights and the cache."""
     quantize: Precision | None = None
     """Weight-only quantisation."""
+    reasoning_parser: Literal["auto", "think", "none"] = "auto"
+    """Separate reasoning between think tags from the answer; auto: where the chat template has such tags."""
     speculative: bool = True
     """Speculative decoding by the MTP module, where it is faster."""
     drafts: int | None = None
@@ -100,7 +103,7 @@ def run(words: list[str]) -> None:
     engine_thread = EngineThread(engine)
     name = command.name or Path(command.path).absolute().name
     keys = [*command.api_key, *os.environ.get(KEY_VARIABLE, "").split()]
-    service = Service(engine, engine_thread, name, command.deadline)
+    service = Service(engine, engine_thread, name, command.deadline, command.reasoning_parser)
     app = make_app(service, keys, command.allow_origin, command.hosts, command.largest_body, inspector)
     host = f"[{command.host}]" if ":" in command.host else command.host
     address = f"http://{host}:{listening.getsockname()[1]}"

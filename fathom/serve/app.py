@@ -19,8 +19,10 @@ from fathom.serve.auth import AuthMiddleware
 from fathom.serve.body import parse, read_json
 from fathom.serve.completions import CompletionsEndpoint
 from fathom.serve.errors import ApiError
+from fathom.serve.messages import CountTokensRequest, MessagesRequest, count_tokens, plan_messages
 from fathom.serve.openapi import Endpoint, openapi_document
 from fathom.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, InfillRequest, TokenizeRequest
+from fathom.serve.responses import ResponsesRequest, plan_responses
 from fathom.serve.service import Service
 from fathom.serve.static import inspector_route, page_routes
 from fathom.serve.status import describe, engine_status
@@ -91,6 +93,15 @@ def _endpoints(service: Service, inspector: bool) -> list[Endpoint]:
             request, lambda raw: JSONResponse({"prompt": service.detokenize(parse(DetokenizeRequest, raw))})
         )
 
+    async def counted(request: Request) -> Response:
+        def response(raw: bytes) -> Response:
+            return JSONResponse(count_tokens(service, parse(CountTokensRequest, raw)))
+
+        return await _prepared(request, response)
+
+    async def no_response(request: Request) -> Response:
+        raise ApiError(404, "responses are not stored here, so none can be retrieved", code="not_stored")
+
     async def _prepared(request: Request, respond: Callable[[bytes], Response]) -> Response:
         raw = await read_json(request)
         threads = service.engine_thread.preparation(len(raw))
@@ -111,11 +122,17 @@ def _endpoints(service: Service, inspector: bool) -> list[Endpoint]:
     complete = CompletionsEndpoint(service, CompletionRequest, service.plan_completion)
     chat = CompletionsEndpoint(service, ChatRequest, service.plan_chat)
     infill = CompletionsEndpoint(service, InfillRequest, service.plan_infill)
+    responses = CompletionsEndpoint(service, ResponsesRequest, lambda body: plan_responses(service, body))
+    messages = CompletionsEndpoint(service, MessagesRequest, lambda body: plan_messages(service, body))
     ids_of = "Token ids of a text, or of a conversation by the chat template"
     text_of = "Text of token ids, without control tokens"
     return [
         Endpoint("POST", "/v1/completions", "Continue texts or token ids", complete, CompletionRequest, _STREAM),
         Endpoint("POST", "/v1/chat/completions", "Answer a conversation", chat, ChatRequest, _STREAM),
+        Endpoint("POST", "/v1/responses", "Answer, by OpenAI's Responses", responses, ResponsesRequest, _STREAM),
+        Endpoint("GET", "/v1/responses/{name}", "Refused: nothing is stored", no_response),
+        Endpoint("POST", "/v1/messages", "Answer, by Anthropic's Messages", messages, MessagesRequest, _STREAM),
+        Endpoint("POST", "/v1/messages/count_tokens", "Length of a prompt", counted, CountTokensRequest),
         Endpoint("POST", "/infill", "Fill in between two texts", infill, InfillRequest, _STREAM),
         Endpoint("GET", "/v1/models", "The one model", models),
         Endpoint("GET", "/v1/models/{name}", "The one model", model),

@@ -66,8 +66,9 @@ class AuthMiddleware:
 
         headers = dict(scope["headers"])
         length = headers.get(b"content-length", b"0")
-        if self._is_refused(scope["path"], headers.get(b"authorization", b"")):
-            refusal = ApiError(401, "an API key is required: Authorization: Bearer KEY", code="invalid_api_key")
+        if self._is_refused(scope["path"], _key(headers)):
+            message = "an API key is required: Authorization: Bearer KEY, or x-api-key: KEY"
+            refusal = ApiError(401, message, code="invalid_api_key")
             await refusal.response()(scope, receive, with_headers)
         elif not length.isdigit() or int(length[:19]) > self._largest:
             await too_large.response()(scope, receive, with_headers)
@@ -77,11 +78,15 @@ class AuthMiddleware:
             finally:
                 self._held -= received
 
-    def _is_refused(self, path: str, authorization: bytes) -> bool:
+    def _is_refused(self, path: str, key: bytes) -> bool:
         if not self._hashes or path in ("/", "/health", "/inspect") or path.startswith("/page/"):
             return False
-        kind, _, key = authorization.partition(b" ")
-        found = hashlib.sha256(key.strip()).digest()
+        found = hashlib.sha256(key).digest()
         # All of them, so that the time does not depend on which one nearly matched.
-        right = [hmac.compare_digest(found, known) for known in self._hashes]
-        return kind.lower() != b"bearer" or not any(right)
+        return not any([hmac.compare_digest(found, known) for known in self._hashes])
+
+
+def _key(headers: dict[bytes, bytes]) -> bytes:
+    """The request's key: OpenAI's clients send it as a bearer token, Anthropic's in a header of its own."""
+    kind, _, key = headers.get(b"authorization", b"").partition(b" ")
+    return key.strip() if kind.lower() == b"bearer" else headers.get(b"x-api-key", b"").strip()

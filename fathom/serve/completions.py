@@ -1,9 +1,10 @@
-"""The two endpoints that generate text, from the body to the response: whole, or as server-sent events."""
+"""The endpoints that generate text, from the body to the response: whole, or as server-sent events."""
 
 import asyncio
 from collections.abc import Callable
 from typing import TypeVar
 
+from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
@@ -11,7 +12,6 @@ from starlette.types import Receive, Scope, Send
 
 from fathom.serve.body import parse, read_json
 from fathom.serve.errors import ApiError
-from fathom.serve.protocol import Sampling
 from fathom.serve.response import Plan, ResponseBuilder
 from fathom.serve.service import Service
 
@@ -21,7 +21,7 @@ _STREAM_HEADERS = [
     (b"x-accel-buffering", b"no"),
 ]
 
-_Body = TypeVar("_Body", bound=Sampling)
+_Body = TypeVar("_Body", bound=BaseModel)
 
 
 class CompletionsEndpoint:

@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape."""
+"""Errors in OpenAI's shape, which with a type beside it is also Anthropic's."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ _FIELDS = {"message": _TEXT, "type": _TEXT, "param": _OPTIONAL, "code": _OPTIONA
 SCHEMA: dict[str, Any] = {
     "type": "object",
     "required": ["error"],
-    "properties": {"error": {"type": "object", "required": [*_FIELDS], "properties": _FIELDS}},
+    "properties": {"type": _TEXT, "error": {"type": "object", "required": [*_FIELDS], "properties": _FIELDS}},
 }
 """JSON schema of an error's body."""
 
@@ -36,7 +36,10 @@ class ApiError(Exception):
         """The JSON object."""
         default = "invalid_request_error" if self.status < 500 else "server_error"
         kind = _TYPES.get(self.status, default)
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        return {
+            "type": "error",
+            "error": {"message": self.message, "type": kind, "param": self.param, "code": self.code},
+        }
 
     def response(self) -> JSONResponse:
         """The whole response."""

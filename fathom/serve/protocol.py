@@ -46,18 +46,18 @@ def _at_most(value: Any, most: int) -> Any:
 
 _TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 _TokenIds = Annotated[list[_TokenId], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPT_TOKENS)]
-_Text = Annotated[str, StringConstraints(max_length=MAX_TEXT_CHARS)]
-_Stop = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARS)]
-_Name = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
+Text = Annotated[str, StringConstraints(max_length=MAX_TEXT_CHARS)]
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARS)]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
 _Biases = Annotated[
     dict[str, Annotated[float, Field(ge=-100, le=100)]],
     BeforeValidator(lambda value: _at_most(value, MAX_BIASES)),
     Field(max_length=MAX_BIASES),
 ]
-_Count = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
+Count = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     ignored: ClassVar[frozenset[str]] = frozenset()
 
@@ -74,13 +74,21 @@ class _Body(BaseModel):
         }
 
 
-class StreamOptions(_Body):
+def refuse_media(value: Any) -> Any:
+    """Raises ValueError for a part of a message that is no text."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if isinstance(kind, str) and any(name in kind for name in ("image", "audio", "video", "file", "document")):
+        raise ValueError(f"the type is {kind[:40]!r}, but this model takes text alone")
+    return value
+
+
+class StreamOptions(Body):
     ignored = frozenset(("include_obfuscation",))
     include_usage: bool = False
     continuous_usage_stats: bool = Field(default=False, description="The usage so far in every chunk, as in vLLM.")
 
 
-class Extension(_Body):
+class Extension(Body):
     """Additional facts in the response, under `fathom` keys."""
 
     routing: bool = Field(
@@ -92,7 +100,7 @@ class Extension(_Body):
     )
 
 
-class Sampling(_Body):
+class Sampling(Body):
     """What the endpoints that generate text have in common."""
 
     ignored = frozenset(
@@ -116,7 +124,7 @@ class Sampling(_Body):
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     logit_bias: _Biases = Field(default_factory=dict)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, strict=True)
-    stop: _Stop | Annotated[list[_Stop], Field(fail_fast=True, max_length=MAX_STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(fail_fast=True, max_length=MAX_STOPS)] | None = None
     stop_token_ids: Annotated[list[_TokenId], Field(fail_fast=True)] = Field(default_factory=list, max_length=MAX_STOPS)
     ignore_eos: bool = False
     min_tokens: int = Field(0, ge=0, lt=2**31, strict=True)
@@ -148,12 +156,12 @@ class CompletionRequest(Sampling):
     """POST /v1/completions"""
 
     prompt: (
-        _Text
+        Text
         | _TokenIds
-        | Annotated[list[_Text], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
         | Annotated[list[_TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
     ) = Field(description="A text, token ids, or several of either. A text is preceded by the BOS token.")
-    suffix: _Text = Field("", description="The model fills in between prompt and suffix (FIM).")
+    suffix: Text = Field("", description="The model fills in between prompt and suffix (FIM).")
     max_tokens: int = Field(16, ge=0, lt=2**31, strict=True, description="0 only with echo.")
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, strict=True)
     echo: bool = Field(False, description="Return the prompt too, with its log-probabilities if logprobs is given.")
@@ -169,9 +177,9 @@ class CompletionRequest(Sampling):
         return self
 
 
-class Excerpt(_Body):
+class Excerpt(Body):
     ignored = frozenset(("filename", "time"))
-    text: _Text
+    text: Text
 
 
 class InfillRequest(Sampling):
@@ -181,43 +189,48 @@ class InfillRequest(Sampling):
         *("cache_prompt", "id_slot", "n_indent", "response_fields", "samplers", "t_max_predict_ms", "t_max_prompt_ms")
     }
 
-    input_prefix: _Text = ""
-    input_suffix: _Text = ""
-    prompt: _Text = Field("", description="The beginning of the line to complete.")
+    input_prefix: Text = ""
+    input_suffix: Text = ""
+    prompt: Text = Field("", description="The beginning of the line to complete.")
     input_extra: list[Excerpt] = Field([], max_length=MAX_PARTS, description="Of other files, put in front.")
     n_predict: int = Field(-1, ge=-1, lt=2**31, strict=True, description="-1: until the model ends it.")
     n: Literal[1] = 1  # type: ignore[assignment]
 
 
-class TextPart(_Body):
+class TextPart(Body):
     type: Literal["text"]
-    text: _Text
+    text: Text
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_alone(cls, value: Any) -> Any:
+        return refuse_media(value)
 
 
-class CalledFunction(_Body):
-    name: _Name
-    arguments: _Text
+class CalledFunction(Body):
+    name: Name
+    arguments: Text
 
 
-class Call(_Body):
+class Call(Body):
     id: Annotated[str, StringConstraints(max_length=128)]
     type: Literal["function"] = "function"
     function: CalledFunction
     ignored = frozenset(("index",))
 
 
-class Message(_Body):
+class Message(Body):
     """Also as a response has it: its `model_dump()` is the history of the next request."""
 
     ignored = frozenset(("annotations",))
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: _Text | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_PARTS)] | None = None
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_PARTS)] | None = None
     name: Annotated[str, StringConstraints(max_length=64)] | None = None
     tool_calls: Annotated[list[Call], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
     tool_call_id: Annotated[str, StringConstraints(max_length=128)] | None = None
-    reasoning_content: _Text | None = Field(None, description="For templates that show earlier reasoning.")
-    reasoning: _Text | None = Field(None, description="Another name of it.")
+    reasoning_content: Text | None = Field(None, description="For templates that show earlier reasoning.")
+    reasoning: Text | None = Field(None, description="Another name of it.")
 
     @model_validator(mode="after")
     def _has_content(self) -> "Message":
@@ -241,35 +254,35 @@ class Message(_Body):
 _Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
 
 
-class Function(_Body):
-    name: _Name
+class Function(Body):
+    name: Name
     description: Annotated[str, StringConstraints(max_length=16384)] | None = None
     parameters: dict[str, JsonValue] | None = None
     strict: bool | None = None
 
 
-class Tool(_Body):
+class Tool(Body):
     type: Literal["function"]
     function: Function
 
 
-class ChosenFunction(_Body):
-    name: _Name
+class ChosenFunction(Body):
+    name: Name
 
 
-class ToolChoice(_Body):
+class ToolChoice(Body):
     type: Literal["function"]
     function: ChosenFunction
 
 
-class Schema(_Body):
-    name: _Name = "answer"
+class Schema(Body):
+    name: Name = "answer"
     description: Annotated[str, StringConstraints(max_length=16384)] | None = None
     schema_: dict[str, JsonValue] = Field(alias="schema")
     strict: bool | None = None
 
 
-class ResponseFormat(_Body):
+class ResponseFormat(Body):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: Schema | None = None
 
@@ -284,8 +297,8 @@ class ChatRequest(Sampling):
     """POST /v1/chat/completions"""
 
     messages: _Messages
-    max_tokens: _Count | None = None
-    max_completion_tokens: _Count | None = None
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS, strict=True)
     response_format: ResponseFormat | None = None
@@ -338,11 +351,11 @@ class ChatRequest(Sampling):
         ]
 
 
-class TokenizeRequest(_Body):
+class TokenizeRequest(Body):
     """POST /tokenize"""
 
     model: Annotated[str, StringConstraints(max_length=512)] | None = None
-    prompt: _Text | None = None
+    prompt: Text | None = None
     messages: _Messages | None = None
     add_special_tokens: bool = Field(True, description="Put the BOS token in front of a prompt.")
 
@@ -353,7 +366,7 @@ class TokenizeRequest(_Body):
         return self
 
 
-class DetokenizeRequest(_Body):
+class DetokenizeRequest(Body):
     """POST /detokenize"""
 
     model: Annotated[str, StringConstraints(max_length=512)] | None = None

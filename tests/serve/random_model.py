@@ -1,12 +1,14 @@
 """A small model with random weights whose output depends on its input, and a tokenizer of several scripts."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import tokenizers
 import torch
 
 from fathom.checkpoint.hf.model import save_model
-from fathom.data.tokenizer import save_tokenizer, train_tokenizer
+from fathom.data.tokenizer import Tokenizer, save_tokenizer, train_tokenizer
 from fathom.model.config import ModelConfig
 from fathom.model.transformer import Model
 
@@ -34,11 +36,24 @@ CONFIG = ModelConfig(
 )
 
 
+def with_tokens(tokenizer: Tokenizer, template: str | None, added: Sequence[str], special: bool = False) -> Tokenizer:
+    """The same tokenizer with another chat template and further tokens."""
+    backend = tokenizers.Tokenizer.from_str(tokenizer.tokenizer_json)
+    backend.add_tokens([tokenizers.AddedToken(token, special=special, normalized=False) for token in added])
+    config = tokenizer.config | ({} if template is None else {"chat_template": template})
+    return Tokenizer(backend.to_str(), config)
+
+
 @torch.no_grad()
-def save_random_model(directory: Path, spare_ids: bool = True) -> Path:
-    """Write it; its logits spread far enough that greedy choices are clear. `spare_ids`: beyond the tokenizer's."""
+def save_random_model(
+    directory: Path, spare_ids: bool = True, template: str | None = None, added: Sequence[str] = ()
+) -> Path:
+    """Write it; its logits spread far enough that greedy choices are clear. `spare_ids`: beyond the tokenizer's.
+
+    `template`: a chat template instead of the tokenizer's own; `added`: further tokens.
+    """
     torch.manual_seed(5)
-    tokenizer = train_tokenizer([TEXT * 40], CONFIG.vocab_size)
+    tokenizer = with_tokens(train_tokenizer([TEXT * 40], CONFIG.vocab_size - len(added)), template, added)
     model = Model(CONFIG if spare_ids else replace(CONFIG, vocab_size=tokenizer.vocab_size))
     for parameter in model.parameters():
         if parameter.dim() > 1:
