@@ -61,13 +61,27 @@ _RELATIVES = {
     "kimi_linear": "Kimi-Linear, with linear attention in most layers",
     "longcat": "LongCat, with two attentions a layer and experts that compute nothing",
     "mistral": "Mistral, whose scores grow with the position (Mistral-Large-3 and its successors)",
+    "glm4_moe": "GLM-4.5, with grouped-query attention",
+    "bailing": "Ling or Ring, with grouped-query or linear attention",
+    "pangu": "openPangu, which also normalises behind attention and experts",
+    "openpangu": "openPangu, which also normalises behind attention and experts",
+    "deepseek_vl": "DeepSeek-VL2, with a vision tower around its language model",
+    "deepseek_ocr": "DeepSeek-OCR, with a vision tower around its language model",
 }
 """Models that look like this architecture and are not, by how their model_type begins."""
 
 _PARTS = {
     "index_topk": _RELATIVES["deepseek_v32"],
+    "hc_mult": _RELATIVES["deepseek_v4"],
+    "compress_ratios": _RELATIVES["deepseek_v4"],
+    "zero_expert_num": _RELATIVES["longcat"],
+    "ngram_vocab_size_ratio": "LongCat with embeddings of n-grams beside those of tokens",
+    "emb_neighbor_num": "LongCat with embeddings of n-grams beside those of tokens",
+    "linear_attn_config": "a model with linear attention in some layers",
+    "llama_4_scaling": _RELATIVES["mistral"],
     "vision_config": "a model with a vision tower around its language model",
     "text_config": "a larger model around a language model",
+    "language_config": "a larger model around a language model",
 }
 """Keys that only such models have."""
 
@@ -180,7 +194,7 @@ def _settle_model_type(raw: dict[str, Any]) -> None:
         task = str(name).partition("For")[2]
         check(task in ("", "CausalLM"), "architectures", name, "a causal language model: no other head is implemented")
     for key, value in _SAME[kind].items():
-        if key not in raw or (raw[key] is None and kind == "deepseek_v2"):
+        if key not in raw or (raw[key] is None and kind in ("deepseek_v2", "youtu")):
             raw[key] = value
     if kind == "deepseek_v2":
         scores = raw["scoring_func"]

@@ -50,10 +50,11 @@ class ApiError(Exception):
 
 
 def invalid_body(error: ValidationError) -> ApiError:
-    """The first of pydantic's errors, by the name of the field."""
-    first = error.errors(include_url=False, include_context=False)[0]
+    """The first of pydantic's errors, by the name of the field; one of our own sentences if there is one."""
+    found = error.errors(include_url=False, include_context=False)
+    first = next((each for each in found if each["type"] == "value_error"), found[0])
     # Inside a union every alternative has its errors; the names of alternatives mean nothing to a client.
-    field = ".".join(str(part) for part in first["loc"] if "[" not in str(part))
+    field = ".".join(str(part) for part in first["loc"] if "[" not in str(part) and "-" not in str(part))
     message = first["msg"].removeprefix("Value error, ")
     return ApiError(400, f"{field}: {message}" if field else message, field or None)
 

@@ -122,8 +122,9 @@ class MessageParser:
         assert self._format is not None
         header, mark, rest = self._buffer.partition(self._format.before_arguments)
         if not mark:
-            if self._final:  # cut off: there is no call yet
+            if self._final and self._format.single:  # cut off: no call
                 self._add("content", self._format.call_begin + self._buffer)
+            if self._final:
                 self._buffer = ""
             return False
         self._buffer = rest

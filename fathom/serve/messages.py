@@ -137,7 +137,18 @@ class OutputConfig(Body):
 class Prompt(Body):
     """What both endpoints have in common."""
 
-    ignored = frozenset(("metadata", "service_tier", "cache_control", "inference_geo", "betas", "user_profile_id"))
+    ignored = frozenset(
+        (
+            "metadata",
+            "service_tier",
+            "cache_control",
+            "inference_geo",
+            "betas",
+            "user_profile_id",
+            "workspace_id",
+            "speed",
+        )
+    )
 
     model: Annotated[str, StringConstraints(max_length=512)]
     messages: Annotated[list[InputMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]

@@ -115,7 +115,7 @@ def _stopped(choice: dict[str, Any]) -> dict[str, Any]:
     return {"stop_reason": _STOP_REASONS[choice["finish_reason"]], "stop_sequence": None}
 
 
-def _usage(usage: dict[str, Any]) -> dict[str, int]:
+def _usage(usage: dict[str, Any]) -> dict[str, Any]:
     """Anthropic counts the cached part of the prompt apart."""
     cached = usage["prompt_tokens_details"]["cached_tokens"]
     return {
@@ -123,4 +123,5 @@ def _usage(usage: dict[str, Any]) -> dict[str, int]:
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": cached,
         "output_tokens": usage["completion_tokens"],
+        "output_tokens_details": {"thinking_tokens": usage["completion_tokens_details"]["reasoning_tokens"]},
     }

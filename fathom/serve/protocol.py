@@ -106,7 +106,14 @@ class Sampling(Body):
     ignored = frozenset(
         (
             *("user", "metadata", "store", "service_tier", "safety_identifier", "request_id"),
-            *("prompt_cache_key", "prompt_cache_retention", "cache_salt", "prediction", "verbosity"),
+            *(
+                "prompt_cache_key",
+                "prompt_cache_retention",
+                "prompt_cache_options",
+                "cache_salt",
+                "prediction",
+                "verbosity",
+            ),
             "spaces_between_special_tokens",
         )
     )

@@ -102,14 +102,15 @@ class ResponseBuilder:
         choices = [self._whole_choice(choice) for choice in self._choices]
         if self.plan.infill:
             return self._infill(choices[0]["text"], over=True) | self._timing()
-        return self._frame("") | {"choices": choices, "usage": self._usage()} | self._timing()
+        completion = self._frame("") | {"choices": choices, "usage": self._usage()} | self._timing()
+        return completion if self.plan.translation is None else self.plan.translation.whole(completion)
 
     def chunks(self, events: Sequence[Event]) -> list[str]:
         """New tokens as server-sent events, and once it is over the last. Raises ApiError where a choice failed."""
         chunks: list[Chunk] = []
         if self._begin() and self.plan.chat:
             said = {"role": "assistant", "content": ""}
-            chunks += [self._chunk(choice, said, None) for choice in self._choices]
+            chunks += [self._chunk(choice, said, None) | self._running_usage() for choice in self._choices]
         for event in events:
             choice = self._choices[event.choice]
             if choice.finish_reason is None:  # else the engine has not ended it yet
@@ -166,7 +167,7 @@ class ResponseBuilder:
         if self.plan.top is not None:
             extra["logprobs"] = self._logprobs(choice, new)
             choice.offset += len(text)
-        running = {"usage": self._usage()} if self._options.continuous_usage_stats else {}
+        running = self._running_usage()
         deltas: list[str | dict[str, Any]] = [text]
         if choice.parser is not None:
             deltas = [_delta(part) for part in choice.parser.feed(text, final=reason is not None)]
@@ -267,6 +268,10 @@ class ResponseBuilder:
             "prompt_tokens_details": {"cached_tokens": sum(generation.cached_tokens for generation in prompts)},
             "completion_tokens_details": {"reasoning_tokens": reasoning},
         }
+
+    def _running_usage(self) -> dict[str, Any]:
+        """Of a chunk before the last."""
+        return {"usage": self._usage()} if self._options.continuous_usage_stats else {}
 
     def _timing(self) -> dict[str, Any]:
         if not self.plan.body.fathom.timing:

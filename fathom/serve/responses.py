@@ -125,7 +125,7 @@ class ResponseStreamOptions(Body):
 class ResponsesRequest(Sampling):
     """POST /v1/responses"""
 
-    ignored = Sampling.ignored | {"max_tool_calls", "include", "prompt_cache_options"}
+    ignored = Sampling.ignored | {"max_tool_calls", "include"}
 
     input: Text | Annotated[list[InputItem], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
     instructions: Text | None = None
