@@ -94,6 +94,19 @@ def test_an_unused_sliding_window_means_nothing() -> None:
         ({"vision_config": {"depth": 2}}, ["vision_config", "vision tower"]),
         ({"llama_4_scaling": {"beta": 0.1}}, ["llama_4_scaling"]),
         ({"zero_expert_num": 256}, ["zero_expert_num", 256]),
+        ({"hc_mult": 4}, ["hc_mult", 4, "DeepSeek-V4", "hyper-connections"]),
+        ({"compress_ratios": [4, 128]}, ["compress_ratios", "DeepSeek-V4"]),
+        ({"emb_neighbor_num": 4}, ["emb_neighbor_num", "n-grams"]),
+        ({"linear_attn_config": {"short_conv_kernel_size": 4}}, ["linear_attn_config", "linear attention"]),
+        ({"index_n_heads": 64}, ["index_n_heads", 64]),
+        ({"swiglu_limit": 7.0}, ["swiglu_limit", 7.0]),
+        ({"attn_output_gate": True}, ["attn_output_gate"]),
+        ({"model_type": "longcat_flash_ngram"}, ["longcat_flash_ngram", "LongCat", "two attentions"]),
+        ({"model_type": "deepseek_v4"}, ["DeepSeek-V4", "compressed sparse attention"]),
+        ({"model_type": "glm_moe_dsa"}, ["GLM-5", "indexer"]),
+        ({"model_type": "kimi_k3"}, ["Kimi-K3", "linear attention"]),
+        ({"model_type": "mistral4"}, ["Mistral", "scores grow"]),
+        ({"model_type": "glm4_moe"}, ["GLM-4.5", "grouped-query"]),
         ({"first_k_dense_replace": 3, "n_routed_experts": None}, ["n_routed_experts is None", "0 where no layer"]),
     ],
 )
@@ -101,6 +114,17 @@ def test_what_changes_the_mathematics_is_refused_by_name(changes: dict[str, Any]
     with pytest.raises(ConfigError) as error:
         ModelConfig.from_dict({**tiny().to_dict(), **changes})
     assert_says(error, *words)
+
+
+def test_null_experts_of_a_dense_model_are_none() -> None:
+    """As Youtu-LLM's class in `transformers` has no experts at all."""
+    raw = tiny().to_dict()
+    for key in ("first_k_dense_replace", "scoring_func", "topk_method"):
+        raw.pop(key, None)
+    config = ModelConfig.from_dict(
+        {**raw, "model_type": "youtu", "n_routed_experts": None, "num_nextn_predict_layers": 0}
+    )
+    assert config.n_routed_experts == 0 and config.first_k_dense_replace == config.num_hidden_layers
 
 
 @pytest.mark.parametrize(

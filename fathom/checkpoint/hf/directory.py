@@ -48,6 +48,9 @@ def load_config(path: str | Path) -> ModelConfig:
     """Read `config.json` of a model directory, or of a model on the hub."""
     directory = model_directory(path, weights=False)
     raw = read_config(directory)
+    quantized = directory / "hf_quant_config.json"  # where NVIDIA's releases say what their config.json may not
+    if not raw.get("quantization_config") and quantized.is_file():
+        raw["quantization_config"] = read_json_object(quantized).get("quantization")
     try:
         return ModelConfig.from_dict(raw)
     except ConfigError as error:

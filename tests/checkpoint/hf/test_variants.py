@@ -234,3 +234,12 @@ def download_to(directory: Path, fetched: list[str]) -> Callable[..., str]:
         return str(directory)
 
     return download
+
+
+def test_a_quantisation_beside_the_configuration_is_refused_by_name(tmp_path: Path) -> None:
+    """As NVIDIA's NVFP4 releases have it."""
+    (tmp_path / "config.json").write_text(json.dumps(ModelConfig().to_dict()))
+    quantized = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "group_size": 16}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(quantized))
+    with pytest.raises(CheckpointError, match="NVFP4"):
+        load_config(tmp_path)
