@@ -9,7 +9,7 @@ from typing import Literal
 import tyro
 from rich.console import Console
 
-from fathom.cli.load import Dtype, load
+from fathom.cli.load import Dtype, load_for_ids
 from fathom.config import ConfigError
 from fathom.engine.engine import Engine
 from fathom.quantization.integer import Precision
@@ -119,7 +119,7 @@ def _warm_engine(command: ServeCommand, console: Console) -> Engine:
     """
     console.print(f"loading    {command.path}")
     with ThreadPoolExecutor(1) as loading:
-        engine = loading.submit(_engine, command).result()
+        engine = loading.submit(_engine, command, console).result()
         if engine.model.embed_tokens.weight.is_cuda:
             console.print("preparing  the CUDA graphs of decoding (the first time on a machine takes longest)")
         loading.submit(engine.warm_up).result()
@@ -128,8 +128,12 @@ def _warm_engine(command: ServeCommand, console: Console) -> Engine:
     return engine
 
 
-def _engine(command: ServeCommand) -> Engine:
-    model, tokenizer = load(command.path, command.dtype, command.quantize, command.device)
+def _engine(command: ServeCommand, console: Console) -> Engine:
+    model, tokenizer, missing = load_for_ids(command.path, command.dtype, command.quantize, command.device)
+    if tokenizer is None:
+        console.print(
+            f"warning: {missing}; served without a tokenizer: prompts and answers are token ids", markup=False
+        )
     return Engine(
         model,
         tokenizer,

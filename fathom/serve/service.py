@@ -18,6 +18,7 @@ from fathom.serve.engine_thread import EngineDeadError, EngineThread, Event
 from fathom.serve.errors import ApiError
 from fathom.serve.grammar import GrammarConstraint, GrammarError, Grammars
 from fathom.serve.metrics import Metrics
+from fathom.serve.no_tokenizer import NoTokenizer
 from fathom.serve.output_format import OutputFormat, Reasoning, ReasoningParser
 from fathom.serve.protocol import (
     ChatRequest,
@@ -52,19 +53,18 @@ class Service:
         deadline: float,
         reasoning_parser: ReasoningParser = "auto",
     ) -> None:
-        """`name`: the model's, in responses. `deadline`: seconds per request. The engine must have a tokenizer."""
-        assert engine.tokenizer is not None
-        self.tokenizer: Tokenizer = engine.tokenizer
+        """`name`: the model's, in responses. `deadline`: seconds per request."""
+        self.tokenizer: Tokenizer = NoTokenizer() if engine.tokenizer is None else engine.tokenizer
         self.engine, self.engine_thread, self.name = engine, engine_thread, name
         self.metrics = Metrics(engine_thread)
         self._deadline = deadline
         self._context = engine.max_length
         self._vocabulary = engine.model.config.vocab_size
-        self._grammars = Grammars(self.tokenizer, self._vocabulary)
         self.template: ChatTemplate | None = None
         try:
             self.template = ChatTemplate(self.tokenizer)
             self.format = OutputFormat(self.template, self.tokenizer, reasoning_parser)
+            self._grammars = Grammars(self.tokenizer, self._vocabulary)
         except ChatError as error:
             self._no_chat = ApiError(400, str(error), "messages", "no_chat_template")
 

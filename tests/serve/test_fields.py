@@ -1,29 +1,83 @@
 """Fields that clients send and that change no token are accepted; what would change the response is refused by name."""
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 pytest.importorskip("starlette", reason="the server needs starlette")
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from fathom.serve.protocol import ChatRequest, CompletionRequest, Message, Sampling
+from fathom.serve.messages import CountTokensRequest, MessagesRequest
+from fathom.serve.protocol import Body, ChatRequest, CompletionRequest, InfillRequest, Message
+from fathom.serve.responses import ResponsesRequest
 
+MESSAGES: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "x"}], "max_tokens": 3}
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]}
 COMPLETION: dict[str, Any] = {"prompt": "x"}
 
 
-@pytest.mark.parametrize(("model", "body"), [(ChatRequest, CHAT), (CompletionRequest, COMPLETION)])
-def test_null_and_the_empty_list_are_as_good_as_absent(model: type[Sampling], body: dict[str, Any]) -> None:
+BODIES: list[tuple[type[Body], dict[str, Any]]] = [
+    (ChatRequest, CHAT),
+    (CompletionRequest, COMPLETION),
+    (InfillRequest, {}),
+    (ResponsesRequest, {"input": "x"}),
+    (MessagesRequest, MESSAGES),
+    (CountTokensRequest, {"model": "m", "messages": MESSAGES["messages"]}),
+]
+
+
+@pytest.mark.parametrize(("model", "body"), BODIES, ids=[model.__name__ for model, _ in BODIES])
+def test_null_and_the_empty_list_are_as_good_as_absent(model: type[Body], body: dict[str, Any]) -> None:
     plain = model.model_validate(body)
     optional = [name for name in model.model_fields if name not in body]
-    assert len(optional) > 25
+    assert len(optional) > 5
     for name in (*optional, *model.ignored, "functions", "audio"):
         for value in (None, []):
             assert model.model_validate(body | {name: value}) == plain, name
     for name in body:
         with pytest.raises(ValidationError, match=name):
             model.model_validate(body | {name: None})
+
+
+def bodies_within(model: type[BaseModel], found: set[type[BaseModel]]) -> set[type[BaseModel]]:
+    """The models of all objects in a body."""
+    waiting = [field.annotation for field in model.model_fields.values()]
+    while waiting:
+        kind = waiting.pop()
+        if isinstance(kind, type) and issubclass(kind, BaseModel) and kind not in found:
+            found.add(kind)
+            bodies_within(kind, found)
+        waiting += get_args(kind)
+    return found
+
+
+WITHIN = sorted(
+    {inner for model, _ in BODIES for inner in bodies_within(model, set())}, key=lambda inner: inner.__qualname__
+)
+EXAMPLES: dict[str, Any] = {
+    "text": "x", "type": "function", "function": {"name": "f", "arguments": "{}"}, "id": "1", "name": "f",
+    "arguments": "{}", "role": "user", "content": "x", "schema": {}, "input_schema": {},
+}  # fmt: skip
+TYPES = {
+    "TextPart": "text", "TextBlock": "text", "ContentBlock": "text", "ContentPart": "text", "InputItem": "message",
+    "ResponseFormat": "text", "TextFormat": "text", "InputTool": "custom", "InputToolChoice": "auto",
+    "Thinking": "disabled", "JsonFormat": "json_schema",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", WITHIN, ids=lambda model: model.__name__)
+def test_null_is_as_good_as_absent_in_every_object_of_a_body(model: type[BaseModel]) -> None:
+    names = {field.alias or name: field for name, field in model.model_fields.items()}
+    body = {name: EXAMPLES[name] for name, field in names.items() if field.is_required()}
+    if "type" in body or model.__name__ == "InputItem":
+        body["type"] = TYPES.get(model.__name__, "function")
+    if model.__name__ in ("Tool", "ToolChoice"):
+        body["function"] = {"name": "f"}
+    if model.__name__ in ("Message", "InputItem"):
+        body |= {"role": "user", "content": "x"}
+    plain = model.model_validate(body)
+    for name in names.keys() - body.keys():
+        assert model.model_validate(body | {name: None}) == plain, name
 
 
 NEUTRAL: dict[str, list[Any]] = {

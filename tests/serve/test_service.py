@@ -384,3 +384,26 @@ def test_connections_have_tcp_nodelay() -> None:
         return nodelay
 
     assert asyncio.run(accepted()) != 0
+
+
+def test_without_a_tokenizer_token_ids_are_served(model: Path) -> None:
+    """Texts are refused with a reason; the ids are those of the engine."""
+    bare = Engine(load_model(model), None, max_batch=4, cache_tokens=4096)
+    ids = [5, 60, 70, 80]
+    [expected] = bare.generate([ids], SamplingParams(max_tokens=4, ignore_eos=True))
+    body = {"max_tokens": 4, "temperature": 0, "ignore_eos": True}
+    served, text, chat, tokenized, suffix, back = responses(
+        bare,
+        ("/v1/completions", body | {"prompt": ids, "fathom": {"drafts": True}}),
+        ("/v1/completions", body | {"prompt": "f"}),
+        ("/v1/chat/completions", CHAT),
+        ("/tokenize", {"prompt": "f"}),
+        ("/v1/completions", body | {"prompt": "f", "suffix": "g"}),
+        ("/detokenize", {"tokens": ids}),
+    )
+    [choice] = served.json()["choices"]
+    assert [token["id"] for token in choice["fathom"]["tokens"]] == expected.token_ids
+    assert choice["text"] == "" and served.json()["usage"]["completion_tokens"] == 4
+    for refused in (text, tokenized):
+        assert refused.status_code == 400 and refused.json()["error"]["code"] == "no_tokenizer"
+    assert chat.status_code == 400 and suffix.status_code == 400 and back.json() == {"prompt": ""}
