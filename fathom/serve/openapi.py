@@ -61,7 +61,8 @@ def openapi_document(title: str, version: str, endpoints: Sequence[Endpoint]) ->
 
 
 def _operation(endpoint: Endpoint) -> dict[str, Any]:
-    schemas = {"application/json": {"type": "object"}}
+    # An event of a stream is a text, or, where it has a name, an object.
+    schemas: dict[str, Any] = {"application/json": {"type": "object"}, "text/event-stream": {}}
     content = {kind: {"schema": schemas.get(kind, {"type": "string"})} for kind in endpoint.content_types}
     error = {"application/json": {"schema": errors.SCHEMA}}
     described = _ERRORS | (_BODY_ERRORS if endpoint.body is not None else {})

@@ -14,7 +14,7 @@ import torch
 
 from fathom.data.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
 from fathom.serve.grammar import GrammarError, Grammars
-from fathom.serve.protocol import check_schema
+from fathom.serve.schema_limits import check_schema
 from tests.serve.random_model import CONFIG, TEXT
 
 
