@@ -124,7 +124,11 @@ def test_anthropic_counts_tokens_as_they_are_used(claude: Any) -> None:
 def test_anthropic_tools(claude: Any, stream: bool) -> None:
     """Several calls in one answer, which is the history of the next request as it is."""
     most = 0
-    for choice in ({"type": "any"}, {"type": "tool", "name": "count", "disable_parallel_tool_use": True}):
+    single = {"type": "tool", "name": "count", "disable_parallel_tool_use": True}
+    # The protocol has no seed: how many calls there are is by chance.
+    for choice in (single, *[{"type": "any"}] * 20):
+        if most > 1:
+            break
         body: dict[str, Any] = {"model": "small", "max_tokens": 400, "tools": CLAUDES_TOOLS, "tool_choice": choice}
         if stream:
             with claude.messages.stream(**body, messages=TALK) as events:
@@ -366,7 +370,7 @@ def test_instructor(client: Any) -> None:
 
     for mode in (instructor.Mode.TOOLS, instructor.Mode.JSON_SCHEMA):
         made = instructor.from_openai(client, mode=mode).chat.completions.create(
-            model="small", messages=TALK, response_model=Sum, max_tokens=400, max_retries=0
+            model="small", messages=TALK, response_model=Sum, max_tokens=400, max_retries=0, parallel_tool_calls=False
         )
         assert 0 <= made.a <= 99
 
