@@ -107,6 +107,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path: Path, one_
     assert abs(first["loss"]) < 1e-5 and first["mtp_loss"] > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(4)], ids=["all weights", "adapters"])
 def test_a_killed_run_ends_with_the_same_weights(tmp_path: Path, one_rank: Ranks, lora: LoraConfig) -> None:
     run = _run(tmp_path, lora=lora, beta=0.3)
@@ -205,6 +206,7 @@ def test_a_student_that_answers_as_its_teacher_has_no_divergence(tmp_path: Path,
     assert abs(first["reverse_kl"]) < 1e-5 and 1 <= first["length"] <= 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(4, experts=True)], ids=["all weights", "adapters"])
 def test_a_killed_run_on_policy_ends_with_the_same_weights(tmp_path: Path, one_rank: Ranks, lora: LoraConfig) -> None:
     """What is sampled is a function of (seed, step, prompt); with adapters the engine has merged weights of its own."""

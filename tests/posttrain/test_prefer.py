@@ -173,6 +173,7 @@ def test_a_run_learns_to_prefer(tmp_path: Path, one_rank: Ranks) -> None:
     assert held_out[-1]["val_accuracy"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(4, experts=True)], ids=["all weights", "adapters"])
 def test_a_killed_run_ends_with_the_same_weights(tmp_path: Path, one_rank: Ranks, lora: LoraConfig) -> None:
     run = _run(tmp_path, lora=lora)
