@@ -47,8 +47,8 @@ check: setup-test lint ## Run the fast checks: a contributor's loop
 nightly: test fuzz clients demo ## make test, fuzz, clients and demo: an hour and a half
 
 clients: setup-test ## Run other people's clients against the server (installs them into build/clients)
-	@$(PY) -m pip install --quiet --disable-pip-version-check --upgrade --target build/clients -r tests/serve/clients.txt
-	@PYTHONPATH=build/clients $(PY) -m pytest tests/serve/test_clients.py
+	@$(PY) -m pip install --quiet --disable-pip-version-check --upgrade --target build/clients -r tests/clients/clients.txt
+	@PYTHONPATH=build/clients $(PY) -m pytest tests/clients/test_clients.py
 
 fuzz: setup-test ## An hour of kills, damage, mutated files and hostile requests
 	@FUZZ_SECONDS=$(FUZZ_SECONDS) $(PY) -m pytest -s tests/fuzz
