@@ -166,5 +166,5 @@ def _check_unchanged(session: Session[DistillRun], data: str, teacher: Path) -> 
     """Raise ConfigError where a resumed run would go on with other conversations or another teacher."""
     weights = digest_of(teacher / "config.json", *sorted(teacher.glob("*.safetensors")))
     for name, digest, what in (("data", data, session.run.data.chats), ("teacher", weights, session.run.teacher)):
-        if session.remembered.setdefault(name, digest) != digest:
+        if session.loop_state.setdefault(name, digest) != digest:
             raise ConfigError(f"{what} has changed since {session.directory} was trained with it")

@@ -113,7 +113,7 @@ def with_reference(session: Session[PreferRun], pairs: Sequence[Pair], source: P
     Raises ConfigError where those at `path` are of other pairs or another model.
     """
     digest = pairs_digest(pairs, source, session.loss.compute_dtype)
-    if session.remembered.setdefault("data", digest) != digest:
+    if session.loop_state.setdefault("data", digest) != digest:
         raise ConfigError(f"{session.run.data.pairs} or {source} has changed since the run in {path.parent} started")
     ranks = session.ranks
     if ranks.gather(path.exists())[0]:

@@ -9,8 +9,8 @@ from fathom.engine.engine import Engine
 from fathom.posttrain.lora import merged_model, merged_state
 from fathom.posttrain.session import Session
 
-_BATCH = {"cpu": 64, "cuda": 256}
-"""Conversations that are sampled at one time."""
+_BATCH = {"cpu": 48, "cuda": 256}
+"""Conversations that are sampled at one time: on a CPU as many as the compiled step takes."""
 
 
 class Sampler:

@@ -66,7 +66,7 @@ class Session(Generic[R]):
     stop_requested: Callable[[], bool]
     log: MetricsLog | None
     """On the main rank."""
-    remembered: dict[str, Any] = field(default_factory=dict)
+    loop_state: dict[str, Any] = field(default_factory=dict)
     """Tensors, numbers, strings, lists and dicts that every checkpoint keeps for the loop, and a resumed run finds."""
     base: str = ""
     """With adapters: the digest of the model that they were added to."""
@@ -141,7 +141,7 @@ class Session(Generic[R]):
     def save(self) -> None:
         """Write a checkpoint. A collective call: all ranks hold the same, so the main one writes."""
         if self.ranks.is_main:
-            content = {**saved_optimizers(self.state), "remembered": self.remembered}
+            content = {**saved_optimizers(self.state), "loop_state": self.loop_state}
             state, keep = self.state, self.run.train.keep_last
             content |= {"base": self.base, "adapters": adapter_state(state.model)} if self.run.lora.rank else {}
             model, tokenizer = merged_model(state.model), self.tokenizer
@@ -209,7 +209,7 @@ def open_session(
             absent_X,
             stop_requested,
             log,
-            dict(saved.get("remembered", {})),
+            dict(saved.get("loop_state", {})),
             base,
             recorded_step=state.step,
         )

@@ -92,7 +92,7 @@ def held_out_loss(session: Session[SftRun], samples: Sequence[Sample]) -> float:
 
 def _check_data(session: Session[SftRun], data: SftSamples) -> None:
     """Raise ConfigError where a resumed run would go on with other conversations."""
-    before = session.remembered.setdefault("data", data.digest)
+    before = session.loop_state.setdefault("data", data.digest)
     if before != data.digest:
         raise ConfigError(f"{session.run.data.chats} has changed since {session.directory} was trained on it")
 

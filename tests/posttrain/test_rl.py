@@ -180,7 +180,7 @@ def test_what_would_change_the_past_is_refused(directory: Path, tmp_path: Path, 
 
 def test_a_broken_parity_ends_the_run(directory: Path, tmp_path: Path, vowels: object) -> None:
     run = run_of(directory, temperature=0.9, top_p=0.7, keep_sampling_mask=False)
-    with pytest.raises(TrainingError, match=r"differ by .* the bound is 0.001"):
+    with pytest.raises(TrainingError, match=r"differ by a KL of .* the bound of the KL is 1e-07"):
         rl(run, tmp_path / "run", SINGLE_PROCESS)
 
 
