@@ -78,7 +78,7 @@ def main() -> None:
         install_allocator()  # as `fathom train` does
     build = _builder(spec)
     machine = Machine()
-    before = _memory("VmRSS")
+    before = memory("VmRSS")
     trained = build(spec)
     tilt_routers(trained.model)
     answer(answers, _sizes(trained.model))
@@ -176,10 +176,10 @@ def _step(trained: Trained, tokens_BW: Tensor, before: int) -> dict[str, float |
     for optimizer in trained.optimizers:
         optimizer.step()
     ended = time.perf_counter()
-    memory = _memory("VmHWM") - before - _held(trained) if HAS_PEAK_MEMORY else None
+    above = memory("VmHWM") - before - _held(trained) if HAS_PEAK_MEMORY else None
     if not math.isfinite(loss.item()):
         raise RuntimeError(f"the loss is {loss.item()}: such a step measures nothing")
-    return {"fb": middle - began, "optimizer": ended - middle, "loss": loss.item(), "memory": memory}
+    return {"fb": middle - began, "optimizer": ended - middle, "loss": loss.item(), "memory": above}
 
 
 def _held(trained: Trained) -> int:
@@ -190,7 +190,7 @@ def _held(trained: Trained) -> int:
     return sum(t.nbytes for t in (*weights, *gradients, *moments, *trained.model.buffers()))
 
 
-def _memory(name: str) -> int:
+def memory(name: str) -> int:
     """Bytes of a line of the process's status: VmRSS now, VmHWM at the peak; 0 where there is none."""
     if not HAS_PEAK_MEMORY:
         return 0
