@@ -113,8 +113,9 @@ def _check_parity(metrics: dict[str, float], session: Session[RlRun]) -> None:
     if not metrics["kl_k3"] <= bound:
         raise TrainingError(
             f"step {session.state.step}: engine and trainer differ by a KL of {metrics['kl_k3']:.2g}, and by "
-            f"{metrics['max_abs_dlogp']:.2g} in a log-probability; the bound of the KL is {bound:g}. Answers would be scored by another policy than gave them: leave --replay-routing and "
-            "--keep-sampling-mask on, compute in float32, or raise --parity-bound knowingly"
+            f"{metrics['max_abs_dlogp']:.2g} in a log-probability; the bound of the KL is {bound:g}. Answers would be "
+            "scored by another policy than gave them: leave --replay-routing and --keep-sampling-mask on, compute in "
+            "float32, or raise --parity-bound knowingly"
         )
 
 
