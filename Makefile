@@ -12,7 +12,7 @@ FUZZ_SECONDS ?= 3600
 LINT_SOURCES := fathom tests $(wildcard benchmarks examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo posttrain test check nightly lint fuzz clients bench clean
+.PHONY: help setup setup-test demo posttrain test check nightly lint gym fuzz clients bench clean
 
 help: ## List the targets and options
 	@echo "Targets:"
@@ -44,7 +44,10 @@ test: setup-test lint ## Run every check: format, lint, types, layers, all tests
 check: setup-test lint ## Run the fast checks: a contributor's loop
 	@$(PY) -m pytest -x $(PARALLEL) -m "not slow and not oracle and not distributed"
 
-nightly: test fuzz clients demo ## make test, fuzz, clients and demo: an hour and a half
+nightly: test gym fuzz clients demo ## make test, gym, fuzz, clients and demo: an hour and a half
+
+gym: setup-test ## All data sets of reasoning-gym, of which make test takes every ninth
+	@ALL_DATA_SETS=true $(PY) -m pytest tests/posttrain/test_gym.py
 
 clients: setup-test ## Run other people's clients against the server (installs them into build/clients)
 	@$(PY) -m pip install --quiet --disable-pip-version-check --upgrade --target build/clients -r tests/clients/clients.txt
