@@ -7,7 +7,7 @@ export PYTHON TORCH_INDEX TORCH_VERSION
 PY := .venv/bin/python
 # One process of tests a core; a process that runs out of tests takes some of another's.
 PARALLEL := -n logical --dist worksteal
-BENCHMARKS ?= ops train decode convert
+BENCHMARKS ?= ops train posttrain decode convert
 FUZZ_SECONDS ?= 3600
 LINT_SOURCES := fathom tests $(wildcard benchmarks examples)
 

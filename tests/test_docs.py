@@ -149,8 +149,10 @@ def write_texts() -> None:
         Path(f"texts/{number}.txt").write_text(f"def main{number}(x):\n    return x + {number}\n" * 20)
     for name in ("notes.txt", "letter.txt"):
         Path(name).write_text("def main(x):\n" * 40)
-    chat = [{"role": "user", "content": "def"}, {"role": "assistant", "content": "main"}]
-    Path("chats.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    with Path("chats.jsonl").open("w") as file:
+        for number in range(64):
+            chat = [{"role": "user", "content": f"def {number}"}, {"role": "assistant", "content": f"main{number}"}]
+            file.write(json.dumps({"messages": chat}) + "\n")
     Path("tasks").mkdir()
     rows = [{"question": "def", "choices": [" main", " x"], "answer": number % 2} for number in range(4)]
     Path("tasks/choice.jsonl").write_text("\n".join(map(json.dumps, rows)))
