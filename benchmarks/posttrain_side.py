@@ -162,10 +162,10 @@ def _fathom_step(session: Session[RlRun], sampler: Sampler, task: Task, turn: in
 
 
 def _trl(spec: Spec, answers: TextIO) -> None:
-    """`GRPOTrainer`, which calls back before and after each of its steps. It takes the model as it is, without MTP modules.
+    """`GRPOTrainer`, which calls back before and after each of its steps.
 
-    It samples by `generate`, all answers in one batch. Continuous batching is not for this model: in transformers 5.23
-    its cache has room for keys of `qk_rope_head_dim` alone.
+    It takes the model as it is, without the MTP modules, and samples by `generate`, all answers in one batch.
+    Continuous batching is not for this model: in transformers 5.23 its cache has room for keys of `qk_rope_head_dim`.
     """
     import transformers  # dependencies of this side alone
     from datasets import Dataset
