@@ -210,6 +210,7 @@ def _trl(spec: Spec, answers: TextIO) -> None:
             bf16=spec.dtype == "bfloat16",
             gradient_checkpointing=False,  # nothing is computed twice: memory suffices
             per_device_train_batch_size=samples,
+            shuffle_dataset=False,  # every side meets the same problems at the same step
             num_generations=spec.group_size,
             max_completion_length=spec.max_tokens,
             generation_kwargs={"min_new_tokens": spec.max_tokens},
