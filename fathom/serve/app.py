@@ -81,31 +81,8 @@ def _endpoints(service: Service, inspector: bool) -> list[Endpoint]:
         service.check_name(request.path_params["name"])
         return JSONResponse(card)
 
-    async def tokenize(request: Request) -> Response:
-        def response(raw: bytes) -> Response:
-            ids = service.tokenize(parse(TokenizeRequest, raw))
-            return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": context})
-
-        return await _prepared(request, response)
-
-    async def detokenize(request: Request) -> Response:
-        return await _prepared(
-            request, lambda raw: JSONResponse({"prompt": service.detokenize(parse(DetokenizeRequest, raw))})
-        )
-
-    async def counted(request: Request) -> Response:
-        def response(raw: bytes) -> Response:
-            return JSONResponse(count_tokens(service, parse(CountTokensRequest, raw)))
-
-        return await _prepared(request, response)
-
     async def no_response(request: Request) -> Response:
         raise ApiError(404, "responses are not stored here, so none can be retrieved", code="not_stored")
-
-    async def _prepared(request: Request, respond: Callable[[bytes], Response]) -> Response:
-        raw = await read_json(request)
-        threads = service.engine_thread.preparation(len(raw))
-        return await asyncio.get_running_loop().run_in_executor(threads, respond, raw)
 
     async def status(request: Request) -> Response:
         return JSONResponse({"model": description, "now": engine_status(service.engine_thread)})
@@ -119,26 +96,64 @@ def _endpoints(service: Service, inspector: bool) -> list[Endpoint]:
         text = await run_in_threadpool(service.metrics.text)  # a line for each of thousands of experts
         return Response(text, headers={"Content-Type": metrics.CONTENT_TYPE})
 
+    return [
+        *_completion_endpoints(service),
+        *_token_endpoints(service, context),
+        Endpoint("GET", "/v1/responses/{name}", "Refused: nothing is stored", no_response),
+        Endpoint("GET", "/v1/models", "The one model", models),
+        Endpoint("GET", "/v1/models/{name}", "The one model", model),
+        Endpoint("GET", "/fathom/status", "The model's shape and the engine's state", status),
+        Endpoint("GET", "/health", "200 while requests can be served, else 503", health),
+        Endpoint("GET", "/metrics", "Prometheus metrics", prometheus, content_types=("text/plain",)),
+    ]
+
+
+def _completion_endpoints(service: Service) -> list[Endpoint]:
+    """What the model answers to."""
     complete = CompletionsEndpoint(service, CompletionRequest, service.plan_completion)
     chat = CompletionsEndpoint(service, ChatRequest, service.plan_chat)
     infill = CompletionsEndpoint(service, InfillRequest, service.plan_infill)
     responses = CompletionsEndpoint(service, ResponsesRequest, lambda body: plan_responses(service, body))
     messages = CompletionsEndpoint(service, MessagesRequest, lambda body: plan_messages(service, body))
-    ids_of = "Token ids of a text, or of a conversation by the chat template"
-    text_of = "Text of token ids, without control tokens"
     return [
         Endpoint("POST", "/v1/completions", "Continue texts or token ids", complete, CompletionRequest, _STREAM),
         Endpoint("POST", "/v1/chat/completions", "Answer a conversation", chat, ChatRequest, _STREAM),
         Endpoint("POST", "/v1/responses", "Answer, by OpenAI's Responses", responses, ResponsesRequest, _STREAM),
-        Endpoint("GET", "/v1/responses/{name}", "Refused: nothing is stored", no_response),
         Endpoint("POST", "/v1/messages", "Answer, by Anthropic's Messages", messages, MessagesRequest, _STREAM),
-        Endpoint("POST", "/v1/messages/count_tokens", "Length of a prompt", counted, CountTokensRequest),
         Endpoint("POST", "/infill", "Fill in between two texts", infill, InfillRequest, _STREAM),
-        Endpoint("GET", "/v1/models", "The one model", models),
-        Endpoint("GET", "/v1/models/{name}", "The one model", model),
+    ]
+
+
+def _token_endpoints(service: Service, context: int) -> list[Endpoint]:
+    """Texts to token ids and back, on the threads that prepare requests."""
+
+    async def prepared(request: Request, respond: Callable[[bytes], Response]) -> Response:
+        raw = await read_json(request)
+        threads = service.engine_thread.preparation(len(raw))
+        return await asyncio.get_running_loop().run_in_executor(threads, respond, raw)
+
+    async def tokenize(request: Request) -> Response:
+        def response(raw: bytes) -> Response:
+            ids = service.tokenize(parse(TokenizeRequest, raw))
+            return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": context})
+
+        return await prepared(request, response)
+
+    async def detokenize(request: Request) -> Response:
+        return await prepared(
+            request, lambda raw: JSONResponse({"prompt": service.detokenize(parse(DetokenizeRequest, raw))})
+        )
+
+    async def counted(request: Request) -> Response:
+        def response(raw: bytes) -> Response:
+            return JSONResponse(count_tokens(service, parse(CountTokensRequest, raw)))
+
+        return await prepared(request, response)
+
+    ids_of = "Token ids of a text, or of a conversation by the chat template"
+    text_of = "Text of token ids, without control tokens"
+    return [
+        Endpoint("POST", "/v1/messages/count_tokens", "Length of a prompt", counted, CountTokensRequest),
         Endpoint("POST", "/tokenize", ids_of, tokenize, TokenizeRequest),
         Endpoint("POST", "/detokenize", text_of, detokenize, DetokenizeRequest),
-        Endpoint("GET", "/fathom/status", "The model's shape and the engine's state", status),
-        Endpoint("GET", "/health", "200 while requests can be served, else 503", health),
-        Endpoint("GET", "/metrics", "Prometheus metrics", prometheus, content_types=("text/plain",)),
     ]

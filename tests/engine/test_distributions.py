@@ -13,18 +13,17 @@ PROMPT = [1, 2, 3, 4, 5]
 
 
 @every_backend
-@pytest.mark.parametrize("drafts", [0, 2])
-@pytest.mark.parametrize("filters", [{}, {"top_p": 0.8}, {"top_k": 4}], ids=["all", "top_p", "top_k"])
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.8, "top_k": 9}], ids=["all", "filtered"])
 @torch.no_grad()
 def test_reports_what_each_token_was_sampled_from(
-    name: str, drafts: int, filters: dict[str, float], monkeypatch: pytest.MonkeyPatch
+    name: str, filters: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = use(monkeypatch, name)
     model = place(lively_model(tiny(vocab_size=23, num_nextn_predict_layers=1), seed=2, std=0.3))
-    params = SamplingParams(temperature=0.7, max_tokens=12, ignore_eos=True, **filters)  # type: ignore[arg-type]
-    engine = Engine(model, speculative=drafts)
-    handles = [engine.submit(Request(PROMPT, params, stream=stream, return_distributions=True)) for stream in range(3)]
-    handles.append(engine.submit(PROMPT, SamplingParams(max_tokens=12, ignore_eos=True)))  # a greedy one beside them
+    params = SamplingParams(temperature=0.7, max_tokens=7, ignore_eos=True, **filters)  # type: ignore[arg-type]
+    engine = Engine(model, speculative=2)
+    handles = [engine.submit(Request(PROMPT, params, stream=stream, return_distributions=True)) for stream in range(2)]
+    handles.append(engine.submit(PROMPT, SamplingParams(max_tokens=7, ignore_eos=True)))  # a greedy one beside them
     while engine.has_work:
         engine.step()
     assert handles.pop().sampled_from is None

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("starlette", reason="the server needs starlette")
 from pydantic import BaseModel, ValidationError
 
-from fathom.serve import protocol
+from fathom.serve import protocol, schema_limits
 from fathom.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 MESSAGE = {"role": "user", "content": "x"}
@@ -53,12 +53,12 @@ LIMITS: dict[str, Any] = {
         lambda most: chat(messages=[{"role": "user", "content": [{"type": "text", "text": "a"}] * most}]),
     ),
     "tools": (protocol.MAX_TOOLS, lambda most: chat(tools=[tool()] * most)),
-    "a schema's depth": (protocol.MAX_SCHEMA_DEPTH, lambda most: schema(nested(most))),
-    "a tool's depth": (protocol.MAX_SCHEMA_DEPTH, lambda most: chat(tools=[tool(**nested(most))])),
-    "a schema's size": (protocol.MAX_SCHEMA_CHARS, lambda most: schema({"description": "a" * (most - 12)})),
-    "a pattern": (protocol.MAX_PATTERN_CHARS, lambda most: schema({"pattern": "a" * most})),
+    "a schema's depth": (schema_limits.MAX_SCHEMA_DEPTH, lambda most: schema(nested(most))),
+    "a tool's depth": (schema_limits.MAX_SCHEMA_DEPTH, lambda most: chat(tools=[tool(**nested(most))])),
+    "a schema's size": (schema_limits.MAX_SCHEMA_CHARS, lambda most: schema({"description": "a" * (most - 12)})),
+    "a pattern": (schema_limits.MAX_PATTERN_CHARS, lambda most: schema({"pattern": "a" * most})),
     "a property's pattern": (
-        protocol.MAX_PATTERN_CHARS,
+        schema_limits.MAX_PATTERN_CHARS,
         lambda most: schema({"patternProperties": {"a" * most: {"type": "string"}}}),
     ),
     "detokenized ids": (protocol.MAX_PROMPT_TOKENS, lambda most: (DetokenizeRequest, {"tokens": [1] * most})),
