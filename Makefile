@@ -34,7 +34,7 @@ setup-test:
 demo: setup ## Train a small model here in six minutes and report what it learned
 	@.venv/bin/fathom demo
 
-posttrain: setup ## Fine-tune and reinforce the demo's model in ten minutes, and report what changed (trains it first)
+posttrain: setup ## Fine-tune and reinforce the demo's model, which is trained first, and report what changed
 	@test -e runs/demo/model || .venv/bin/fathom demo
 	@.venv/bin/fathom posttrain-demo
 

@@ -38,7 +38,7 @@ _COMMANDS = {
     "serve": ("PATH", "serve a model over the OpenAI protocol, with a web page"),
     "chat": ("PATH", "talk to a model in the terminal"),
     "demo": ("", "train a small model in six minutes and report what it learned"),
-    "posttrain-demo": ("", "teach the demo's model to solve problems in ten minutes and report what changed"),
+    "posttrain-demo": ("", "teach the demo's model to solve problems and report what changed"),
     "inspect": ("PATH", "write a page on what experts, heads, latents and drafts do with a text"),
     "plan": (
         "PRESET|PATH",

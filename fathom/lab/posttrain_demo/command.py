@@ -45,7 +45,7 @@ class PosttrainDemoCommand:
     """Directory of the two runs and the report; an earlier one is continued."""
     task: str = "addition"
     """What to learn: a task of `fathom rl`."""
-    sft_steps: int = 400
+    sft_steps: int = 450
     """Steps on worked solutions."""
     rl_steps: int = 60
     """Steps on rewards."""
@@ -99,7 +99,15 @@ def _write_solutions(exercise: Task, path: Path, count: int) -> None:
 def _sft_run(command: PosttrainDemoCommand, base: Path, chats: Path) -> SftRun:
     return SftRun(
         init=str(base),
-        train=SftLoopConfig(steps=command.sft_steps, batch_samples=48, save_every=0, eval_every=100, seed=command.seed),
+        train=SftLoopConfig(
+            steps=command.sft_steps,
+            batch_samples=48,
+            max_length=512,
+            save_every=0,
+            eval_every=100,
+            seed=command.seed,
+            compute_dtype="float32",  # in which engine and trainer agree to rounding, and a rerun to the bit
+        ),
         optimizer=OptimizerConfig(name="muon", learning_rate=0.01, weight_decay=0.0),
         schedule=LearningRateConfig(lr_schedule="cosine", warmup_steps=5, final_fraction=0.05),
         data=SftData(chats=str(chats)),
@@ -109,7 +117,14 @@ def _sft_run(command: PosttrainDemoCommand, base: Path, chats: Path) -> SftRun:
 def _rl_run(command: PosttrainDemoCommand) -> RlRun:
     return RlRun(
         init=str(command.out / "sft" / "model"),
-        train=LoopConfig(steps=command.rl_steps, save_every=20, eval_every=20, seed=command.seed),
+        train=LoopConfig(
+            steps=command.rl_steps,
+            max_length=512,
+            save_every=20,
+            eval_every=20,
+            seed=command.seed,
+            compute_dtype="float32",
+        ),
         optimizer=OptimizerConfig(learning_rate=3e-4, betas=(0.9, 0.99), weight_decay=0.0),
         rl=RlConfig(task=command.task, problems=16, group_size=16, max_tokens=160),
     )
