@@ -12,7 +12,7 @@ FUZZ_SECONDS ?= 3600
 LINT_SOURCES := fathom tests $(wildcard benchmarks examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo posttrain test check nightly lint gym fuzz clients bench clean
+.PHONY: help setup setup-test demo posttrain test check nightly lint long fuzz clients bench clean
 
 help: ## List the targets and options
 	@echo "Targets:"
@@ -38,16 +38,16 @@ posttrain: setup ## Fine-tune and reinforce the demo's model, which is trained f
 	@test -e runs/demo/model || .venv/bin/fathom demo
 	@.venv/bin/fathom posttrain-demo
 
-test: setup-test lint ## Run every check: format, lint, types, layers, all tests
-	@$(PY) -m pytest $(PARALLEL)
+test: setup-test lint ## Run every check: format, lint, types, layers, all tests but those of make long
+	@$(PY) -m pytest $(PARALLEL) -m "not nightly"
 
 check: setup-test lint ## Run the fast checks: a contributor's loop
-	@$(PY) -m pytest -x $(PARALLEL) -m "not slow and not oracle and not distributed"
+	@$(PY) -m pytest -x $(PARALLEL) -m "not slow and not oracle and not distributed and not nightly"
 
-nightly: test gym fuzz clients demo ## make test, gym, fuzz, clients and demo: an hour and a half
+nightly: test long fuzz clients demo ## make test, long, fuzz, clients and demo: two hours
 
-gym: setup-test ## All data sets of reasoning-gym, of which make test takes every ninth
-	@ALL_DATA_SETS=true $(PY) -m pytest tests/posttrain/test_gym.py
+long: setup-test ## The tests that make test leaves out: killed runs, rewards that rise, all of reasoning-gym
+	@$(PY) -m pytest $(PARALLEL) -m nightly --ignore tests/clients
 
 clients: setup-test ## Run other people's clients against the server (installs them into build/clients)
 	@$(PY) -m pip install --quiet --disable-pip-version-check --upgrade --target build/clients -r tests/clients/clients.txt

@@ -22,7 +22,7 @@ from tests.serve.native_templates import TEMPLATES, TOKENS
 from tests.serve.random_model import save_random_model
 from tests.serve.running import Running, running
 
-pytestmark = pytest.mark.oracle
+pytestmark = [pytest.mark.oracle, pytest.mark.nightly]
 
 KEY = "key-1"
 PARAMETERS: dict[str, Any] = {

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,8 +18,8 @@ reasoning_gym = pytest.importorskip("reasoning_gym", reason="reasoning-gym is no
 from reasoning_gym.factory import DATASETS  # noqa: E402
 
 DATASET_NAMES = sorted(set(DATASETS) - {"composite"})
-if os.environ.get("ALL_DATA_SETS") != "true":  # `make nightly` takes all of them: three minutes
-    DATASET_NAMES = DATASET_NAMES[::9]
+IN_MAKE_TEST = DATASET_NAMES[::25]
+"""The others are tested in `make nightly`: three minutes."""
 PROBLEMS = 6
 WITHOUT_RECORD = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}
 
@@ -60,7 +59,9 @@ def reward(found: GymTask, problem: Problem, answer: str) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DATASET_NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in IN_MAKE_TEST else pytest.mark.nightly) for name in DATASET_NAMES]
+)
 def test_the_recorded_answer_is_right_and_what_is_no_answer_is_not(name: str) -> None:
     found = gym(name)
     problems = [found.problem(i) for i in range(PROBLEMS)]
@@ -97,6 +98,7 @@ OTHER_FORMS: dict[str, Callable[[str], str]] = {
 """Right answers that are not the recorded ones."""
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OTHER_FORMS)
 def test_other_right_answers_are_right(name: str) -> None:
@@ -135,6 +137,7 @@ def test_no_verifier_runs_what_a_model_writes(tmp_path: Path) -> None:
         assert not trace.exists()
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["word_ladder", "isomorphic_strings", "list_functions", "pool_matrix"])
 def test_problems_are_the_same_in_every_process(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

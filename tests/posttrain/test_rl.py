@@ -126,6 +126,7 @@ def vowels(monkeypatch: pytest.MonkeyPatch) -> Callable[[Task], None]:
     return lambda task: monkeypatch.setattr(rl_module, "task", lambda name: task)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["cispo", "grpo", "gspo"])
 def test_rewards_rise(directory: Path, tmp_path: Path, vowels: object, variant: str) -> None:
@@ -234,6 +235,7 @@ def test_an_unknown_task_is_refused_by_name(directory: Path, tmp_path: Path) -> 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_runs_that_are_killed_end_with_the_same_bits(directory: Path, tmp_path: Path) -> None:
     """SIGKILL at random moments: while sampling, updating, evaluating and saving."""

@@ -239,6 +239,7 @@ def test_other_conversations_are_not_gone_on_with(run: SftRun, tmp_path: Path) -
         sft(replace(run, train=replace(run.train, steps=2)), tmp_path / "run", SINGLE_PROCESS, resume=True)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_sigkill_at_random_moments(run: SftRun, tmp_path: Path) -> None:
     """With text mixed in: the weights, moments and losses of a run that was never interrupted, to the last bit."""

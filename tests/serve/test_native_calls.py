@@ -42,6 +42,7 @@ def client_of(server: Running) -> Any:
     return openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0)
 
 
+@pytest.mark.nightly
 def test_streams_add_up_to_several_calls(served: tuple[str, Path, Running]) -> None:
     """Whole and streamed the same, by a seed; names before arguments, arguments in pieces that are JSON together."""
     name, model, server = served
