@@ -115,6 +115,8 @@ class PosttrainRun:
     def __post_init__(self) -> None:
         adamw = self.optimizer.name == "adamw" or not self.lora.rank
         check(adamw, "optimizer.name", self.optimizer.name, "'adamw' with lora.rank: adapters are not whole matrices")
+        decay = self.optimizer.ema_decay
+        check(decay == 0, "optimizer.ema_decay", decay, "0: post-training keeps no moving average of the weights")
 
     def hyperparameters(self, step: int) -> StepHyperparameters:
         """Those of `step` (from 0)."""

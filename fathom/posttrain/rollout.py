@@ -9,6 +9,7 @@ Shapes: L MoE layers, T tokens, K experts per token.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import torch
 import xxhash
@@ -64,6 +65,10 @@ class Rollout:
         return torch.cat(self.routing, dim=1) if self.routing else None
 
 
+_Running = dict[Generation, tuple[Rollout, SamplingParams, int]]
+"""Of the requests in the engine, each conversation, its parameters and its number among the problem's samples."""
+
+
 def rollouts(
     engine: Engine,
     task: Task,
@@ -79,18 +84,31 @@ def rollouts(
 
     `params.max_tokens` is for all turns of a conversation together. `for_training` records log-probabilities, kept ids
     and routing, and needs a temperature above 0. `finished` is called after each conversation. Raises TaskError where a
-    reward cannot be used, ValueError for a problem that does not fit the model and where no token could be
-    sampled.
+    reward cannot be used, ValueError for a problem that does not fit the model and where no token could be sampled;
+    none of the conversations goes on then.
     """
-    groups = []
-    running: dict[Generation, tuple[Rollout, SamplingParams, int]] = {}
-    for problem in problems:
-        prompt = engine.encode_chat(problem.messages)
-        own = replace(params, seed=xxhash.xxh3_64_intdigest(f"{seed}/{problem.index}".encode()))
-        group = [Rollout(problem, prompt) for _ in range(samples)]
-        for number, rollout in enumerate(group):
-            running[_submit(engine, rollout, own, number, for_training)] = rollout, own, number
-        groups.append(group)
+    groups: list[list[Rollout]] = []
+    running: _Running = {}
+    try:
+        for problem in problems:
+            prompt = engine.encode_chat(problem.messages)
+            own = replace(params, seed=xxhash.xxh3_64_intdigest(f"{seed}/{problem.index}".encode()))
+            group = [Rollout(problem, prompt) for _ in range(samples)]
+            for number, rollout in enumerate(group):
+                running[_submit(engine, rollout, own, number, for_training)] = rollout, own, number
+            groups.append(group)
+        _finish(engine, task, running, for_training, finished)
+    except BaseException:
+        for generation in running:
+            engine.cancel(generation)
+        raise
+    for rollout in chain.from_iterable(groups):
+        rollout.reward = checked_reward(task, rollout.problem, rollout.turns[-1])
+    return groups
+
+
+def _finish(engine: Engine, task: Task, running: _Running, for_training: bool, finished: Callable[[], None]) -> None:
+    """Step until all conversations have ended, turn by turn."""
     while running:
         for update in engine.step():
             if update.generation.finished and update.generation in running:
@@ -100,10 +118,6 @@ def rollouts(
                     running[_submit(engine, rollout, own, number, for_training)] = rollout, own, number
                 else:
                     finished()
-    for group in groups:
-        for rollout in group:
-            rollout.reward = checked_reward(task, rollout.problem, rollout.turns[-1])
-    return groups
 
 
 def _submit(engine: Engine, rollout: Rollout, params: SamplingParams, number: int, for_training: bool) -> Generation:

@@ -120,6 +120,17 @@ def test_a_conversation_with_a_tool_goes_on_from_the_sampled_ids(directory: Path
         assert rollout.topk_ids_LTK is not None and rollout.topk_ids_LTK.shape[1] == len(rollout.tokens) - 1
 
 
+def test_an_error_leaves_nothing_in_the_engine(directory: Path) -> None:
+    class Long(Vowels):
+        def problem(self, i: int) -> Problem:
+            return Problem(i, ({"role": "user", "content": "x" * 600 * i},), None, ())
+
+    engine = Engine(load_model(directory), load_tokenizer(directory))
+    with pytest.raises(ValueError, match="with one more it must fit the model's length"):
+        rollouts(engine, Long(), [Long().problem(i) for i in range(2)], 4, SamplingParams(max_tokens=4))
+    assert not engine.has_work and engine.stats().pages_used == 0
+
+
 @pytest.fixture
 def vowels(monkeypatch: pytest.MonkeyPatch) -> Callable[[Task], None]:
     monkeypatch.setattr(rl_module, "task", lambda name: Vowels())
@@ -227,6 +238,11 @@ def test_a_reward_that_cannot_be_used_names_the_problem(
 def test_senseless_settings_are_refused(directory: Path, changes: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         run_of(directory, **changes)
+
+
+def test_a_moving_average_which_would_be_ignored_is_refused(directory: Path) -> None:
+    with pytest.raises(ConfigError, match=r"optimizer\.ema_decay is 0\.9; it must be 0"):
+        replace(run_of(directory), optimizer=OptimizerConfig(ema_decay=0.9))
 
 
 def test_an_unknown_task_is_refused_by_name(directory: Path, tmp_path: Path) -> None:
