@@ -12,8 +12,6 @@ processes of their own (benchmarks/posttrain_side.py) that take their steps in t
 
 import argparse
 import json
-import os
-import platform
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -30,7 +28,7 @@ from posttrain_side import Spec, Step
 from rich.console import Console
 from rich.table import Table
 from rotation import Side, SideError, running
-from side import HAS_PEAK_MEMORY, cpu_model
+from side import HAS_PEAK_MEMORY, machine_facts
 
 from fathom import presets
 from fathom.checkpoint.hf.model import save_model
@@ -258,12 +256,7 @@ def _below(results: dict[str, Result], machine: dict[str, Any], without: str | N
 def _machine(options: argparse.Namespace, turns: int, shape: Spec) -> dict[str, Any]:
     """Where and how the rows were measured; None for what is not installed."""
     return {
-        "cpu": cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "torch": torch.__version__,
-        "transformers": version("transformers") if find_spec("transformers") else None,
+        **machine_facts(),
         "trl": version("trl") if find_spec("trl") else None,
         "model": str(options.model or "random nano"),
         "problems": shape.problems,

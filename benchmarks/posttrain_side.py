@@ -28,9 +28,9 @@ from fathom.checkpoint.hf.model import load_model
 from fathom.config import from_json
 from fathom.data.batch import next_token_batch
 from fathom.distributed.ranks import data_parallel
-from fathom.eval.acceptance import draft_acceptance
 from fathom.posttrain.config import LoopConfig
 from fathom.posttrain.policy import PolicyObjective, trained_samples
+from fathom.posttrain.rl import mtp_acceptance
 from fathom.posttrain.rl_config import RlConfig, RlRun
 from fathom.posttrain.rollout import rollouts
 from fathom.posttrain.sampler import Sampler
@@ -39,9 +39,6 @@ from fathom.posttrain.tasks.protocol import Problem, Task
 from fathom.runtime.hardware import install_allocator
 from fathom.train.loss import PretrainLoss
 from fathom.train.optim import build_optimizers
-
-_ACCEPTANCE_PROMPTS, _ACCEPTANCE_TOKENS = 16, 32
-"""As in fathom/posttrain/rl.py: the acceptance rate is measured in every round."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ class Step(NamedTuple):
     tokens: int
     """Tokens that were trained on, the prompts included."""
     peak: int
-    """Bytes of the process at its peak so far; 0 where the system does not tell."""
+    """Bytes of the process at its peak so far; 0 where the system does not report it."""
     imported: int
     """Bytes of the process before there was a model."""
 
@@ -143,8 +140,7 @@ def _fathom_step(session: Session[RlRun], sampler: Sampler, task: Task, turn: in
     groups = rollouts(sampler.engine, task, problems, config.group_size, params, seed=f"0/{turn}", for_training=True)
     sampled = time.perf_counter()
     if session.state.model.mtp:
-        prompts = [group[0].prompt_ids for group in groups[:_ACCEPTANCE_PROMPTS]]
-        draft_acceptance(sampler.engine.model, prompts, _ACCEPTANCE_TOKENS)
+        mtp_acceptance(sampler.engine.model, groups)
     samples, dropped = trained_samples(groups, config)
     objective = PolicyObjective(config, samples)
     metrics = posttrain_step(session, session.pack(samples), objective)
@@ -169,7 +165,7 @@ def _trl(spec: Spec, answers: TextIO) -> None:
     """
     import transformers  # dependencies of this side alone
     from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
     install_allocator()  # as `fathom rl` does
     imported, task, asked = memory("VmRSS"), Letters(spec.letters), count()
@@ -201,47 +197,54 @@ def _trl(spec: Spec, answers: TextIO) -> None:
     def reward(completions: Sequence[Any], **_: Any) -> list[float]:
         return [float(next(asked) % 2) for _ in completions]
 
-    optimizer = RlRun(spec.model).optimizer
-    samples = spec.problems * spec.group_size
     with tempfile.TemporaryDirectory() as directory:
-        config = GRPOConfig(
-            directory,
-            use_cpu=True,
-            bf16=spec.dtype == "bfloat16",
-            gradient_checkpointing=False,  # nothing is computed twice: memory suffices
-            per_device_train_batch_size=samples,
-            shuffle_dataset=False,  # every side meets the same problems at the same step
-            num_generations=spec.group_size,
-            max_completion_length=spec.max_tokens,
-            generation_kwargs={"min_new_tokens": spec.max_tokens},
-            beta=0.0,
-            loss_type="cispo",
-            epsilon_high=RlConfig().cap,
-            scale_rewards="none",
-            optim="adamw_torch_fused",
-            learning_rate=optimizer.learning_rate,
-            adam_beta1=optimizer.betas[0],
-            adam_beta2=optimizer.betas[1],
-            weight_decay=optimizer.weight_decay,
-            max_grad_norm=optimizer.max_grad_norm,
-            lr_scheduler_type="constant",
-            max_steps=1_000_000,
-            save_strategy="no",
-            report_to="none",
-            logging_steps=1_000_000,
-            disable_tqdm=True,
-        )
         model = transformers.AutoModelForCausalLM.from_pretrained(
             spec.model, dtype=torch.float32, attn_implementation="sdpa", experts_implementation="grouped_mm"
         )
         prompts = Dataset.from_list([{"prompt": list(task.problem(i).messages)} for i in range(64 * spec.problems)])
         tokenizer = transformers.AutoTokenizer.from_pretrained(spec.model)
-        trainer = Timed(model, reward, config, prompts, processing_class=tokenizer, callbacks=[Turns()])
+        trainer = Timed(
+            model, reward, _grpo_config(spec, directory), prompts, processing_class=tokenizer, callbacks=[Turns()]
+        )
         answer(answers, {})
         try:
             trainer.train()
         except EOFError:
             return
+
+
+def _grpo_config(spec: Spec, directory: str) -> Any:
+    """TRL's settings for the step that `fathom rl` takes."""
+    from trl import GRPOConfig  # a dependency of this side alone
+
+    optimizer = RlRun(spec.model).optimizer
+    return GRPOConfig(
+        directory,
+        use_cpu=True,
+        bf16=spec.dtype == "bfloat16",
+        gradient_checkpointing=False,  # nothing is computed twice: memory suffices
+        per_device_train_batch_size=spec.problems * spec.group_size,
+        shuffle_dataset=False,  # every side meets the same problems at the same step
+        num_generations=spec.group_size,
+        max_completion_length=spec.max_tokens,
+        generation_kwargs={"min_new_tokens": spec.max_tokens},
+        beta=0.0,
+        loss_type="cispo",
+        epsilon_high=RlConfig().cap,
+        scale_rewards="none",
+        optim="adamw_torch_fused",
+        learning_rate=optimizer.learning_rate,
+        adam_beta1=optimizer.betas[0],
+        adam_beta2=optimizer.betas[1],
+        weight_decay=optimizer.weight_decay,
+        max_grad_norm=optimizer.max_grad_norm,
+        lr_scheduler_type="constant",
+        max_steps=1_000_000,
+        save_strategy="no",
+        report_to="none",
+        logging_steps=1_000_000,
+        disable_tqdm=True,
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- pretraining

@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, NamedTuple, TextIO
@@ -205,6 +207,18 @@ def _sizes(model: nn.Module) -> dict[str, int]:
 
 
 # ------------------------------------------------------------------------------------------------------- the machine
+
+
+def machine_facts() -> dict[str, Any]:
+    """Where something was measured, for a table's footer and its JSON; None for what is not installed."""
+    return {
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "torch": torch.__version__,
+        "transformers": version("transformers") if find_spec("transformers") else None,
+    }
 
 
 def cpu_model() -> str:

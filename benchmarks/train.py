@@ -6,12 +6,9 @@ meant for the full run on a CPU with bfloat16 matrix instructions.
 
 import argparse
 import json
-import os
-import platform
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -22,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rotation import WARM_UP, Group, Outcome, Result, SideError, measure
-from side import HAS_PEAK_MEMORY, Spec, cpu_model
+from side import HAS_PEAK_MEMORY, Spec, machine_facts
 
 from fathom.files import atomic_write
 from fathom.model.config import ModelConfig
@@ -350,12 +347,7 @@ def _machine(options: argparse.Namespace, turns: int, outcomes: dict[str, Outcom
     """Where and how the rows were measured; None for what was not."""
     bandwidths = [value for outcome in outcomes.values() for value in outcome.bandwidths]
     return {
-        "cpu": cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "torch": torch.__version__,
-        "transformers": version("transformers") if find_spec("transformers") else None,
+        **machine_facts(),
         "peak": median(value for outcome in outcomes.values() for value in outcome.peaks),
         "bandwidth": median(bandwidths) if bandwidths else None,
         "compiled": options.compile,

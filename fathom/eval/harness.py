@@ -46,7 +46,7 @@ def run_tasks(
 
     `few_shot` examples come before each question (None: as the task says); only the first `limit` questions are asked
     (None: all). `chat`: questions are put by the model's chat template. Raises ValueError for a task that does not
-    exist or asks for what is not there, and where there is no chat template.
+    exist or needs what is not there, and where there is no chat template.
     """
     adapter = HarnessModel(model, tokenizer, chat)
     try:

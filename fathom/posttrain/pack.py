@@ -84,7 +84,7 @@ class PackedSamples:
             values={name: value_X.to(device) for name, value_X in self.targets.values.items()},
         )
         topk_ids_LBSK = None if self.topk_ids_LBSK is None else self.topk_ids_LBSK.to(device)
-        mask = None if self.mask is None else SamplingMask(*(None if t is None else t.to(device) for t in self.mask))  # type: ignore[arg-type]
+        mask = None if self.mask is None else self.mask.to(device)
         return PackedSamples(self.batch.to(device), self.index_X.to(device), targets, topk_ids_LBSK, mask)
 
 

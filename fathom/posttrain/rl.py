@@ -19,6 +19,7 @@ from rich.console import Console
 
 from fathom.distributed.ranks import Ranks
 from fathom.eval.acceptance import draft_acceptance
+from fathom.model.transformer import Model
 from fathom.posttrain.objective import k3
 from fathom.posttrain.pack import PackedSamples
 from fathom.posttrain.policy import PolicyObjective, scored, trained_samples
@@ -61,9 +62,7 @@ def rl(run: RlRun, directory: Path, ranks: Ranks, resume: bool = False, console:
             groups = [group for each in ranks.gather(answered) for group in each]
             metrics = _rollout_metrics(groups, time.perf_counter() - began)
             if session.state.model.mtp:
-                prompts = [group[0].prompt_ids for group in groups[:_ACCEPTANCE_PROMPTS]]
-                accepted = draft_acceptance(sampler.engine.model, prompts, _ACCEPTANCE_TOKENS)
-                metrics["mtp_acceptance"] = accepted.acceptance
+                metrics["mtp_acceptance"] = mtp_acceptance(sampler.engine.model, groups)
 
             # Train: one step, or some, each on a part of the answers.
             began, samples, dropped = time.perf_counter(), *trained_samples(groups, config)
@@ -105,6 +104,12 @@ def _rollout_metrics(groups: Sequence[Sequence[Rollout]], seconds: float) -> dic
         "stop_rate": fmean(rollout.finish_reason == "stop" for rollout in every),
         "rollout_tokens_per_second": tokens / seconds,
     }
+
+
+def mtp_acceptance(model: Model, groups: Sequence[Sequence[Rollout]]) -> float:
+    """Share of one draft a step that is accepted in greedy answers to some of the problems."""
+    prompts = [group[0].prompt_ids for group in groups[:_ACCEPTANCE_PROMPTS]]
+    return draft_acceptance(model, prompts, _ACCEPTANCE_TOKENS).acceptance
 
 
 def _check_parity(metrics: dict[str, float], session: Session[RlRun]) -> None:

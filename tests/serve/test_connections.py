@@ -258,7 +258,7 @@ def test_a_response_that_is_not_read_has_a_deadline_and_a_slow_reader_none(liste
 
 @pytest.mark.parametrize("upgrade", ["websocket", "h2c"])
 def test_an_upgrade_that_is_not_offered_is_ignored(listening: Listening, upgrade: str) -> None:
-    """Java's client asks for h2c with every first request."""
+    """Java's client sends `Upgrade: h2c` with every first request."""
     with listening.connect() as connection:
         head = f"POST /body HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: {upgrade}\r\n".encode()
         connection.sendall(head + b"Content-Length: 5\r\n\r\n12345")

@@ -26,6 +26,11 @@ class SamplingMask(NamedTuple):
     absent_X: Tensor | None = None
     """int64: ids that are never sampled."""
 
+    def to(self, device: torch.device) -> "SamplingMask":
+        """The mask on a device."""
+        absent_X = None if self.absent_X is None else self.absent_X.to(device)
+        return SamplingMask(self.kept_P.to(device), self.offsets_N.to(device), absent_X)
+
     def removed(self, first: int, last: int, vocabulary: int) -> Tensor:
         """Which ids tokens `first` to `last` - 1 were not sampled from, (last - first, O) bool."""
         begin, end = int(self.offsets_N[first]), int(self.offsets_N[last])

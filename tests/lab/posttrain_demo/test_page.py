@@ -61,7 +61,9 @@ def test_a_module_that_was_not_measured_leaves_its_cell_empty(tmp_path: Path) ->
     write_html(
         replace(report, stages=[replace(stage, acceptance=None) for stage in report.stages]), tmp_path / "p.html"
     )
-    ElementTree.parse(tmp_path / "p.html")
+    page = ElementTree.parse(tmp_path / "p.html")
+    rows = [["".join(cell.itertext()) for cell in row] for row in page.iter("{http://www.w3.org/1999/xhtml}tr")]
+    assert ["fine-tuned", "1.600", ""] in rows and ["fine-tuned", "1.600", "80%"] not in rows
 
 
 def test_without_the_demos_model_it_says_how_to_make_one(tmp_path: Path) -> None:
